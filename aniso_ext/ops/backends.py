@@ -1,0 +1,101 @@
+"""One choice of implementation with reasons: ``auto | cuda | triton | cpu | reference``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from aniso_ext.errors import BackendUnavailableError, InputError
+from aniso_ext.ops import native, reference
+from aniso_ext.ops.frame import Frame
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of the three operations for one kind of device."""
+
+    name: str
+    device_type: str | None
+    correct: Callable[..., torch.Tensor]
+    encode: Callable[..., torch.Tensor]
+    decode: Callable[..., torch.Tensor]
+
+    def accepts(self, device: torch.device) -> bool:
+        return self.device_type is None or self.device_type == device.type
+
+
+def _on_device(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The reference computes where its rows are, so its frame follows them."""
+
+    def run(rows: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        *others, frame = arguments
+        return function(rows, *others, frame.to(device=rows.device), **options)
+
+    return run
+
+
+REFERENCE = Backend(
+    "reference",
+    None,
+    _on_device(reference.correct),
+    _on_device(reference.encode),
+    _on_device(reference.decode),
+)
+CPU = Backend("cpu", "cpu", native.correct, native.encode, native.decode)
+
+_NOT_IN_THIS_VERSION = "this version has no {} kernels; the reference runs on that device"
+
+
+@cache
+def available() -> dict[str, str | None]:
+    """Every backend with None if it can run here, else the reason why not."""
+    reasons: dict[str, str | None] = {}
+    for name in ("cuda", "triton"):
+        reasons[name] = _NOT_IN_THIS_VERSION.format({"cuda": "CUDA", "triton": "Triton"}[name])
+    reasons["cpu"] = native.probe()
+    reasons["reference"] = None
+    return reasons
+
+
+def explain(device: torch.device | str = "cpu") -> str:
+    """In one line, which backend ``auto`` takes for tensors on a device, and why not a faster one."""
+    device = torch.device(device)
+    chosen = _automatic(device)
+    rejected = [f"{name}: {reason}" for name, reason in available().items() if reason is not None]
+    return f"auto on {device.type} takes {chosen.name}" + (f" ({'; '.join(rejected)})" if rejected else "")
+
+
+def resolve(name: str, rows: torch.Tensor, frame: Frame) -> Backend:
+    """The backend for these rows.
+
+    ``auto`` can be overridden by the environment variable ``ANISO_BACKEND``.
+
+    Raises:
+        InputError: the name is unknown, or the named backend does not run on the rows' device.
+        BackendUnavailableError: the named backend is not there; the message says why.
+    """
+    if name == "auto":
+        name = os.environ.get("ANISO_BACKEND", "auto")
+    if name == "auto":
+        return _automatic(rows.device)
+    if name == "reference":
+        return REFERENCE
+    reasons = available()
+    if name not in reasons:
+        raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(reasons)}")
+    if reasons[name] is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reasons[name]}")
+    if not CPU.accepts(rows.device):
+        raise InputError(f"backend {name!r} runs on cpu tensors, got {rows.device}: move them, or use backend='auto'")
+    return CPU
+
+
+def _automatic(device: torch.device) -> Backend:
+    if CPU.accepts(device) and available()["cpu"] is None:
+        return CPU
+    return REFERENCE

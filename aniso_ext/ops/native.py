@@ -1,0 +1,79 @@
+"""The compiled CPU kernels behind the operators."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from aniso_ext.ops import autograd as autograd
+from aniso_ext.ops.frame import Frame
+from aniso_ext.ops.operands import Operands, operands
+from aniso_ext.ops.reference import compute_dtype
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@cache
+def probe() -> str | None:
+    """Load the kernels; None when they work, else the reason why they cannot be used."""
+    libraries = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
+    if not libraries:
+        return "the compiled kernels were not built (install with a C++17 compiler; `aniso doctor` tells more)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+        # a first launch: a kernel that loads but cannot run must not be chosen
+        unit = torch.eye(2)
+        torch.ops.aniso_ext.decode(torch.ones(1, 5), torch.zeros(1, 4), unit, None, 0.0, 0.0, 0.0, True)
+    except (OSError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        return f"the compiled kernels do not work with torch {torch.__version__}: {reason}; build again"
+    return None
+
+
+@cache
+def _has_bfloat16_products() -> bool:
+    """Whether this processor multiplies bfloat16 natively; otherwise such rows are widened to float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+
+
+def _folded(rows: torch.Tensor, frame: Frame) -> Operands:
+    working = compute_dtype(rows.dtype)
+    native = rows.dtype == torch.bfloat16 and _has_bfloat16_products()
+    return operands(frame, rows.dtype if native else working, working, rows.device)
+
+
+def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
+    constants = _folded(y, frame)
+    return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)
+
+
+def encode(y: torch.Tensor, frame: Frame) -> torch.Tensor:
+    return torch.ops.aniso_ext.encode(y, *_folded(y, frame).initialisation())
+
+
+def decode(
+    state: torch.Tensor,
+    deltas: torch.Tensor,
+    frame: Frame,
+    *,
+    a_theta: float,
+    a_rho: float,
+    a_v: float,
+    literal: bool,
+) -> torch.Tensor:
+    constants = _folded(state, frame)
+    if literal:
+        deltas = _project_moves(deltas, frame)
+    return torch.ops.aniso_ext.decode(
+        state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal
+    )
+
+
+def _project_moves(deltas: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """The paper's order, (I - QQ^T) before the tanh: a linear map that needs no kernel of its own (METHOD D11)."""
+    working = compute_dtype(deltas.dtype)
+    basis = frame.basis.to(device=deltas.device, dtype=working)
+    polar, moves = deltas.to(working).split((frame.rank, frame.width), dim=1)
+    return torch.cat((polar, moves - moves @ basis @ basis.T), dim=1).to(deltas.dtype)

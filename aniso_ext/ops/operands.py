@@ -1,0 +1,119 @@
+"""What the kernels read: constants that follow from the frame alone, folded once so that no row pays for them.
+
+With y~ = y - m_s, c_t = Q^T y~ and the map c_t + Q^T m_t -> c^, every complement has the form
+
+    w = W_out k + scale * y + offset                 (w is e' before its normalisation)
+
+=================== ===================== ============== ==================
+complement          W_in^T y + its bias   W_out          k
+=================== ===================== ============== ==================
+scalar              c_t                   Q              c^ - s c_t
+diagonal            c_t                   [Q, -D_V Q]    [c^, c_t]
+diagonal_projected  [c_t, p]              [Q, -D_V Q]    [c^ - p, c_t]
+=================== ===================== ============== ==================
+
+with p = ((I - QQ^T) D_V Q)^T y~ and offset = m_t,V - scale * m_s. The recentring is a bias of the first product and an
+offset of the last sum; ``encode`` uses the same operands with c^ = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aniso_ext.ops.frame import Frame
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """Folded constants: the weights in the dtype of the matrix products, the rest in the dtype of the sums.
+
+    ============================ ========================= ===========================================================
+    input_weight                 [R_in, D]                 W_in^T
+    input_bias                   [R_in]                    -W_in^T m_s
+    target_coordinates           [R]                       Q^T m_t
+    segments                     [M, 3, K + 1]             the radius map in pieces: start, value at start, slope
+    output_weight                [D, R_out]                W_out
+    scale, offset                [1 | D], [D]              see the module's first lines
+    basis                        [D, R]                    Q
+    shift                        [D] or None               m_t - m_hat, the calibration
+    ============================ ========================= ===========================================================
+    """
+
+    input_weight: torch.Tensor
+    input_bias: torch.Tensor
+    target_coordinates: torch.Tensor
+    segments: torch.Tensor
+    output_weight: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+    basis: torch.Tensor
+    shift: torch.Tensor | None
+
+    def initialisation(self) -> tuple[torch.Tensor, ...]:
+        """The arguments that ``correct`` and ``encode`` share, in schema order."""
+        return (
+            self.input_weight,
+            self.input_bias,
+            self.target_coordinates,
+            self.segments,
+            self.output_weight,
+            self.scale,
+            self.offset,
+        )
+
+
+def radius_segments(source_knots: torch.Tensor, target_knots: torch.Tensor) -> torch.Tensor:
+    """Radius maps [M, K] as K + 1 linear pieces, [M, 3, K + 1]: T(rho) = value + (rho - start) * slope.
+
+    The first piece starts at 0 and the last at the last knot; both keep the ratio (METHOD D9). Of pieces that start
+    together the last one counts.
+    """
+    ratio = target_knots / source_knots
+    width, rise = source_knots.diff(dim=1), target_knots.diff(dim=1)
+    inner = torch.where(width > 0, rise / torch.where(width > 0, width, 1), 0)
+    zero = torch.zeros_like(source_knots[:, :1])
+    start = torch.cat((zero, source_knots), dim=1)
+    value = torch.cat((zero, target_knots), dim=1)
+    slope = torch.cat((ratio[:, :1], inner, ratio[:, -1:]), dim=1)
+    return torch.stack((start, value, slope), dim=1)
+
+
+def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch.device) -> Operands:
+    """Fold a frame in float64, then round once: weights to ``product``, the rest to ``working``."""
+    exact = frame.to(device=device, dtype=torch.float64)
+    basis, scale = exact.basis, exact.complement_scale
+    target_coordinates = exact.target_mean @ basis
+    offset = exact.target_mean - basis @ target_coordinates - scale * exact.source_mean
+    input_weight, output_weight = basis.T, basis
+    if frame.complement != "scalar":
+        scaled_basis = scale[:, None] * basis
+        output_weight = torch.cat((basis, -scaled_basis), dim=1)
+        if frame.complement == "diagonal_projected":
+            leak = scaled_basis - basis @ (basis.T @ scaled_basis)
+            input_weight = torch.cat((basis, leak), dim=1).T
+
+    def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return value.to(dtype).contiguous()
+
+    return Operands(
+        input_weight=rounded(input_weight, product),
+        input_bias=rounded(-(input_weight @ exact.source_mean), working),
+        target_coordinates=rounded(target_coordinates, working),
+        segments=rounded(radius_segments(exact.radius_source_knots, exact.radius_target_knots), working),
+        output_weight=rounded(output_weight, product),
+        scale=rounded(scale, working),
+        offset=rounded(offset, working),
+        basis=rounded(basis, product),
+        shift=None if exact.output_mean is None else rounded(exact.target_mean - exact.output_mean, working),
+    )
+
+
+def operands(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch.device) -> Operands:
+    """Operands of a frame, folded on first use and kept with it."""
+    key = (product, working, str(device))
+    kept = frame._operands.get(key)
+    if kept is None:
+        kept = frame._operands[key] = fold(frame, product, working, device)
+    return kept

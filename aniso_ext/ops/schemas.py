@@ -1,0 +1,58 @@
+"""Operator schemas, defined once for every backend, and their shape rules for tracing.
+
+``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "aniso_ext"
+
+_INITIALISATION = (
+    "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
+    "Tensor output_weight, Tensor scale, Tensor offset"
+)
+_UPDATE = "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
+
+SCHEMAS = {
+    "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "correct_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "encode": f"(Tensor y, {_INITIALISATION}) -> Tensor",
+    "encode_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}) -> Tensor",
+    "decode": f"({_UPDATE}) -> Tensor",
+    "decode_backward": f"(Tensor grad, {_UPDATE}) -> (Tensor, Tensor)",
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correct")
+def _(y, *operands):
+    return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correct_backward")
+def _(grad, y, *operands):
+    return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::encode")
+def _(y, input_weight, input_bias, target_coordinates, *operands):
+    return y.new_empty((y.shape[0], y.shape[1] + target_coordinates.shape[0] // 2 * 3))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::encode_backward")
+def _(grad, y, *operands):
+    return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::decode")
+def _(state, deltas, basis, *arguments):
+    return state.new_empty((state.shape[0], basis.shape[0]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::decode_backward")
+def _(grad, state, deltas, *arguments):
+    return state.new_empty(state.shape), deltas.new_empty(deltas.shape)
