@@ -1,0 +1,69 @@
+"""``aniso convert``: write the stand-ins of a set of source embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@command
+def convert(
+    aligner: Annotated[Path, typer.Option(metavar="ALIGNER", help="Folder that aniso fit wrote.")],
+    input: Annotated[Path, typer.Option(metavar="DIR", help="Source embeddings.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the stand-ins, one shard per input shard.")],
+    calibration: Annotated[
+        Literal["fitted", "corpus"],
+        typer.Option(help="Recentre on the mean stored at fit (one pass), or on the mean of this input (two passes)."),
+    ] = "fitted",
+    on_existing: Annotated[
+        Literal["resume", "overwrite", "fail"], typer.Option(help="What to do with shards that are already there.")
+    ] = "resume",
+    batch_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows in memory at a time.")] = 8192,
+    dtype: Annotated[
+        Literal["float16", "float32", "float64"] | None,
+        typer.Option(help="Number format of the output.", show_default="that of the input"),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Turn source embeddings into stand-ins for the target modality, file by file.
+
+    Every output shard has the name, the format and the row order of its input shard. A run that was stopped goes on
+    where it ended; it refuses to mix aligners or inputs in one folder.
+
+    \b
+    Examples:
+      aniso convert --aligner aligner --input text_emb --output stand_ins
+      aniso convert --aligner aligner --input text_emb --output stand_ins --calibration corpus --on-existing overwrite
+    """
+    from aniso_ext.align import load_aligner
+    from aniso_ext.convert import convert_embeddings
+
+    model = load_aligner(aligner)
+    with progress_bar("converting") as update:
+        report = convert_embeddings(
+            model,
+            input,
+            output,
+            batch_rows=batch_rows,
+            calibration=calibration,
+            on_existing=on_existing,
+            dtype=dtype,
+            progress=update,
+        )
+    data = {"command": "convert", "method": model.method, "aligner": str(aligner), **report.to_dict()}
+
+    def show(console: Console) -> None:
+        console.print(
+            f"converted {report.rows:,} rows in {report.shards} shard(s) with {model.method} in {report.seconds:.1f} s"
+        )
+        console.print(f"stand-ins: {output}")
+
+    return Result(data, show)

@@ -1,0 +1,85 @@
+"""Tables of measured numbers: on the terminal, as Markdown and as JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aniso_ext.cli.console import to_jsonable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from aniso_ext.diagnostics import GapReport
+
+# (field of AlignmentReport, heading, digits, what it is)
+ALIGNMENT_COLUMNS = (
+    ("delta_mu", "Delta_mu", 3, "distance of the centroids of stand-ins and targets; 0 is best"),
+    ("phi", "Phi", 3, "mean cosine of a row before and after; 1 is unchanged"),
+    ("psi", "Psi", 3, "correlation of pairwise similarities before and after; 1 keeps all relations"),
+    ("omega", "Omega", 3, "share of nearest neighbours kept; 1 keeps all"),
+    ("m_z", "M_Z", 3, "mixing seen from the stand-ins (penetration), 1 is what shuffled labels give"),
+    ("m_x", "M_X", 3, "mixing seen from the targets (coverage), 1 is what shuffled labels give"),
+    ("a_r", "A_r", 1, "anisotropy of what is left between a stand-in and its target; 1 is isotropic"),
+    ("paired_cosine", "cosine", 3, "mean cosine of a stand-in and its own target"),
+    ("recall_at_1", "R@1", 3, "share of stand-ins whose nearest target is their own"),
+    ("recall_at_10", "R@10", 3, "share of stand-ins with their own target among the ten nearest"),
+)
+
+
+def alignment_table(rows: Sequence[Mapping[str, Any]], extra: Sequence[tuple[str, str, int]] = ()) -> Table:
+    """One line a method; ``extra`` are further columns as (field, heading, digits)."""
+    from rich.table import Table
+
+    columns = [(field, heading, digits) for field, heading, digits, _ in ALIGNMENT_COLUMNS]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for _, heading, _ in (*columns, *extra):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], *(number(row.get(field), digits) for field, _, digits in (*columns, *extra)))
+    return table
+
+
+def number(value: Any, digits: int) -> str:
+    """A number as text; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def markdown(title: str, gap: GapReport, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The gap and one line a method as Markdown."""
+    lines = [f"# {title}", "", "## The gap", "", "```text", str(gap), "```", "", "## The stand-ins", ""]
+    lines.append("| method | " + " | ".join(heading for _, heading, _, _ in ALIGNMENT_COLUMNS) + " |")
+    lines.append("|---|" + "---:|" * len(ALIGNMENT_COLUMNS))
+    for row in rows:
+        cells = (number(row.get(field), digits) for field, _, digits, _ in ALIGNMENT_COLUMNS)
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    judged = f"{rows[0]['n']:,} pairs, k = {rows[0]['k']}"
+    if rows[0]["n"] < gap.n:
+        judged += f", drawn from {gap.n:,}"
+    lines += ["", f"Judged on {judged}.", ""]
+    lines += [f"- {heading}: {meaning}." for _, heading, _, meaning in ALIGNMENT_COLUMNS]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_report(folder: Path, data: Mapping[str, Any], text: str) -> list[Path]:
+    """Write ``report.json`` and ``report.md`` into a folder, which is made if need be; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "report.json", folder / "report.md"]
+    write_text(paths[0], json.dumps(to_jsonable(data), indent=2, allow_nan=False) + "\n")
+    write_text(paths[1], text)
+    return paths
