@@ -35,7 +35,9 @@ def probe() -> str | None:
 @cache
 def _has_bfloat16_products() -> bool:
     """Whether this processor multiplies bfloat16 natively; otherwise such rows are widened to float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+    from aniso_ext import _build_info
+
+    return bool(_build_info.has_bfloat16_products()) and torch.backends.mkldnn.is_available()
 
 
 def _folded(rows: torch.Tensor, frame: Frame) -> Operands:

@@ -1,0 +1,132 @@
+// Kernels of `decode`; included once per instruction set.
+//
+// A row of state is [sin; cos; log rho; v0], a row of deltas [dtheta; drho; dv] (METHOD section 4).
+
+template <typename T>
+struct Turn {
+  T radius;                 // rho^
+  T cos, sin;               // of theta^
+  T tanh_theta, tanh_rho;
+  T step_cos, step_sin;     // of the increment
+};
+
+template <typename P, typename T>
+ANISO_INLINE Turn<T> turn_block(const Update<T>& u, const P* state, const P* deltas, int32_t block) {
+  const int32_t blocks = u.rank / 2;
+  const T sin0 = widen(state[block]), cos0 = widen(state[blocks + block]);
+  Turn<T> t;
+  t.tanh_theta = tanh_of(widen(deltas[block]));
+  t.tanh_rho = tanh_of(widen(deltas[blocks + block]));
+  sincos_of(u.a_theta * t.tanh_theta, &t.step_sin, &t.step_cos);
+  t.radius = exp_of(widen(state[2 * blocks + block]) + u.a_rho * t.tanh_rho);
+  t.cos = cos0 * t.step_cos - sin0 * t.step_sin;
+  t.sin = sin0 * t.step_cos + cos0 * t.step_sin;
+  return t;
+}
+
+template <typename P, typename T>
+void decode_step(const Update<T>& u, int64_t n, const P* deltas, P* step) {
+  const int64_t stride = u.rank + u.width;
+  for (int64_t i = 0; i < n; ++i) {
+    const P* dv = deltas + i * stride + u.rank;
+    P* row = step + i * u.width;
+    ANISO_SIMD
+    for (int32_t j = 0; j < u.width; ++j) row[j] = narrow<P>(u.a_v * tanh_of(widen(dv[j])));
+  }
+}
+
+template <typename P, typename T>
+void decode_map(
+    const Update<T>& u, int64_t n, const P* state, const P* deltas, const P* projected_step, P* coefficients) {
+  const int32_t blocks = u.rank / 2;
+  for (int64_t i = 0; i < n; ++i) {
+    const P* state_row = state + i * (3 * blocks + u.width);
+    const P* delta_row = deltas + i * (u.rank + u.width);
+    P* row = coefficients + i * u.rank;
+    ANISO_SIMD
+    for (int32_t block = 0; block < blocks; ++block) {
+      const Turn<T> t = turn_block(u, state_row, delta_row, block);
+      T a = t.radius * t.cos, b = t.radius * t.sin;
+      if (projected_step) {
+        a -= widen(projected_step[i * u.rank + 2 * block]);
+        b -= widen(projected_step[i * u.rank + 2 * block + 1]);
+      }
+      row[2 * block] = narrow<P>(a);
+      row[2 * block + 1] = narrow<P>(b);
+    }
+  }
+}
+
+template <typename T, typename P>
+ANISO_INLINE auto updated_row(const P* rebuilt, const P* v0, const P* step) {
+  return [=](int32_t j) -> T { return widen(rebuilt[j]) + widen(v0[j]) + widen(step[j]); };
+}
+
+template <typename S, typename P, typename T>
+void decode_finish(
+    const Update<T>& u, int64_t n, const P* rebuilt, const P* state, const P* step, T* scratch, S* out) {
+  const int32_t width = u.width;
+  const int64_t polar_columns = u.rank / 2 * 3;
+  const T shift_squares = u.shift ? dot(u.shift, u.shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const P* v0 = state + i * (polar_columns + width) + polar_columns;
+    const auto w = updated_row<T>(rebuilt + i * width, v0, step + i * width);
+    if (u.shift) {
+      finish_row<true>(w, width, u.shift, shift_squares, scratch, out + i * width);
+    } else {
+      finish_row<false>(w, width, u.shift, shift_squares, scratch, out + i * width);
+    }
+  }
+}
+
+template <typename P, typename T>
+void decode_finish_backward(const Update<T>& u, int64_t n, const P* rebuilt, const P* state, const P* step, const P* grad,
+                            T* scratch, P* grad_row) {
+  const int32_t width = u.width;
+  const int64_t polar_columns = u.rank / 2 * 3;
+  const T shift_squares = u.shift ? dot(u.shift, u.shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const P* v0 = state + i * (polar_columns + width) + polar_columns;
+    const auto w = updated_row<T>(rebuilt + i * width, v0, step + i * width);
+    const P* g = grad + i * width;
+    if (u.shift) {
+      finish_row_backward<true>(w, width, u.shift, shift_squares, g, scratch, grad_row + i * width);
+    } else {
+      finish_row_backward<false>(w, width, u.shift, shift_squares, g, scratch, grad_row + i * width);
+    }
+  }
+}
+
+template <typename S, typename P, typename T>
+void decode_backward(const Update<T>& u, int64_t n, const P* state, const P* deltas, const P* grad_coefficients,
+                     const P* grad_row, const P* leak, S* grad_state, S* grad_deltas) {
+  const int32_t blocks = u.rank / 2;
+  const int64_t state_stride = 3 * blocks + u.width, delta_stride = u.rank + u.width;
+  for (int64_t i = 0; i < n; ++i) {
+    const P *state_row = state + i * state_stride, *delta_row = deltas + i * delta_stride;
+    const P* grad_c = grad_coefficients + i * u.rank;
+    S *state_out = grad_state + i * state_stride, *delta_out = grad_deltas + i * delta_stride;
+    ANISO_SIMD
+    for (int32_t block = 0; block < blocks; ++block) {
+      const Turn<T> t = turn_block(u, state_row, delta_row, block);
+      const T grad_a = widen(grad_c[2 * block]), grad_b = widen(grad_c[2 * block + 1]);
+      const T radial = t.radius * (grad_a * t.cos + grad_b * t.sin);
+      const T tangential = t.radius * (grad_b * t.cos - grad_a * t.sin);
+      state_out[block] = narrow<S>(t.radius * (grad_b * t.step_cos - grad_a * t.step_sin));
+      state_out[blocks + block] = narrow<S>(t.radius * (grad_a * t.step_cos + grad_b * t.step_sin));
+      state_out[2 * blocks + block] = narrow<S>(radial);
+      delta_out[block] = narrow<S>(u.a_theta * (T(1) - t.tanh_theta * t.tanh_theta) * tangential);
+      delta_out[blocks + block] = narrow<S>(u.a_rho * (T(1) - t.tanh_rho * t.tanh_rho) * radial);
+    }
+    const P* dv = delta_row + u.rank;
+    const P* row = grad_row + i * u.width;
+    ANISO_SIMD
+    for (int32_t j = 0; j < u.width; ++j) {
+      const T grad = widen(row[j]);
+      const T tanh_dv = tanh_of(widen(dv[j]));
+      const T kept = leak ? grad - widen(leak[i * u.width + j]) : grad;
+      state_out[3 * blocks + j] = narrow<S>(grad);
+      delta_out[u.rank + j] = narrow<S>(u.a_v * (T(1) - tanh_dv * tanh_dv) * kept);
+    }
+  }
+}

@@ -1,0 +1,229 @@
+// Kernels of `correct` and `encode`; included once per instruction set.
+//
+// Blocks are the outer loop and rows the inner one: the map of one block (3 (K + 1) values) stays in the first-level
+// cache while a tile of rows searches it.
+
+constexpr int32_t kTile = 32;
+
+// One block of a tile of rows.
+template <typename T>
+struct BlockTile {
+  T centred_a[kTile], centred_b[kTile];  // c_t
+  T radius[kTile], inverse_length[kTile], cos[kTile], sin[kTile];
+  T mapped[kTile], slope[kTile];
+  int32_t piece[kTile];
+
+  Polar<T> polar(int32_t j) const { return {radius[j], inverse_length[j], cos[j], sin[j]}; }
+};
+
+template <typename P, typename T>
+ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, int32_t block, int32_t rows, BlockTile<T>& t) {
+  const int32_t column = 2 * block;
+  const T bias_a = init.input_bias[column], bias_b = init.input_bias[column + 1];
+  const T target_a = init.target_coordinates[column], target_b = init.target_coordinates[column + 1];
+  const int64_t stride = init.rank_in;
+  for (int32_t j = 0; j < rows; ++j) {
+    t.centred_a[j] = widen(projected[j * stride + column]) + bias_a;
+    t.centred_b[j] = widen(projected[j * stride + column + 1]) + bias_b;
+  }
+  // The loops below run over whole tiles, whatever the lanes past `rows` hold.
+  for (int32_t j = rows; j < kTile; ++j) t.centred_a[j] = t.centred_b[j] = T(0);
+  ANISO_SIMD
+  for (int32_t j = 0; j < kTile; ++j) {
+    const Polar<T> p = to_polar(t.centred_a[j] + target_a, t.centred_b[j] + target_b);
+    t.radius[j] = p.radius;
+    t.inverse_length[j] = p.inverse_length;
+    t.cos[j] = p.cos;
+    t.sin[j] = p.sin;
+    t.piece[j] = 0;
+  }
+  const T* segments = init.segments + int64_t(block) * 3 * init.pieces;
+  const T* knots = segments + 1;
+  int32_t length = init.pieces - 1;
+  while (length > 1) {  // find_segment, a tile at a time
+    const int32_t half = length / 2;
+    ANISO_SIMD
+    for (int32_t j = 0; j < kTile; ++j) t.piece[j] += knots[t.piece[j] + half - 1] <= t.radius[j] ? half : 0;
+    length -= half;
+  }
+  ANISO_SIMD
+  for (int32_t j = 0; j < kTile; ++j) {
+    const int32_t piece = t.piece[j] + (knots[t.piece[j]] <= t.radius[j] ? 1 : 0);
+    t.slope[j] = segments[2 * init.pieces + piece];
+    t.mapped[j] = segments[init.pieces + piece] + (t.radius[j] - segments[piece]) * t.slope[j];
+  }
+}
+
+// Coefficients k of the rebuild, for c^ = (a, b) of one block of one row.
+template <typename P, typename T>
+ANISO_INLINE void store_coefficients(const Initialisation<T>& init, const BlockTile<T>& t, int32_t j, int32_t column,
+                                     const P* projected_row, T a, T b, P* row) {
+  if (init.rank_out == init.rank) {
+    row[column] = narrow<P>(a - init.scalar * t.centred_a[j]);
+    row[column + 1] = narrow<P>(b - init.scalar * t.centred_b[j]);
+    return;
+  }
+  if (init.rank_in != init.rank) {
+    a -= widen(projected_row[init.rank + column]) + init.input_bias[init.rank + column];
+    b -= widen(projected_row[init.rank + column + 1]) + init.input_bias[init.rank + column + 1];
+  }
+  row[column] = narrow<P>(a);
+  row[column + 1] = narrow<P>(b);
+  row[init.rank + column] = narrow<P>(t.centred_a[j]);
+  row[init.rank + column + 1] = narrow<P>(t.centred_b[j]);
+}
+
+// The reverse: gradient at c_t (and p) from the gradient at k, plus what reaches c_t through the block's map.
+template <typename P, typename T>
+ANISO_INLINE void store_projected_gradient(
+    const Initialisation<T>& init, int32_t column, const P* grad_coefficients, T through_a, T through_b, P* grad) {
+  const T grad_a = widen(grad_coefficients[column]), grad_b = widen(grad_coefficients[column + 1]);
+  if (init.rank_out == init.rank) {
+    grad[column] = narrow<P>(through_a - init.scalar * grad_a);
+    grad[column + 1] = narrow<P>(through_b - init.scalar * grad_b);
+    return;
+  }
+  grad[column] = narrow<P>(through_a + widen(grad_coefficients[init.rank + column]));
+  grad[column + 1] = narrow<P>(through_b + widen(grad_coefficients[init.rank + column + 1]));
+  if (init.rank_in != init.rank) {
+    grad[init.rank + column] = narrow<P>(-grad_a);
+    grad[init.rank + column + 1] = narrow<P>(-grad_b);
+  }
+}
+
+// body(tile, block, first row of the tile, rows in it) for every block of every tile.
+template <typename P, typename T, typename Body>
+ANISO_INLINE void for_each_block(const Initialisation<T>& init, int64_t n, const P* projected, const Body& body) {
+  BlockTile<T> tile;
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int32_t rows = int32_t(n - first < kTile ? n - first : kTile);
+    for (int32_t block = 0; block < init.rank / 2; ++block) {
+      load_block(init, projected + first * init.rank_in, block, rows, tile);
+      body(tile, block, first, rows);
+    }
+  }
+}
+
+template <typename P, typename T>
+void correct_map(const Initialisation<T>& init, int64_t n, const P* projected, P* coefficients) {
+  for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
+    for (int32_t j = 0; j < rows; ++j) {
+      const int64_t row = first + j;
+      store_coefficients(init, t, j, 2 * block, projected + row * init.rank_in, t.mapped[j] * t.cos[j],
+                         t.mapped[j] * t.sin[j], coefficients + row * init.rank_out);
+    }
+  });
+}
+
+template <typename P, typename T>
+void correct_map_backward(
+    const Initialisation<T>& init, int64_t n, const P* projected, const P* grad_coefficients, P* grad_projected) {
+  for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
+    for (int32_t j = 0; j < rows; ++j) {
+      const P* grad = grad_coefficients + (first + j) * init.rank_out;
+      T through_a, through_b;
+      map_backward(t.polar(j), Mapped<T>{t.mapped[j], t.slope[j]}, widen(grad[2 * block]), widen(grad[2 * block + 1]),
+                   &through_a, &through_b);
+      store_projected_gradient(
+          init, 2 * block, grad, through_a, through_b, grad_projected + (first + j) * init.rank_in);
+    }
+  });
+}
+
+template <typename P, typename T>
+ANISO_INLINE auto unnormalised_row(const Initialisation<T>& init, const P* rebuilt, const P* y) {
+  const T *scale = init.scale, *offset = init.offset;
+  return [=](int32_t j) { return widen(rebuilt[j]) + scale[j] * widen(y[j]) + offset[j]; };
+}
+
+template <typename S, typename P, typename T>
+void correct_finish(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, T* scratch, S* out) {
+  const int32_t width = init.width;
+  const T shift_squares = init.shift ? dot(init.shift, init.shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto w = unnormalised_row(init, rebuilt + i * width, y + i * width);
+    if (init.shift) {
+      finish_row<true>(w, width, init.shift, shift_squares, scratch, out + i * width);
+    } else {
+      finish_row<false>(w, width, init.shift, shift_squares, scratch, out + i * width);
+    }
+  }
+}
+
+template <typename P, typename T>
+void correct_finish_backward(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, const P* grad,
+                             T* scratch, P* grad_row) {
+  const int32_t width = init.width;
+  const T shift_squares = init.shift ? dot(init.shift, init.shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto w = unnormalised_row(init, rebuilt + i * width, y + i * width);
+    const P* g = grad + i * width;
+    if (init.shift) {
+      finish_row_backward<true>(w, width, init.shift, shift_squares, g, scratch, grad_row + i * width);
+    } else {
+      finish_row_backward<false>(w, width, init.shift, shift_squares, g, scratch, grad_row + i * width);
+    }
+  }
+}
+
+template <typename S, typename P, typename T>
+void add_scaled(const Initialisation<T>& init, int64_t n, const P* back_projected, const P* grad_row, S* grad_y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = i * init.width;
+    ANISO_SIMD
+    for (int32_t j = 0; j < init.width; ++j) {
+      grad_y[at + j] = narrow<S>(widen(back_projected[at + j]) + init.scale[j] * widen(grad_row[at + j]));
+    }
+  }
+}
+
+template <typename S, typename P, typename T>
+void encode_map(const Initialisation<T>& init, int64_t n, const P* projected, P* coefficients, S* out) {
+  const int32_t blocks = init.rank / 2;
+  const int64_t stride = 3 * blocks + init.width;
+  for_each_block(init, n, projected, [&](BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
+    T log_radius[kTile];
+    ANISO_SIMD
+    for (int32_t j = 0; j < kTile; ++j) log_radius[j] = log_of(t.mapped[j]);
+    for (int32_t j = 0; j < rows; ++j) {
+      const int64_t row = first + j;
+      S* state = out + row * stride + block;
+      state[0] = narrow<S>(t.sin[j]);
+      state[blocks] = narrow<S>(t.cos[j]);
+      state[2 * blocks] = narrow<S>(log_radius[j]);
+      store_coefficients(init, t, j, 2 * block, projected + row * init.rank_in, T(0), T(0),
+                         coefficients + row * init.rank_out);
+    }
+  });
+}
+
+template <typename S, typename P, typename T>
+void encode_finish(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, S* out) {
+  const int64_t polar_columns = init.rank / 2 * 3;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v0 = unnormalised_row(init, rebuilt + i * init.width, y + i * init.width);
+    S* row = out + i * (polar_columns + init.width) + polar_columns;
+    ANISO_SIMD
+    for (int32_t j = 0; j < init.width; ++j) row[j] = narrow<S>(v0(j));
+  }
+}
+
+template <typename P, typename T>
+void encode_map_backward(const Initialisation<T>& init, int64_t n, const P* projected, const P* grad_polar, int64_t stride,
+                         const P* grad_coefficients, P* grad_projected) {
+  const int32_t blocks = init.rank / 2;
+  for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
+    for (int32_t j = 0; j < rows; ++j) {
+      const P* grad = grad_polar + (first + j) * stride + block;
+      const T turn = widen(grad[0]) * t.cos[j] - widen(grad[blocks]) * t.sin[j];
+      const bool at_origin = t.inverse_length[j] == T(0);
+      const T stretch = at_origin ? T(0)
+                                  : widen(grad[2 * blocks]) * t.slope[j] /
+                                        (t.mapped[j] * t.radius[j] * t.inverse_length[j]);
+      const T across = turn * t.inverse_length[j];
+      store_projected_gradient(init, 2 * block, grad_coefficients + (first + j) * init.rank_out,
+                               t.cos[j] * stretch - t.sin[j] * across, t.sin[j] * stretch + t.cos[j] * across,
+                               grad_projected + (first + j) * init.rank_in);
+    }
+  });
+}

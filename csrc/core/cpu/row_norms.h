@@ -1,0 +1,88 @@
+// Normalise, calibrate, normalise, and the gradient of that; included once per instruction set.
+//
+//   n = max(|w|, floor)   e' = w/n   h = e' + g   e = h/|h|        g = shift = m_t - m_hat; without g, e = e'
+//
+// |h|^2 = |w|^2/n^2 + 2 w.g/n + |g|^2 comes from sums of the first pass, so that a row is written once. Its relative error
+// is at most 3 eps (1 + |g|)^2/|h|^2: harmless unless the calibration nearly cancels the row.
+
+template <typename T>
+struct RowScales {
+  T inverse;        // 1/n
+  T outer;          // 1/|h|, 1 without a shift
+  T unit_squared;   // |e'|^2
+  T unit_dot_shift; // e'.g
+};
+
+template <bool kShift, typename T>
+ANISO_INLINE RowScales<T> row_scales(T squares, T dot_shift, T shift_squares) {
+  const T norm = std::sqrt(squares);
+  RowScales<T> s;
+  s.inverse = T(1) / (norm < T(kNormFloor) ? T(kNormFloor) : norm);
+  s.unit_squared = squares * s.inverse * s.inverse;
+  s.unit_dot_shift = dot_shift * s.inverse;
+  s.outer = T(1);
+  if (kShift) {
+    const T length = std::sqrt(s.unit_squared + T(2) * s.unit_dot_shift + shift_squares);
+    s.outer = T(1) / (length < T(kNormFloor) ? T(kNormFloor) : length);
+  }
+  return s;
+}
+
+template <typename T>
+ANISO_INLINE T dot(const T* a, const T* b, int32_t length) {
+  T sum = T(0);
+  ANISO_SIMD_SUM(sum)
+  for (int32_t j = 0; j < length; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+// w is a functor j -> w_j; the row is kept in scratch between the passes.
+template <bool kShift, typename S, typename T, typename Row>
+ANISO_INLINE void finish_row(const Row& w, int32_t width, const T* shift, T shift_squares, T* scratch, S* out) {
+  T squares = T(0), dot_shift = T(0);
+  ANISO_SIMD_SUM(squares, dot_shift)
+  for (int32_t j = 0; j < width; ++j) {
+    const T value = w(j);
+    scratch[j] = value;
+    squares += value * value;
+    if (kShift) dot_shift += value * shift[j];
+  }
+  const RowScales<T> s = row_scales<kShift>(squares, dot_shift, shift_squares);
+  const T row_factor = s.inverse * s.outer;
+  ANISO_SIMD
+  for (int32_t j = 0; j < width; ++j) {
+    const T value = kShift ? scratch[j] * row_factor + shift[j] * s.outer : scratch[j] * row_factor;
+    out[j] = narrow<S>(value);
+  }
+}
+
+template <bool kShift, typename P, typename T, typename Row>
+ANISO_INLINE void finish_row_backward(
+    const Row& w, int32_t width, const T* shift, T shift_squares, const P* grad, T* scratch, P* grad_row) {
+  T squares = T(0), dot_shift = T(0), dot_grad = T(0), grad_shift = T(0);
+  ANISO_SIMD_SUM(squares, dot_shift, dot_grad, grad_shift)
+  for (int32_t j = 0; j < width; ++j) {
+    const T value = w(j), g = widen(grad[j]);
+    scratch[j] = value;
+    squares += value * value;
+    dot_grad += value * g;
+    if (kShift) {
+      dot_shift += value * shift[j];
+      grad_shift += g * shift[j];
+    }
+  }
+  const RowScales<T> s = row_scales<kShift>(squares, dot_shift, shift_squares);
+  const T unit_dot_grad = dot_grad * s.inverse;
+  // Gradient at e' is outer * grad - radial * h; at w it loses its part along e' as well.
+  const T radial = kShift ? (unit_dot_grad + grad_shift) * s.outer * s.outer * s.outer : T(0);
+  const T along = s.outer * unit_dot_grad - radial * (s.unit_squared + s.unit_dot_shift);
+  const T grad_factor = s.inverse * s.outer;
+  const T row_factor = s.inverse * s.inverse * (radial + along);
+  const T shift_factor = s.inverse * radial;
+  ANISO_SIMD
+  for (int32_t j = 0; j < width; ++j) {
+    T value = widen(grad[j]) * grad_factor - scratch[j] * row_factor;
+    if (kShift) value -= shift[j] * shift_factor;
+    grad_row[j] = narrow<P>(value);
+  }
+}

@@ -1,0 +1,371 @@
+// CPU operators: check -> parameters -> chunks of rows, each projected, mapped, rebuilt and finished while it is in cache.
+#include "cpu_ops.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "aniso/row_kernels.h"
+#include "products.h"
+
+namespace aniso_torch {
+namespace {
+
+using aniso::BFloat16;
+using aniso::Float16;
+using aniso::RowKernels;
+using aniso::Working;
+
+// Large enough for the products to run near their peak, small enough for the chunks between them to stay in cache.
+constexpr int64_t kChunkRows = 256;
+
+int64_t chunk_rows(int64_t rows) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t share = (rows + threads - 1) / threads;
+  return std::clamp<int64_t>((share + 31) / 32 * 32, 32, kChunkRows);
+}
+
+// body(first row, rows) over chunks, on all threads. A single chunk stays on the caller's thread, where the products may
+// use every thread themselves.
+template <typename Body>
+void for_each_chunk(int64_t rows, const Body& body) {
+  const int64_t size = chunk_rows(rows);
+  torch::stable::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      body(chunk * size, std::min(size, rows - chunk * size));
+    }
+  });
+}
+
+void check_matrix(const Tensor& tensor, const char* name, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, " must be [N, ", columns, "]");
+}
+
+void check_constant(const Tensor& tensor, const char* name, ScalarType dtype, int64_t elements) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
+                  " must be contiguous, of the dtype of the sums, and hold ", elements, " values");
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Rows of a tensor as a contiguous chunk in the products' format: in place where they already are one.
+template <typename S, typename P>
+class Chunks {
+ public:
+  explicit Chunks(const Tensor& tensor)
+      : source_(data<S>(tensor)), columns_(tensor.size(1)), row_stride_(tensor.stride(0)), column_stride_(tensor.stride(1)) {}
+
+  const P* rows(int64_t first, int64_t n, std::vector<P>& buffer) const {
+    const S* source = source_ + first * row_stride_;
+    if constexpr (std::is_same_v<S, P>) {
+      if (column_stride_ == 1 && row_stride_ == columns_) return source;
+    }
+    buffer.resize(size_t(n * columns_));
+    aniso::row_kernels<S, P>().load(source, row_stride_, column_stride_, n, columns_, buffer.data());
+    return buffer.data();
+  }
+
+ private:
+  const S* source_;
+  int64_t columns_, row_stride_, column_stride_;
+};
+
+template <typename T>
+constexpr ScalarType working_dtype() {
+  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+// Operands of `correct` and `encode`, checked; the products point at what they need for their direction.
+template <typename P>
+struct Constants {
+  using T = typename Working<P>::type;
+  aniso::Initialisation<T> init;
+  std::vector<T> scale;  // a scalar complement repeated D times, so that one loop serves both
+
+  Constants(const InitialisationTensors& in, int64_t width) {
+    const int64_t rank = in.target_coordinates.numel(), rank_in = in.input_weight.size(0);
+    const int64_t rank_out = in.output_weight.size(1), pieces = in.segments.dim() == 3 ? in.segments.size(2) : 0;
+    const ScalarType dtype = working_dtype<T>();
+    STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
+    STD_TORCH_CHECK(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
+    STD_TORCH_CHECK(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
+    STD_TORCH_CHECK(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
+                    "the weights do not have the width of the rows, ", width);
+    STD_TORCH_CHECK(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");
+    STD_TORCH_CHECK(pieces >= 3, "segments must be [M, 3, K + 1] with K of at least 2");
+    check_constant(in.input_bias, "input_bias", dtype, rank_in);
+    check_constant(in.target_coordinates, "target_coordinates", dtype, rank);
+    check_constant(in.segments, "segments", dtype, rank / 2 * 3 * pieces);
+    check_constant(in.offset, "offset", dtype, width);
+    check_constant(in.scale, "scale", dtype, in.scale.numel() == 1 ? 1 : width);
+    if (in.shift) check_constant(*in.shift, "shift", dtype, width);
+    const T* scales = data<T>(in.scale);
+    scale.assign(scales, scales + in.scale.numel());
+    scale.resize(size_t(width), scales[0]);
+    init = {int32_t(width),
+            int32_t(rank),
+            int32_t(rank_in),
+            int32_t(rank_out),
+            int32_t(pieces),
+            scales[0],
+            data<T>(in.input_bias),
+            data<T>(in.target_coordinates),
+            data<T>(in.segments),
+            scale.data(),
+            data<T>(in.offset),
+            in.shift ? data<T>(*in.shift) : nullptr};
+  }
+};
+
+template <typename S, typename P>
+void run_correct(const Tensor& y, const InitialisationTensors& in, Tensor& out) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const Constants<P> constants(in, y.size(1));
+  const aniso::Initialisation<T>& init = constants.init;
+  const Chunks<S, P> chunks(y);
+  const Product project(in.input_weight, y.size(0)), rebuild(in.output_weight, y.size(0));
+  S* result = mutable_data<S>(out);
+  for_each_chunk(y.size(0), [&](int64_t first, int64_t n) {
+    std::vector<P> buffer, coefficients(size_t(n * init.rank_out));
+    std::vector<T> scratch(size_t(init.width));
+    const P* rows = chunks.rows(first, n, buffer);
+    const Tensor projected = project(rows, n);
+    kernels.correct_map(init, n, data<P>(projected), coefficients.data());
+    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.correct_finish(init, n, data<P>(rebuilt), rows, scratch.data(), result + first * init.width);
+  });
+}
+
+template <typename S, typename P>
+void run_correct_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in, Tensor& out) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const Constants<P> constants(in, y.size(1));
+  const aniso::Initialisation<T>& init = constants.init;
+  const Chunks<S, P> chunks(y), grads(grad);
+  const int64_t total = y.size(0);
+  const Product project(in.input_weight, total), rebuild(in.output_weight, total);
+  const Product gather(transposed(in.output_weight), total), spread(transposed(in.input_weight), total);
+  S* result = mutable_data<S>(out);
+  for_each_chunk(total, [&](int64_t first, int64_t n) {
+    std::vector<P> buffer, grad_buffer, coefficients(size_t(n * std::max(init.rank_in, init.rank_out)));
+    std::vector<P> grad_row(size_t(n * init.width));
+    std::vector<T> scratch(size_t(init.width));
+    const P* rows = chunks.rows(first, n, buffer);
+    const Tensor projected = project(rows, n);
+    kernels.correct_map(init, n, data<P>(projected), coefficients.data());
+    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.correct_finish_backward(
+        init, n, data<P>(rebuilt), rows, grads.rows(first, n, grad_buffer), scratch.data(), grad_row.data());
+    const Tensor grad_coefficients = gather(grad_row.data(), n);
+    kernels.correct_map_backward(init, n, data<P>(projected), data<P>(grad_coefficients), coefficients.data());
+    const Tensor back_projected = spread(coefficients.data(), n);
+    kernels.add_scaled(init, n, data<P>(back_projected), grad_row.data(), result + first * init.width);
+  });
+}
+
+template <typename S, typename P>
+void run_encode(const Tensor& y, const InitialisationTensors& in, Tensor& out) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const Constants<P> constants(in, y.size(1));
+  const aniso::Initialisation<T>& init = constants.init;
+  const Chunks<S, P> chunks(y);
+  const Product project(in.input_weight, y.size(0)), rebuild(in.output_weight, y.size(0));
+  S* result = mutable_data<S>(out);
+  for_each_chunk(y.size(0), [&](int64_t first, int64_t n) {
+    std::vector<P> buffer, coefficients(size_t(n * init.rank_out));
+    const P* rows = chunks.rows(first, n, buffer);
+    S* state = result + first * out.size(1);
+    const Tensor projected = project(rows, n);
+    kernels.encode_map(init, n, data<P>(projected), coefficients.data(), state);
+    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.encode_finish(init, n, data<P>(rebuilt), rows, state);
+  });
+}
+
+template <typename S, typename P>
+void run_encode_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in, Tensor& out) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const Constants<P> constants(in, y.size(1));
+  const aniso::Initialisation<T>& init = constants.init;
+  const int64_t total = y.size(0), polar_columns = init.rank / 2 * 3, columns = polar_columns + init.width;
+  const Chunks<S, P> chunks(y), grads(grad);
+  const Product project(in.input_weight, total);
+  const Product gather(transposed(in.output_weight), total), spread(transposed(in.input_weight), total);
+  S* result = mutable_data<S>(out);
+  for_each_chunk(total, [&](int64_t first, int64_t n) {
+    std::vector<P> buffer, grad_buffer, grad_v0(size_t(n * init.width)), grad_projected(size_t(n * init.rank_in));
+    const Tensor projected = project(chunks.rows(first, n, buffer), n);
+    const P* grad_state = grads.rows(first, n, grad_buffer);
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(grad_state + i * columns + polar_columns, init.width, grad_v0.data() + i * init.width);
+    }
+    const Tensor grad_coefficients = gather(grad_v0.data(), n);
+    kernels.encode_map_backward(init, n, data<P>(projected), grad_state, columns, data<P>(grad_coefficients),
+                                grad_projected.data());
+    const Tensor back_projected = spread(grad_projected.data(), n);
+    kernels.add_scaled(init, n, data<P>(back_projected), grad_v0.data(), result + first * init.width);
+  });
+}
+
+template <typename P>
+aniso::Update<typename Working<P>::type> checked_update(const UpdateArguments& in, const Tensor& state, const Tensor& deltas) {
+  using T = typename Working<P>::type;
+  const int64_t width = in.basis.size(0), rank = in.basis.size(1);
+  STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
+  check_matrix(state, "state", rank / 2 * 3 + width);
+  check_matrix(deltas, "deltas", rank + width);
+  STD_TORCH_CHECK(state.size(0) == deltas.size(0), "state and deltas differ in rows");
+  STD_TORCH_CHECK(state.scalar_type() == deltas.scalar_type(), "state and deltas differ in dtype");
+  if (in.shift) check_constant(*in.shift, "shift", working_dtype<T>(), width);
+  return {int32_t(width), int32_t(rank), T(in.a_theta), T(in.a_rho), T(in.a_v), in.project,
+          in.shift ? data<T>(*in.shift) : nullptr};
+}
+
+template <typename S, typename P>
+void run_decode(const Tensor& state, const Tensor& deltas, const UpdateArguments& in, Tensor& out) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const aniso::Update<T> update = checked_update<P>(in, state, deltas);
+  const Chunks<S, P> states(state), moves(deltas);
+  const int64_t total = state.size(0);
+  const Product project(transposed(in.basis), total), rebuild(in.basis, total);
+  S* result = mutable_data<S>(out);
+  for_each_chunk(total, [&](int64_t first, int64_t n) {
+    std::vector<P> state_buffer, delta_buffer, step(size_t(n * update.width)), coefficients(size_t(n * update.rank));
+    std::vector<T> scratch(size_t(update.width));
+    const P* state_rows = states.rows(first, n, state_buffer);
+    const P* delta_rows = moves.rows(first, n, delta_buffer);
+    kernels.decode_step(update, n, delta_rows, step.data());
+    const std::optional<Tensor> leak = update.project ? std::optional(project(step.data(), n)) : std::nullopt;
+    kernels.decode_map(update, n, state_rows, delta_rows, leak ? data<P>(*leak) : nullptr, coefficients.data());
+    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.decode_finish(
+        update, n, data<P>(rebuilt), state_rows, step.data(), scratch.data(), result + first * update.width);
+  });
+}
+
+template <typename S, typename P>
+void run_decode_backward(const Tensor& grad, const Tensor& state, const Tensor& deltas, const UpdateArguments& in,
+                         Tensor& grad_state, Tensor& grad_deltas) {
+  using T = typename Working<P>::type;
+  const RowKernels<S, P>& kernels = aniso::row_kernels<S, P>();
+  const aniso::Update<T> update = checked_update<P>(in, state, deltas);
+  const Chunks<S, P> states(state), moves(deltas), grads(grad);
+  const int64_t total = state.size(0);
+  const Product project(transposed(in.basis), total), rebuild(in.basis, total);
+  S *state_result = mutable_data<S>(grad_state), *delta_result = mutable_data<S>(grad_deltas);
+  for_each_chunk(total, [&](int64_t first, int64_t n) {
+    std::vector<P> state_buffer, delta_buffer, grad_buffer, step(size_t(n * update.width));
+    std::vector<P> coefficients(size_t(n * update.rank)), grad_row(size_t(n * update.width));
+    std::vector<T> scratch(size_t(update.width));
+    const P* state_rows = states.rows(first, n, state_buffer);
+    const P* delta_rows = moves.rows(first, n, delta_buffer);
+    kernels.decode_step(update, n, delta_rows, step.data());
+    const std::optional<Tensor> step_leak = update.project ? std::optional(project(step.data(), n)) : std::nullopt;
+    kernels.decode_map(update, n, state_rows, delta_rows, step_leak ? data<P>(*step_leak) : nullptr, coefficients.data());
+    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.decode_finish_backward(update, n, data<P>(rebuilt), state_rows, step.data(), grads.rows(first, n, grad_buffer),
+                                   scratch.data(), grad_row.data());
+    const Tensor grad_coefficients = project(grad_row.data(), n);
+    const std::optional<Tensor> leak =
+        update.project ? std::optional(rebuild(grad_coefficients.const_data_ptr(), n)) : std::nullopt;
+    kernels.decode_backward(update, n, state_rows, delta_rows, data<P>(grad_coefficients), grad_row.data(),
+                            leak ? data<P>(*leak) : nullptr, state_result + first * state.size(1),
+                            delta_result + first * deltas.size(1));
+  });
+}
+
+// Calls run.template operator()<S, P>() for the storage dtype of the rows and the dtype of the product weights.
+template <typename Run>
+void dispatch(const Tensor& rows, const Tensor& weight, const Run& run) {
+  const ScalarType storage = rows.scalar_type(), product = weight.scalar_type();
+  if (storage == ScalarType::Double && product == ScalarType::Double) {
+    run(double{}, double{});
+  } else if (storage == ScalarType::Float && product == ScalarType::Float) {
+    run(float{}, float{});
+  } else if (storage == ScalarType::Half && product == ScalarType::Float) {
+    run(Float16{}, float{});
+  } else if (storage == ScalarType::BFloat16 && product == ScalarType::Float) {
+    run(BFloat16{}, float{});
+  } else if (storage == ScalarType::BFloat16 && product == ScalarType::BFloat16) {
+    run(BFloat16{}, BFloat16{});
+  } else {
+    STD_TORCH_CHECK(false, "no CPU kernel for this pair of row and weight dtypes");
+  }
+}
+
+Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns) {
+  return torch::stable::new_empty(like, {rows, columns});
+}
+
+void check_grad(const Tensor& grad, const Tensor& rows, int64_t columns) {
+  check_matrix(grad, "grad", columns);
+  STD_TORCH_CHECK(grad.size(0) == rows.size(0), "grad differs from the rows in length");
+  STD_TORCH_CHECK(grad.scalar_type() == rows.scalar_type(), "grad differs from the rows in dtype");
+}
+
+}  // namespace
+
+Tensor correct(const Tensor& y, const InitialisationTensors& in) {
+  check_matrix(y, "y", in.output_weight.size(0));
+  Tensor out = empty_rows(y, y.size(0), y.size(1));
+  dispatch(y, in.input_weight, [&](auto s, auto p) { run_correct<decltype(s), decltype(p)>(y, in, out); });
+  return out;
+}
+
+Tensor correct_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in) {
+  check_matrix(y, "y", in.output_weight.size(0));
+  check_grad(grad, y, y.size(1));
+  Tensor out = empty_rows(y, y.size(0), y.size(1));
+  dispatch(y, in.input_weight, [&](auto s, auto p) { run_correct_backward<decltype(s), decltype(p)>(grad, y, in, out); });
+  return out;
+}
+
+Tensor encode(const Tensor& y, const InitialisationTensors& in) {
+  check_matrix(y, "y", in.output_weight.size(0));
+  Tensor out = empty_rows(y, y.size(0), in.target_coordinates.numel() / 2 * 3 + y.size(1));
+  dispatch(y, in.input_weight, [&](auto s, auto p) { run_encode<decltype(s), decltype(p)>(y, in, out); });
+  return out;
+}
+
+Tensor encode_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in) {
+  check_matrix(y, "y", in.output_weight.size(0));
+  check_grad(grad, y, in.target_coordinates.numel() / 2 * 3 + y.size(1));
+  Tensor out = empty_rows(y, y.size(0), y.size(1));
+  dispatch(y, in.input_weight, [&](auto s, auto p) { run_encode_backward<decltype(s), decltype(p)>(grad, y, in, out); });
+  return out;
+}
+
+Tensor decode(const Tensor& state, const Tensor& deltas, const UpdateArguments& in) {
+  Tensor out = empty_rows(state, state.size(0), in.basis.size(0));
+  dispatch(state, in.basis, [&](auto s, auto p) { run_decode<decltype(s), decltype(p)>(state, deltas, in, out); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> decode_backward(
+    const Tensor& grad, const Tensor& state, const Tensor& deltas, const UpdateArguments& in) {
+  check_grad(grad, state, in.basis.size(0));
+  Tensor grad_state = empty_rows(state, state.size(0), state.size(1));
+  Tensor grad_deltas = empty_rows(deltas, deltas.size(0), deltas.size(1));
+  dispatch(state, in.basis, [&](auto s, auto p) {
+    run_decode_backward<decltype(s), decltype(p)>(grad, state, deltas, in, grad_state, grad_deltas);
+  });
+  return {grad_state, grad_deltas};
+}
+
+}  // namespace aniso_torch
