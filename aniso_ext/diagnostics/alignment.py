@@ -1,0 +1,226 @@
+"""What a transform did: closeness to the target, faithfulness to the source, and mixing (METHOD section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from aniso_ext.diagnostics import spectra
+from aniso_ext.diagnostics.consistency import exact_psi as correlate_all_pairs
+from aniso_ext.diagnostics.consistency import phi_bound, sampled_psi
+from aniso_ext.diagnostics.mixing import mixing, mixing_expectation
+from aniso_ext.diagnostics.neighbours import Corpus, Neighbours, nearest, overlap, recall, unit_rows
+from aniso_ext.diagnostics.report import Report, emit, format_report
+from aniso_ext.diagnostics.rows import choose_rows, load, open_paired
+from aniso_ext.errors import InputError
+
+UNIT_TOLERANCE = 1e-2
+ROWS_PER_DIMENSION = 4
+CHANCE_OVERLAP = 0.05
+TIED_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class AlignmentReport(Report):
+    """Numbers of METHOD section 1 on ``n`` held-out pairs after a transform; see :func:`alignment`."""
+
+    n: int
+    n_available: int
+    width: int
+    k: int
+    delta_mu: float
+    phi: float
+    phi_bound: float
+    phi_bound_output: float
+    psi: float
+    psi_pairs: int
+    omega: float
+    omega_chance: float
+    omega_tied: float
+    m_z: float
+    m_x: float
+    mixing_expectation: float
+    a_r: float
+    a_r_centred: float
+    paired_cosine: float
+    recall_at_1: float
+    recall_at_10: float
+    spectrum: tuple[float, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            ("Delta_mu", self.delta_mu, "distance of the output mean from the target mean"),
+            ("Phi", self.phi, f"mean y.z (at most {self.phi_bound:.3f} once the means agree)"),
+            ("Psi", self.psi, f"correlation of pairwise similarities, {self.psi_pairs} pairs"),
+            (f"Omega_{self.k}", self.omega, f"neighbours kept (by chance: {self.omega_chance:.3f})"),
+            ("M_Z", self.m_z, "penetration: label entropy around outputs, 1 = mixed"),
+            ("M_X", self.m_x, "coverage: label entropy around targets, 1 = mixed"),
+            ("A_r", self.a_r, f"anisotropy of x - z, uncentred (centred: {self.a_r_centred:.2f})"),
+            ("cosine", self.paired_cosine, "mean cosine of x_i and z_i"),
+            ("R@1", self.recall_at_1, "z_i finds x_i first"),
+            ("R@10", self.recall_at_10, "z_i finds x_i among ten"),
+        ]
+        chosen = "" if self.n == self.n_available else f" sampled from {self.n_available}"
+        return format_report(f"alignment of {self.n} pairs{chosen}, width {self.width}", lines, self.warnings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the numbers are taken: neighbours, random pairs of Psi (None: all pairs, exact), seed."""
+
+    k: int = 20
+    psi_pairs: int | None = 1_000_000
+    seed: int = 0
+
+
+def alignment(
+    source: Any,
+    target: Any,
+    transformed: Any,
+    *,
+    k: int = 20,
+    max_pairs: int | None = 10_000,
+    n_random_pairs: int = 1_000_000,
+    exact_psi: bool = False,
+    seed: int = 0,
+) -> AlignmentReport:
+    """Measure a transform z = T(y) on held-out pairs (METHOD section 1).
+
+    With y_i in ``source``, x_i in ``target``, z_i in ``transformed``::
+
+        delta_mu = ||m_z - m_x||      phi = mean y_i.z_i      psi = corr(y_i.y_j, z_i.z_j), i != j
+        omega = mean |kNN_Y(i) & kNN_Z(i)| / k                paired_cosine = mean cos(x_i, z_i)
+        m_z, m_x = mean H2(share of targets among the kNN in X u Z), over z or x, divided by mixing_expectation
+        a_r = lambda_max D / tr of E[(x - z)(x - z)^T], uncentred; a_r_centred of the covariance
+        recall_at_1, recall_at_10: x_i among the nearest targets of z_i
+        phi_bound = largest phi of unit rows with output mean m_x; phi_bound_output with output mean m_z
+
+    Neighbours are exact, by cosine, without the row itself (by index). Similarities within 1e-6 are ties (copies of a
+    row): they go to the lower index, in the union of the mixing to a seeded order; recall counts ties at their expected
+    share. omega_tied is the share of source rows that have ties at their k-th neighbour.
+
+    Args:
+        source, target, transformed: [N, D] arrays or tensors (float16 to float64, bfloat16), opened embedding sets,
+            or paths; row i of all three belongs to pair i.
+        k: neighbours of omega and mixing.
+        max_pairs: above this many pairs, a uniform sample drawn with ``seed`` is measured; None takes all. Time grows
+            with the square of the pairs, memory linearly (about 24 D bytes a pair and set).
+        n_random_pairs: pairs behind psi.
+        exact_psi: psi over all pairs i != j instead: no sampling error, and at D below a few thousand also faster.
+        seed: of the sample, the random pairs and the tie order.
+
+    Raises:
+        InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
+
+    Warns:
+        DiagnosticsWarning: too few rows for D or k, or rows that are not unit vectors; also in ``report.warnings``.
+
+    Source: METHOD section 1, table "after a transform", and known fact (a).
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> y = rng.normal(size=(500, 8)); y /= np.linalg.norm(y, axis=1, keepdims=True)
+        >>> x = rng.normal(size=(500, 8)); x /= np.linalg.norm(x, axis=1, keepdims=True)
+        >>> report = alignment(y, x, y, k=5)
+        >>> round(report.phi, 6), round(report.psi, 6), report.omega
+        (1.0, 1.0, 1.0)
+    """
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+    if max_pairs is not None and max_pairs <= k:
+        raise InputError(f"max_pairs = {max_pairs} must exceed k = {k}")
+    if not exact_psi and n_random_pairs < 2:
+        raise InputError(f"n_random_pairs must be at least 2, got {n_random_pairs}: or pass exact_psi=True")
+    opened = open_paired(minimum=max(3, k + 1), source=source, target=target, transformed=transformed)
+    chosen = choose_rows(opened[0].count, max_pairs, seed)
+    y, x, z = (load(rows, chosen) for rows in opened)
+    settings = Settings(k=k, psi_pairs=None if exact_psi else n_random_pairs, seed=seed)
+    report = replace(measure(y, x, z, settings), n_available=opened[0].count)
+    emit(report.warnings)
+    return report
+
+
+def measure(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    settings: Settings,
+    *,
+    source_neighbours: Neighbours | None = None,
+) -> AlignmentReport:
+    """The report of float64 rows [n, D] in memory; ``source_neighbours`` saves a repeated search."""
+    count, width = x.shape
+    k = settings.k
+    source_mean, target_mean, output_mean = y.mean(dim=0), x.mean(dim=0), z.mean(dim=0)
+    residual = x - z
+    spectrum = spectra.eigenvalues(spectra.second_moment(residual))
+    centred_spectrum = spectra.eigenvalues(spectra.covariance(residual))
+    if settings.psi_pairs is None:
+        psi, psi_pairs = correlate_all_pairs(y, z), count * (count - 1)
+    else:
+        psi, psi_pairs = sampled_psi(y, z, settings.psi_pairs, settings.seed), settings.psi_pairs
+    if source_neighbours is None:
+        source_neighbours = nearest(Corpus(y), k)
+    outputs = Corpus(z)
+    omega = overlap(source_neighbours, nearest(outputs, k))
+    recall_at_1, recall_at_10 = recall(outputs, Corpus(x), (1, 10))
+    del outputs
+    m_z, m_x = mixing(x, z, k=k, seed=settings.seed)
+    return AlignmentReport(
+        n=count,
+        n_available=count,
+        width=width,
+        k=k,
+        delta_mu=float((output_mean - target_mean).norm()),
+        phi=float((y * z).sum(dim=1).mean()),
+        phi_bound=phi_bound(source_mean, target_mean),
+        phi_bound_output=phi_bound(source_mean, output_mean),
+        psi=psi,
+        psi_pairs=psi_pairs,
+        omega=omega,
+        omega_chance=k / (count - 1),
+        omega_tied=source_neighbours.tied / count,
+        m_z=m_z,
+        m_x=m_x,
+        mixing_expectation=mixing_expectation(count, k),
+        a_r=spectra.anisotropy(spectrum),
+        a_r_centred=spectra.anisotropy(centred_spectrum),
+        paired_cosine=float((unit_rows(x) * unit_rows(z)).sum(dim=1).mean()),
+        recall_at_1=recall_at_1,
+        recall_at_10=recall_at_10,
+        spectrum=tuple(spectrum.tolist()),
+        warnings=_warnings(k, source_neighbours.tied, {"source": y, "target": x, "transformed": z}),
+    )
+
+
+def _warnings(k: int, tied: int, named: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    count, width = named["target"].shape
+    found = []
+    if count < ROWS_PER_DIMENSION * width:
+        found.append(
+            f"{count} pairs are few for width {width}: isotropic x - z would read a_r = "
+            f"{spectra.isotropic_anisotropy(count, width):.2f} instead of 1"
+        )
+    if k > CHANCE_OVERLAP * (count - 1):
+        found.append(
+            f"k = {k} neighbours are many for {count} pairs: unrelated spaces would share omega = {k / (count - 1):.2f}"
+        )
+    if tied > TIED_SHARE * count:
+        found.append(
+            f"{tied} of {count} source rows have ties (copies of rows) at their neighbour {k}: omega counts ties as "
+            "kept where they can be, an arbitrary order would read lower"
+        )
+    for name, rows in named.items():
+        norms = rows.norm(dim=1)
+        if zero := int((norms == 0).sum()):
+            found.append(f"{name} has {zero} zero rows: their cosines are taken as 0")
+        if stray := int((((norms - 1).abs() > UNIT_TOLERANCE) & (norms > 0)).sum()):
+            found.append(
+                f"{name} has {stray} rows that are not unit vectors: phi, psi, delta_mu and a_r depend on their "
+                "lengths and the bounds of phi do not hold; neighbours, recall and paired_cosine use cosines"
+            )
+    return tuple(found)

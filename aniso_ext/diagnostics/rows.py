@@ -1,0 +1,118 @@
+"""Reading embeddings for measurement: arrays, tensors, opened sets or paths become float64 rows, checked on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aniso_ext.errors import InputError
+
+BATCH_ROWS = 8192
+
+
+class Rows:
+    """A named [N, D] matrix of floating numbers that is read in pieces, as float64 on the CPU."""
+
+    def __init__(self, name: str, source: Any, shape: Sequence[int]) -> None:
+        if len(shape) != 2:
+            raise InputError(f"{name} must be [N, D], got shape {list(shape)}: pass one embedding a row")
+        self.name = name
+        self.count, self.width = int(shape[0]), int(shape[1])
+        if self.width == 0:
+            raise InputError(f"{name} has width 0: pass embeddings")
+        self._source = source
+
+    def read(self, rows: slice | np.ndarray) -> torch.Tensor:
+        """The rows of a slice or of an index array, [n, D] float64; a non-finite one is an :class:`InputError`."""
+        source = self._source
+        if isinstance(source, torch.Tensor):
+            piece = source[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(source.device)]
+            values = piece.detach().to(device="cpu", dtype=torch.float64).contiguous()
+        else:
+            array = source[rows] if isinstance(source, np.ndarray) else source.read(rows)
+            values = torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+        self._check_finite(values, rows)
+        return values
+
+    def batches(self, batch_rows: int = BATCH_ROWS) -> Iterator[torch.Tensor]:
+        """All rows in order, at most ``batch_rows`` at a time."""
+        for start in range(0, self.count, batch_rows):
+            yield self.read(slice(start, min(start + batch_rows, self.count)))
+
+    def _check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
+        bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten()
+        if bad.numel():
+            first = int(bad[0])
+            row = (rows.start or 0) + first if isinstance(rows, slice) else int(rows[first])
+            raise InputError(
+                f"{self.name} has non-finite values, first in row {row} ({bad.numel()} such rows among "
+                f"{values.shape[0]} read): drop or mend them on all sides of the pairs"
+            )
+
+
+def open_rows(name: str, value: Any) -> Rows:
+    """Wrap one argument.
+
+    ``value`` is a NumPy array or torch tensor [N, D] of a floating dtype, an opened embedding set, or a path that
+    ``aniso_ext.data.open_embeddings`` understands.
+
+    Raises:
+        InputError: it is none of these, is not two-dimensional, or is not of a floating dtype.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        from aniso_ext.data import open_embeddings
+
+        value = open_embeddings(value)
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise InputError(f"{name} is {value.dtype}: convert it to float16, bfloat16, float32 or float64")
+        return Rows(name, value, value.shape)
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f" or value.dtype.itemsize > 8:
+            raise InputError(f"{name} is {value.dtype}: convert it to float16, float32 or float64")
+        return Rows(name, value, value.shape)
+    if all(hasattr(value, attribute) for attribute in ("read", "rows", "width")):
+        return Rows(name, value, (value.rows, value.width))
+    raise InputError(
+        f"{name} is a {type(value).__name__}: pass a NumPy array, a torch tensor, an opened embedding set or a path"
+    )
+
+
+def open_paired(*, minimum: int, **values: Any) -> tuple[Rows, ...]:
+    """Wrap arguments whose rows belong together, and check that they do.
+
+    Raises:
+        InputError: rows or widths differ, or there are fewer than ``minimum`` rows.
+    """
+    opened = tuple(open_rows(name, value) for name, value in values.items())
+    first = opened[0]
+    for other in opened[1:]:
+        if other.width != first.width:
+            raise InputError(
+                f"{first.name} has width {first.width} but {other.name} has width {other.width}: "
+                "all must come from one embedding space"
+            )
+        if other.count != first.count:
+            raise InputError(
+                f"{first.name} has {first.count} rows but {other.name} has {other.count}: "
+                "row i of each must belong to the same pair"
+            )
+    if first.count < minimum:
+        raise InputError(f"{first.count} pairs are too few: at least {minimum} are needed")
+    return opened
+
+
+def choose_rows(count: int, max_rows: int | None, seed: int) -> np.ndarray | None:
+    """Sorted indices of a seeded uniform sample without replacement, or None when all rows are taken."""
+    if max_rows is None or count <= max_rows:
+        return None
+    return np.sort(np.random.default_rng(seed).choice(count, size=max_rows, replace=False))
+
+
+def load(rows: Rows, chosen: np.ndarray | None) -> torch.Tensor:
+    """The chosen rows (None: all of them) in memory, [n, D] float64."""
+    return rows.read(slice(0, rows.count) if chosen is None else chosen)
