@@ -37,7 +37,7 @@ class RadiusSketch:
 
     Error: for every level q, ``|Q_sketch(q) - Q(q)| <= relative_error * Q(q)`` with Q the linear-interpolation quantile
     of all radii seen (``numpy.quantile``) and ``relative_error = 2^-p + 2^-23`` (bin width; rounding of float64 radii
-    to float32); below 2^-40 the error is at most 2^-40 absolute. q = 0 and q = 1 are exact. Proof: each of the two order
+    to float32); below 2^-40 the error is at most 2^-40 absolute. q = 0 and q = 1 are exact. Why: each of the two order
     statistics that the quantile interpolates is estimated inside its own bin, and interpolation keeps the bound.
 
     Args:

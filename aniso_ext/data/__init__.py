@@ -1,0 +1,12 @@
+"""Embedding sets on disk: folders of .npy, parquet or .safetensors shards, and the clip-retrieval layout.
+
+Reading needs memory for one batch, whatever the size of the set. Every file that cannot be used is a
+:class:`~aniso_ext.errors.DataError` of one line: file, reason, remedy. Pickles are never loaded.
+"""
+
+from aniso_ext.data.clip_retrieval import read_metadata, write_clip_retrieval
+from aniso_ext.data.embedding_set import EmbeddingSet, open_embeddings
+from aniso_ext.data.shards import Shard
+from aniso_ext.data.writer import EmbeddingWriter
+
+__all__ = ["EmbeddingSet", "EmbeddingWriter", "Shard", "open_embeddings", "read_metadata", "write_clip_retrieval"]

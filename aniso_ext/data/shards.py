@@ -1,0 +1,176 @@
+"""One file (or array) of embeddings: what it holds and how its rows are read."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from aniso_ext.data.dtypes import array_dtype, item_bytes, widen_bfloat16
+from aniso_ext.errors import DataError
+
+SAMPLED_ROWS = 256
+SAMPLED_BYTES = 4 << 20
+"""A fingerprint reads the whole shard up to this size, and evenly spaced pieces of a larger one."""
+
+
+def unusable(path: object, reason: str, remedy: str) -> DataError:
+    """The one-line error of a file or folder that cannot be used."""
+    text = f"{path}: {reason}: {remedy}"
+    return DataError(" ".join(text.split()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [rows, width] of one file, read in bounded batches.
+
+    ``dtype`` is what batches have, ``stored_dtype`` what the file has; they differ for bfloat16 only (handed out as
+    float32). ``path`` is None for an array in memory.
+    """
+
+    name: str
+    path: Path | None
+    format: str
+    rows: int
+    width: int
+    stored_dtype: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return array_dtype(self.stored_dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers as stored."""
+        return self.rows * self.width * item_bytes(self.stored_dtype)
+
+    def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Rows start..stop in order as writable C-ordered arrays of at most ``batch_rows`` rows."""
+        raise NotImplementedError
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The rows at ascending or unordered non-negative indices, [len(rows), width]."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """SHA-256 of shape, stored dtype and all rows (up to 4 MiB) or 256 evenly spaced ones."""
+        digest = hashlib.sha256(f"{self.rows}:{self.width}:{self.stored_dtype}:".encode())
+        if self.nbytes <= SAMPLED_BYTES:
+            for batch in self.batches(0, self.rows, max(1, self.rows)):
+                digest.update(batch.data)
+        else:
+            count = min(self.rows, SAMPLED_ROWS)
+            digest.update(self.take(np.linspace(0, self.rows - 1, count).astype(np.int64)).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class MemoryShard(Shard):
+    """An array that is already in memory."""
+
+    array: np.ndarray = field(repr=False, compare=False)
+
+    def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        for first in range(start, stop, batch_rows):
+            yield np.array(self.array[first : min(first + batch_rows, stop)], order="C")
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(self.array[rows])
+
+
+@dataclass(frozen=True)
+class RawShard(Shard):
+    """A matrix that lies uncompressed in a file (.npy, .safetensors), from byte ``offset`` on.
+
+    Consecutive rows are read with ordinary reads into a fresh array: the pages never count as this process's memory,
+    and a file that shrinks meanwhile is an error instead of a bus error. Scattered rows and Fortran-ordered files go
+    through a memory map that lives for one call only.
+    """
+
+    offset: int
+    fortran_order: bool = False
+
+    @property
+    def _file_dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.stored_dtype == "bfloat16" else self.stored_dtype)
+
+    def _hand_out(self, stored: np.ndarray) -> np.ndarray:
+        return widen_bfloat16(stored) if self.stored_dtype == "bfloat16" else stored
+
+    def _map(self) -> np.ndarray:
+        assert self.path is not None
+        order: Literal["C", "F"] = "F" if self.fortran_order else "C"
+        shape = (self.rows, self.width)
+        try:
+            return np.memmap(self.path, self._file_dtype, mode="r", offset=self.offset, shape=shape, order=order)
+        except (OSError, ValueError) as error:
+            raise unusable(self.path, f"cannot be mapped ({error})", "check the file and its permissions") from None
+
+    def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        if self.fortran_order:
+            for first in range(start, stop, batch_rows):
+                rows = np.array(self._map()[first : min(first + batch_rows, stop)], order="C")
+                yield self._hand_out(rows)
+            return
+        with self._opened() as file:
+            row_bytes = self.width * self._file_dtype.itemsize
+            file.seek(self.offset + start * row_bytes)
+            for first in range(start, stop, batch_rows):
+                rows = np.empty((min(batch_rows, stop - first), self.width), self._file_dtype)
+                self._fill(file, rows)
+                yield self._hand_out(rows)
+
+    def _opened(self) -> FileIO:
+        assert self.path is not None
+        try:
+            return FileIO(self.path, "r")
+        except OSError as error:
+            raise unusable(self.path, f"cannot be opened ({error.strerror})", "check the permissions") from None
+
+    def _fill(self, file: FileIO, rows: np.ndarray) -> None:
+        buffer = rows.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])
+            if not got:
+                reason = "became shorter while it was being read"
+                raise unusable(self.path, reason, "do not write to embeddings that are in use")
+            done += got
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self._hand_out(np.ascontiguousarray(self._map()[rows]))
+
+
+def check_matrix(path: Path, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and width of a stored shape, which must be two-dimensional and not empty."""
+    if len(shape) != 2:
+        raise unusable(
+            path, f"{what} has {len(shape)} dimensions, shape {list(shape)}", "store one embedding a row, [rows, width]"
+        )
+    rows, width = (int(size) for size in shape)
+    if rows < 1 or width < 1:
+        raise unusable(path, f"{what} is empty, shape {list(shape)}", "remove the file or write it again")
+    return rows, width
+
+
+def file_size(path: Path) -> int:
+    """Size of a regular file that is not empty."""
+    if not path.exists():
+        raise unusable(path, "does not exist", "check the path")
+    if not path.is_file():
+        raise unusable(path, "is not a regular file", "remove it from the folder or pass a file")
+    size = path.stat().st_size
+    if size == 0:
+        raise unusable(path, "is an empty file (0 bytes)", "remove it or write it again")
+    return size
+
+
+def little_endian_host() -> bool:
+    """Whether numbers in memory have the byte order of the file formats."""
+    return sys.byteorder == "little"
