@@ -54,7 +54,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _READERS[version](file)
-    except (ValueError, TypeError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
+    except Exception as error:  # NumPy lets through whatever its tokenizer and literal parser raise
         reason = f"has a damaged .npy header ({str(error)[:80]})"
         raise unusable(path, reason, "copy or write it again") from None
 
