@@ -125,15 +125,23 @@ def spinner(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(text: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, only on a terminal; yields ``update(done, total)``."""
     if not sys.stderr.isatty():
-        yield lambda done, total=None: None
+        yield _ignore
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done, total=None: progress.update(task, completed=done, total=total)
+        task = progress.add_task(text, total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+def _ignore(done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -12,7 +12,7 @@ import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar
 from aniso_ext.cli.methods import build_aligner, parse_rank
-from aniso_ext.cli.report import alignment_table, markdown, write_report
+from aniso_ext.cli.report import alignment_table, markdown, without_energy_curve, write_report
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def demo(
 ) -> Result:
     """Fit, convert and judge every method, and print one table. Needs no data and no download.
 
-    Pairs come from the gap simulator, whose constants are those of the paper, or from --source and --target. Methods
+    Pairs come from the gap simulator, whose constants are those of the paper where the width admits them, or from
+    --source and --target. Methods
     are fitted on the training rows with the two sides shuffled apart, so no method sees a pair; all numbers are of the
     held-out pairs. AnisoAlign stands for its closed form, without refinement.
 
@@ -86,7 +87,7 @@ def demo(
         y, x = _simulate(pairs or DEFAULT_PAIRS, width or DEFAULT_WIDTH, seed)
         title = "Simulated modality gap"
 
-    with tempfile.TemporaryDirectory(prefix="aniso-demo-") as scratch, progress_bar("methods", len(names)) as update:
+    with tempfile.TemporaryDirectory(prefix="aniso-demo-") as scratch, progress_bar("methods") as update:
         files = _split(Path(scratch), y, x, held_out, seed)
         gap = diagnostics.gap(files.source_test, files.target_test)
         rows = []
@@ -110,7 +111,7 @@ def demo(
         console.print(
             f"{title}: fitted on {files.train_rows:,} unpaired rows a side, judged on {files.test_rows:,} pairs\n"
         )
-        console.print(str(gap), markup=False)
+        console.print(without_energy_curve(gap), markup=False)
         console.print()
         console.print(alignment_table(rows, TIMES))
         for path in written:
@@ -151,7 +152,8 @@ def _chosen_methods(text: str | None) -> list[str]:
 def _simulate(pairs: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     from aniso_ext.worlds import GapWorld, simulate_gap
 
-    return simulate_gap(pairs, world=GapWorld(width=width), seed=seed)
+    world = GapWorld(width=width) if width >= DEFAULT_WIDTH else GapWorld.small(width)
+    return simulate_gap(pairs, world=world, seed=seed)
 
 
 def _read_pairs(source: Path, target: Path, limit: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +179,10 @@ def _split(folder: Path, y: np.ndarray, x: np.ndarray, held_out: float, seed: in
     test_rows = round(held_out * len(y))
     test, train = np.sort(order[:test_rows]), order[test_rows:]
     files = Files(
-        *(folder / f"{name}.npy" for name in ("source_train", "target_train", "source_test", "target_test")),
+        source_train=folder / "source_train.npy",
+        target_train=folder / "target_train.npy",
+        source_test=folder / "source_test.npy",
+        target_test=folder / "target_test.npy",
         stand_ins=folder / "stand_ins",
         train_rows=len(train),
         test_rows=test_rows,

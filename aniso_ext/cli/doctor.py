@@ -47,13 +47,12 @@ def _version(name: str) -> str | None:
 
 def _build() -> dict[str, Any]:
     """What the compiled module says of itself, or why it cannot be asked."""
-    import torch  # noqa: F401  # the compiled modules find torch's libraries only after torch itself
-
     try:
         from aniso_ext import _build_info
     except ImportError as error:
         return {"compiled": False, "reason": one_line(error)}
-    return {"compiled": True, **_build_info.info()}
+    facts = {name: getattr(_build_info, name) for name in dir(_build_info) if not name.startswith("_")}
+    return {"compiled": True, **{name: fact() if callable(fact) else fact for name, fact in facts.items()}}
 
 
 def _processor() -> dict[str, Any]:

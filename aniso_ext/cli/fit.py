@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,7 +39,8 @@ def fit(
         typer.Option("--refine/--no-refine", help="Refine the closed form by training, or stop at the closed form."),
     ] = None,
     mixing: Annotated[
-        str | None, typer.Option(help="How directions are paired into blocks: pca_adjacent, haar or balanced.")
+        Literal["haar", "pca_adjacent", "balanced"] | None,
+        typer.Option(help="How directions are combined into two-dimensional blocks."),
     ] = None,
     complement: Annotated[
         Literal["scalar", "diagonal", "diagonal_projected"] | None,
@@ -49,6 +50,9 @@ def fit(
         bool | None, typer.Option("--literal", help="The paper's printed form wherever this package decides otherwise.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the encoder, kept in config.json for the record.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an aligner that is already there.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -82,9 +86,9 @@ def fit(
     with spinner(f"fitting {method} on {len(source_set):,} source and {len(target_set):,} target rows"):
         aligner.fit(source_set, target_set)
     seconds = time.perf_counter() - started
-    aligner.save_pretrained(out)
+    aligner.save_pretrained(out, encoder=encoder)
 
-    data = {
+    data: dict[str, Any] = {
         "command": "fit",
         "method": method,
         "options": aligner.get_params(),
@@ -93,15 +97,13 @@ def fit(
         "target": {"path": str(target), "rows": len(target_set)},
         "aligner": str(out),
         "fingerprint": aligner.fingerprint(),
+        "summary": aligner.summary_,
         "seconds": seconds,
     }
 
     def show(console: Console) -> None:
-        console.print(
-            f"fitted {method} on {len(source_set):,} source and {len(target_set):,} target rows of width "
-            f"{aligner.width} in {seconds:.1f} s"
-        )
-        console.print(f"aligner: {out}  (fingerprint {aligner.fingerprint()[:12]})")
+        console.print(aligner.summary(), markup=False)
+        console.print(f"{out}: written after {seconds:.1f} s, fingerprint {data['fingerprint'][:12]}", markup=False)
         console.print(f"next: aniso convert --aligner {out} --input {source} --output STAND_INS", markup=False)
 
     return Result(data, show)

@@ -36,7 +36,7 @@ def program(
 
     Start with `aniso demo`, which needs no data; then fit, convert and diagnose your own.
 
-    A DIR is one file (.npy, .parquet, .arrow, .safetensors) or a folder of such shards, rows in file order. Of a
+    A DIR is one file (.npy, .parquet, .safetensors) or a folder of such shards, rows in file order. Of a
     clip-retrieval folder name the half that is meant, e.g. DIR/text_emb.
 
     Exit codes: 0 done, 1 failed (one line says why; --debug or ANISO_DEBUG=1 for the traceback), 2 bad usage.

@@ -45,6 +45,11 @@ def alignment_table(rows: Sequence[Mapping[str, Any]], extra: Sequence[tuple[str
     return table
 
 
+def without_energy_curve(gap: GapReport) -> str:
+    """The gap as text, without the lines E(K)."""
+    return "\n".join(line for line in str(gap).splitlines() if not line.startswith("  E("))
+
+
 def number(value: Any, digits: int) -> str:
     """A number as text; a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
