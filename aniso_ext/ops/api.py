@@ -7,7 +7,7 @@ import math
 import torch
 
 from aniso_ext.errors import InputError
-from aniso_ext.ops import backends, reference
+from aniso_ext.ops import backends
 from aniso_ext.ops.frame import Frame
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

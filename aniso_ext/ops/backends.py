@@ -47,6 +47,7 @@ REFERENCE = Backend(
     _on_device(reference.decode),
 )
 CPU = Backend("cpu", "cpu", native.correct, native.encode, native.decode)
+_IMPLEMENTED = {backend.name: backend for backend in (CPU, REFERENCE)}
 
 _NOT_IN_THIS_VERSION = "this version has no {} kernels; the reference runs on that device"
 
@@ -79,20 +80,23 @@ def resolve(name: str, rows: torch.Tensor, frame: Frame) -> Backend:
         InputError: the name is unknown, or the named backend does not run on the rows' device.
         BackendUnavailableError: the named backend is not there; the message says why.
     """
+    return _IMPLEMENTED[_choose(name, str(rows.device))]
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the probe, and must not repeat it
+def _choose(name: str, device: str) -> str:
     if name == "auto":
         name = os.environ.get("ANISO_BACKEND", "auto")
     if name == "auto":
-        return _automatic(rows.device)
-    if name == "reference":
-        return REFERENCE
+        return _automatic(torch.device(device)).name
     reasons = available()
     if name not in reasons:
         raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(reasons)}")
     if reasons[name] is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reasons[name]}")
-    if not CPU.accepts(rows.device):
-        raise InputError(f"backend {name!r} runs on cpu tensors, got {rows.device}: move them, or use backend='auto'")
-    return CPU
+    if not _IMPLEMENTED[name].accepts(torch.device(device)):
+        raise InputError(f"backend {name!r} runs on cpu tensors, got {device}: move them, or use backend='auto'")
+    return name
 
 
 def _automatic(device: torch.device) -> Backend:

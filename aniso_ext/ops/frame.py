@@ -101,7 +101,9 @@ class Frame:
                 raise InputError(f"Frame.{name} must have shape {list(shape)}, got {list(value.shape)}")
         for name, value in self.tensors().items():
             if not value.is_floating_point() or value.dtype != self.dtype:
-                raise InputError(f"Frame.{name} is {value.dtype}, but the basis is {self.dtype}: use one floating dtype")
+                raise InputError(
+                    f"Frame.{name} is {value.dtype}, but the basis is {self.dtype}: use one floating dtype"
+                )
             if value.device != self.device:
                 raise InputError(f"Frame.{name} is on {value.device}, but the basis is on {self.device}")
 
@@ -143,7 +145,9 @@ class Frame:
         unknown = sorted(set(tensors) - set(TENSOR_FIELDS))
         missing = sorted(set(TENSOR_FIELDS) - {"output_mean"} - set(tensors))
         if unknown or missing:
-            raise InputError(f"the arrays of a frame do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}")
+            raise InputError(
+                f"the arrays of a frame do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}"
+            )
         return cls(**dict(tensors), complement=complement)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Frame:
@@ -167,6 +171,15 @@ class Frame:
             digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @torch.compiler.assume_constant_result  # torch.compile folds while it traces, so that a graph only reads the result
+    def _prepare(self, product: torch.dtype, working: torch.dtype, device: str) -> None:
+        """Keep the operands for these dtypes and this device in ``_operands``."""
+        from aniso_ext.ops.operands import fold
+
+        key = (product, working, device)
+        if key not in self._operands:
+            self._operands[key] = fold(self, product, working, torch.device(device))
+
     def validate(self) -> Frame:
         """Check the values and return the frame.
 
@@ -183,7 +196,9 @@ class Frame:
         error = float((basis.T @ basis - identity).abs().max())
         tolerance = ORTHONORMALITY_TOLERANCE[self.dtype]
         if error > tolerance:
-            raise InputError(f"Frame.basis is not orthonormal: |Q^T Q - I| reaches {error:.2e}, allowed {tolerance:.0e}")
+            raise InputError(
+                f"Frame.basis is not orthonormal: |Q^T Q - I| reaches {error:.2e}, allowed {tolerance:.0e}"
+            )
         for name in ("radius_source_knots", "radius_target_knots"):
             value = getattr(self, name)
             decreasing = (value.diff(dim=1) < 0).any(dim=1) | (value[:, 0] < 0)

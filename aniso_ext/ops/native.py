@@ -40,10 +40,14 @@ def _has_bfloat16_products() -> bool:
     return bool(_build_info.has_bfloat16_products()) and torch.backends.mkldnn.is_available()
 
 
+@torch.compiler.assume_constant_result
+def _product_dtype(rows: torch.dtype) -> torch.dtype:
+    native = rows == torch.bfloat16 and _has_bfloat16_products()
+    return rows if native else compute_dtype(rows)
+
+
 def _folded(rows: torch.Tensor, frame: Frame) -> Operands:
-    working = compute_dtype(rows.dtype)
-    native = rows.dtype == torch.bfloat16 and _has_bfloat16_products()
-    return operands(frame, rows.dtype if native else working, working, rows.device)
+    return operands(frame, _product_dtype(rows.dtype), compute_dtype(rows.dtype), rows.device)
 
 
 def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
@@ -68,9 +72,7 @@ def decode(
     constants = _folded(state, frame)
     if literal:
         deltas = _project_moves(deltas, frame)
-    return torch.ops.aniso_ext.decode(
-        state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal
-    )
+    return torch.ops.aniso_ext.decode(state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal)
 
 
 def _project_moves(deltas: torch.Tensor, frame: Frame) -> torch.Tensor:
