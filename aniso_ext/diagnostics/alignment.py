@@ -11,7 +11,16 @@ from aniso_ext.diagnostics import spectra
 from aniso_ext.diagnostics.consistency import exact_psi as correlate_all_pairs
 from aniso_ext.diagnostics.consistency import phi_bound, sampled_psi
 from aniso_ext.diagnostics.mixing import mixing, mixing_expectation
-from aniso_ext.diagnostics.neighbours import Corpus, Neighbours, nearest, overlap, recall, unit_rows
+from aniso_ext.diagnostics.neighbours import (
+    LabelShare,
+    Nearest,
+    Retrieval,
+    UnitRows,
+    nearest,
+    overlap,
+    run,
+    unit_rows,
+)
 from aniso_ext.diagnostics.report import Report, emit, format_report
 from aniso_ext.diagnostics.rows import choose_rows, load, open_paired
 from aniso_ext.errors import InputError
@@ -20,6 +29,7 @@ UNIT_TOLERANCE = 1e-2
 ROWS_PER_DIMENSION = 4
 CHANCE_OVERLAP = 0.05
 TIED_SHARE = 0.05
+RECALL_DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ def alignment(
         phi_bound = largest phi of unit rows with output mean m_x; phi_bound_output with output mean m_z
 
     Neighbours are exact, by cosine, without the row itself (by index). Similarities within 1e-6 are ties (copies of a
-    row): they go to the lower index, in the union of the mixing to a seeded order; recall counts ties at their expected
-    share. omega_tied is the share of source rows that have ties at their k-th neighbour.
+    row): for omega they go to the lower index, in mixing and recall they count at their expected share. omega_tied is
+    the share of source rows that have ties at their k-th neighbour.
 
     Args:
         source, target, transformed: [N, D] arrays or tensors (float16 to float64, bfloat16), opened embedding sets,
@@ -110,7 +120,7 @@ def alignment(
             with the square of the pairs, memory linearly (about 24 D bytes a pair and set).
         n_random_pairs: pairs behind psi.
         exact_psi: psi over all pairs i != j instead: no sampling error, and at D below a few thousand also faster.
-        seed: of the sample, the random pairs and the tie order.
+        seed: of the sample and of the random pairs.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
@@ -150,7 +160,7 @@ def measure(
     z: torch.Tensor,
     settings: Settings,
     *,
-    source_neighbours: Neighbours | None = None,
+    source_neighbours: Nearest | None = None,
 ) -> AlignmentReport:
     """The report of float64 rows [n, D] in memory; ``source_neighbours`` saves a repeated search."""
     count, width = x.shape
@@ -164,12 +174,8 @@ def measure(
     else:
         psi, psi_pairs = sampled_psi(y, z, settings.psi_pairs, settings.seed), settings.psi_pairs
     if source_neighbours is None:
-        source_neighbours = nearest(Corpus(y), k)
-    outputs = Corpus(z)
-    omega = overlap(source_neighbours, nearest(outputs, k))
-    recall_at_1, recall_at_10 = recall(outputs, Corpus(x), (1, 10))
-    del outputs
-    m_z, m_x = mixing(x, z, k=k, seed=settings.seed)
+        source_neighbours = nearest(y, k)
+    around = _search_union(x, z, k)
     return AlignmentReport(
         n=count,
         n_available=count,
@@ -181,20 +187,43 @@ def measure(
         phi_bound_output=phi_bound(source_mean, output_mean),
         psi=psi,
         psi_pairs=psi_pairs,
-        omega=omega,
+        omega=overlap(source_neighbours, around.outputs),
         omega_chance=k / (count - 1),
         omega_tied=source_neighbours.tied / count,
-        m_z=m_z,
-        m_x=m_x,
+        m_z=mixing(around.output_share, k),
+        m_x=mixing(around.target_share, k),
         mixing_expectation=mixing_expectation(count, k),
         a_r=spectra.anisotropy(spectrum),
         a_r_centred=spectra.anisotropy(centred_spectrum),
         paired_cosine=float((unit_rows(x) * unit_rows(z)).sum(dim=1).mean()),
-        recall_at_1=recall_at_1,
-        recall_at_10=recall_at_10,
+        recall_at_1=around.retrieval.recall(1),
+        recall_at_10=around.retrieval.recall(RECALL_DEPTH),
         spectrum=tuple(spectrum.tolist()),
         warnings=_warnings(k, source_neighbours.tied, {"source": y, "target": x, "transformed": z}),
     )
+
+
+@dataclass(frozen=True)
+class _Union:
+    """What a search of X u Z finds: neighbours among outputs, targets of outputs, shares of targets around both."""
+
+    outputs: Nearest
+    retrieval: Retrieval
+    output_share: torch.Tensor
+    target_share: torch.Tensor
+
+
+def _search_union(x: torch.Tensor, z: torch.Tensor, k: int) -> _Union:
+    """All searches that involve targets or outputs, one pass over the scores of each."""
+    n = x.shape[0]
+    union = UnitRows.of(torch.cat((x, z)))
+    targets, outputs, everything = slice(0, n), slice(n, 2 * n), slice(0, 2 * n)
+    among_outputs = Nearest(outputs, k, n)
+    retrieval = Retrieval(targets, RECALL_DEPTH, n)
+    around_outputs, around_targets = (LabelShare(everything, k, n, labelled=n) for _ in range(2))
+    run(union.part(outputs), union, [among_outputs, retrieval, around_outputs], own=n)
+    run(union.part(targets), union, [around_targets], own=0)
+    return _Union(among_outputs, retrieval, around_outputs.share, around_targets.share)
 
 
 def _warnings(k: int, tied: int, named: dict[str, torch.Tensor]) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
 """Exact nearest neighbours and retrieval by cosine, in blocks of queries.
 
-Single precision proposes, double precision decides. A block of scores is computed in float32; a row stands when its
-k-th and (k+1)-th scores differ by more than rounding and ``TIE`` can explain, and is computed again in float64
-otherwise. Scores within ``TIE`` of the k-th are ties (the resolution of float32 embeddings: copies of one row that a
-transform rounded differently still tie), and ties go to the lower index, so that a space of duplicates has the same
-neighbours before and after any transform that keeps duplicates together. A row is left out of its own neighbours by
-its index, never by its similarity.
+Single precision proposes, double precision decides. A block of scores is computed in float32; a query stands when the
+scores that matter differ by more than rounding and ``TIE`` can explain, and is computed again in float64 otherwise.
+Scores within ``TIE`` of the k-th are ties (the resolution of float32 embeddings: copies of one row that a transform
+rounded differently still tie). A row is left out of its own neighbours by its index, never by its similarity.
+
+Several searches share one pass over the scores: ``Nearest``, ``LabelShare`` and ``Retrieval`` each look at a range of
+columns, remember the queries that they could not decide, and settle those on float64 scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -58,97 +58,177 @@ def products(queries: torch.Tensor, corpus: torch.Tensor) -> torch.Tensor:
     return queries @ corpus.T
 
 
-class Corpus:
-    """Unit rows [N, D] that are searched, held in float64 and float32."""
+class UnitRows:
+    """Directions of rows [N, D], in float64 and float32; ``part`` is a view of some of them."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.exact = unit_rows(rows)
-        self.single = self.exact.float()
-        self.count, self.width = rows.shape
+    def __init__(self, exact: torch.Tensor, single: torch.Tensor) -> None:
+        self.exact, self.single = exact, single
+        self.count, self.width = exact.shape
 
-    def blocks(self, queries: Corpus) -> Iterator[tuple[slice, torch.Tensor, float]]:
-        """Cosines of the queries with all rows: (query slice, scores [b, N], bound on their error).
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> UnitRows:
+        exact = unit_rows(rows)
+        return cls(exact, exact.float())
 
-        The first row of each block is checked in float64; where float32 products run at reduced precision (a
-        process-wide setting of torch) the whole block is float64.
-        """
-        rows = max(1, BLOCK_ELEMENTS // self.count)
-        bound = score_error(self.width, SINGLE_ROUNDING)
-        for start in range(0, queries.count, rows):
-            part = slice(start, min(start + rows, queries.count))
-            scores = products(queries.single[part], self.single)
-            error = float((self.exact @ queries.exact[start] - scores[0]).abs().max())
-            if error <= bound:
-                yield part, scores, bound
-            else:
-                yield part, queries.exact[part] @ self.exact.T, score_error(self.width, DOUBLE_ROUNDING)
-
-    def exact_rows(self, queries: Corpus, indices: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Float64 cosines of chosen queries: (their indices [b], scores [b, N])."""
-        for part in indices.split(max(1, EXACT_BLOCK_ELEMENTS // self.count)):
-            yield part, queries.exact[part] @ self.exact.T
+    def part(self, rows: slice) -> UnitRows:
+        return UnitRows(self.exact[rows], self.single[rows])
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """``indices`` [N, k] of the nearest other rows, ascending; in ``tied`` rows the k-th place had several candidates."""
+class Search:
+    """One question about the scores of each query with the corpus columns ``columns``."""
 
-    indices: torch.Tensor
-    tied: int
+    def __init__(self, columns: slice) -> None:
+        self.columns = columns
+        self._undecided: list[torch.Tensor] = []
 
+    @property
+    def undecided(self) -> torch.Tensor:
+        """The queries whose float32 scores leave the answer open."""
+        return torch.cat(self._undecided)
 
-def nearest(corpus: Corpus, k: int) -> Neighbours:
-    """The k nearest other rows of each row of a corpus with more than k rows; ties go to the lower index."""
-    found = torch.empty(corpus.count, k, dtype=torch.int64)
-    undecided, tied = [], 0
-    for part, scores, bound in corpus.blocks(corpus):
-        own = torch.arange(part.start, part.stop)
-        scores[own - part.start, own] = -torch.inf
-        best = scores.topk(k + 1, dim=1)
-        found[part] = best.indices[:, :k]
-        undecided.append(own[best.values[:, k - 1] - best.values[:, k] <= 2 * bound + TIE])
-    for rows, scores in corpus.exact_rows(corpus, torch.cat(undecided)):
-        scores[torch.arange(rows.numel()), rows] = -torch.inf
-        found[rows], choices = _lowest_index_nearest(scores, k)
-        tied += choices
-    return Neighbours(found.sort(dim=1).values, tied)
+    def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
+        """Answer what scores [b, n] of queries [b], each off by at most ``bound``, decide."""
+        raise NotImplementedError
+
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
+        """Answer for queries [b] from float64 scores [b, n]."""
+        raise NotImplementedError
 
 
-def _lowest_index_nearest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
-    """The k best columns [b, k] of float64 scores [b, N], ties going to the lower index; and how many rows had ties."""
-    threshold = scores.topk(k, dim=1).values[:, -1:]
-    above = scores > threshold + TIE
-    tied = (scores >= threshold - TIE) & ~above
-    missing = k - above.sum(dim=1, keepdim=True)
-    order = tied.cumsum(dim=1)
-    chosen = above | (tied & (order <= missing))
-    return chosen.nonzero()[:, 1].view(-1, k), int((order[:, -1:] > missing).sum())
+class _TopSearch(Search):
+    """A search for the k best columns."""
+
+    def __init__(self, columns: slice, k: int) -> None:
+        super().__init__(columns)
+        self.k = k
+
+    def _best(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> torch.Tensor:
+        """The k best columns [b, k]; queries where the k-th and the next score are too close become undecided."""
+        k = min(self.k + 1, scores.shape[1])
+        best = scores.topk(k, dim=1)
+        close = best.values[:, self.k - 1] - best.values[:, -1] <= 2 * bound + TIE
+        self._undecided.append(queries[close & (k > self.k)])
+        return best.indices[:, : self.k]
+
+    def _split(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Columns surely among the k best, columns tied at the k-th place (masks), and how many of those to take."""
+        threshold = scores.topk(self.k, dim=1).values[:, -1:]
+        above = scores > threshold + TIE
+        return above, (scores >= threshold - TIE) & ~above, self.k - above.sum(dim=1, keepdim=True)
 
 
-def overlap(first: Neighbours, second: Neighbours) -> float:
-    """Mean share of common neighbours of two lists of the same shape."""
+class Nearest(_TopSearch):
+    """The k nearest columns of each query, ``indices`` [n, k] ascending; ties go to the lower index.
+
+    A space of duplicates therefore has the same neighbours before and after any transform that keeps duplicates
+    together. ``tied`` counts the queries whose k-th place had more candidates than room.
+    """
+
+    def __init__(self, columns: slice, k: int, queries: int) -> None:
+        super().__init__(columns, k)
+        self.indices = torch.empty(queries, k, dtype=torch.int64)
+        self.tied = 0
+
+    def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
+        self.indices[queries] = self._best(queries, scores, bound).sort(dim=1).values
+
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
+        above, tied, missing = self._split(scores)
+        order = tied.cumsum(dim=1)
+        self.indices[queries] = (above | (tied & (order <= missing))).nonzero()[:, 1].view(-1, self.k)
+        self.tied += int((order[:, -1:] > missing).sum())
+
+
+class LabelShare(_TopSearch):
+    """The share [n] of the first ``labelled`` columns among the k nearest; ties count at their expected share."""
+
+    def __init__(self, columns: slice, k: int, queries: int, labelled: int) -> None:
+        super().__init__(columns, k)
+        self.labelled = labelled
+        self.share = torch.empty(queries, dtype=torch.float64)
+
+    def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
+        self.share[queries] = (self._best(queries, scores, bound) < self.labelled).sum(dim=1).double() / self.k
+
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
+        above, tied, missing = self._split(scores)
+        expected = tied[:, : self.labelled].sum(dim=1) / tied.sum(dim=1).double() * missing[:, 0]
+        self.share[queries] = (above[:, : self.labelled].sum(dim=1) + expected) / self.k
+
+
+class Retrieval(Search):
+    """How many columns beat, and how many others tie with, column i for query i."""
+
+    def __init__(self, columns: slice, depth: int, queries: int) -> None:
+        super().__init__(columns)
+        self.depth = depth
+        self.better = torch.zeros(queries, dtype=torch.int64)
+        self.tied = torch.zeros(queries, dtype=torch.int64)
+
+    def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
+        match = scores[torch.arange(queries.numel()), queries].unsqueeze(1)
+        margin = 2 * bound + TIE
+        better = (scores > match + margin).sum(dim=1)
+        possibly = (scores >= match - margin).sum(dim=1) - 1
+        self.better[queries] = better
+        self._undecided.append(queries[(possibly > better) & (better < self.depth)])
+
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
+        match = scores[torch.arange(queries.numel()), queries].unsqueeze(1)
+        self.better[queries] = (scores > match + TIE).sum(dim=1)
+        self.tied[queries] = ((scores - match).abs() <= TIE).sum(dim=1) - 1
+
+    def recall(self, depth: int) -> float:
+        """R@depth for depth up to that of the search: a query with ties counts by its chance in a random order."""
+        return float(((depth - self.better) / (self.tied + 1)).clamp(0, 1).mean())
+
+
+def run(queries: UnitRows, corpus: UnitRows, searches: Sequence[Search], *, own: int | None = None) -> None:
+    """Answer all searches in one pass. Query i is corpus row ``own + i``, and left out there, unless ``own`` is None."""
+    for rows, scores, bound in _blocks(queries, corpus):
+        _leave_out_self(scores, rows, slice(0, corpus.count), own)
+        for search in searches:
+            search.take(rows, scores[:, search.columns], bound)
+    for search in searches:
+        candidates = corpus.exact[search.columns]
+        for rows in search.undecided.split(max(1, EXACT_BLOCK_ELEMENTS // candidates.shape[0])):
+            scores = queries.exact[rows] @ candidates.T
+            _leave_out_self(scores, rows, search.columns, own)
+            search.settle(rows, scores)
+
+
+def _leave_out_self(scores: torch.Tensor, rows: torch.Tensor, columns: slice, own: int | None) -> None:
+    if own is not None and columns.start <= own < columns.stop:
+        scores[torch.arange(rows.numel()), rows + (own - columns.start)] = -torch.inf
+
+
+def _blocks(queries: UnitRows, corpus: UnitRows) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Cosines of the queries with all corpus rows: (query indices [b], scores [b, N], bound on their error).
+
+    The first row of each block is checked in float64; where float32 products run at reduced precision (a process-wide
+    setting of torch) the whole block is float64.
+    """
+    size = max(1, BLOCK_ELEMENTS // corpus.count)
+    bound = score_error(corpus.width, SINGLE_ROUNDING)
+    for rows in torch.arange(queries.count).split(size):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        scores = products(queries.single[part], corpus.single)
+        error = float((corpus.exact @ queries.exact[part.start] - scores[0]).abs().max())
+        if error <= bound:
+            yield rows, scores, bound
+        else:
+            yield rows, queries.exact[part] @ corpus.exact.T, score_error(corpus.width, DOUBLE_ROUNDING)
+
+
+def nearest(rows: torch.Tensor, k: int) -> Nearest:
+    """The k nearest other rows of each of the rows [n, D], n > k."""
+    units = UnitRows.of(rows)
+    search = Nearest(slice(0, units.count), k, units.count)
+    run(units, units, [search], own=0)
+    return search
+
+
+def overlap(first: Nearest, second: Nearest) -> float:
+    """Mean share of common neighbours of two searches with the same queries and k."""
     merged = torch.cat((first.indices, second.indices), dim=1).sort(dim=1).values
     return float((merged[:, 1:] == merged[:, :-1]).sum()) / first.indices.numel()
-
-
-def recall(queries: Corpus, corpus: Corpus, depths: tuple[int, ...]) -> tuple[float, ...]:
-    """R@depth for each depth: how often row i of the corpus is among the best ``depth`` for query i.
-
-    Where others tie with row i, its expected share under a random order of the ties counts.
-    """
-    better = torch.zeros(queries.count, dtype=torch.int64)
-    tied = torch.zeros(queries.count, dtype=torch.int64)
-    undecided = []
-    for part, scores, bound in corpus.blocks(queries):
-        own = torch.arange(part.start, part.stop)
-        match = scores[own - part.start, own].unsqueeze(1)
-        margin = 2 * bound + TIE
-        surely = (scores > match + margin).sum(dim=1)
-        possibly = (scores >= match - margin).sum(dim=1) - 1
-        better[part] = surely
-        undecided.append(own[(possibly > surely) & (surely < max(depths))])
-    for rows, scores in corpus.exact_rows(queries, torch.cat(undecided)):
-        match = scores[torch.arange(rows.numel()), rows].unsqueeze(1)
-        better[rows] = (scores > match + TIE).sum(dim=1)
-        tied[rows] = ((scores - match).abs() <= TIE).sum(dim=1) - 1
-    return tuple(float(((depth - better) / (tied + 1)).clamp(0, 1).mean()) for depth in depths)

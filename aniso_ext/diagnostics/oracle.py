@@ -8,7 +8,7 @@ from typing import Any
 
 from aniso_ext.diagnostics import spectra
 from aniso_ext.diagnostics.alignment import AlignmentReport, Settings, measure
-from aniso_ext.diagnostics.neighbours import Corpus, nearest, unit_rows
+from aniso_ext.diagnostics.neighbours import nearest, unit_rows
 from aniso_ext.diagnostics.report import Report, emit, format_number
 from aniso_ext.diagnostics.rows import choose_rows, load, open_paired
 from aniso_ext.errors import InputError
@@ -72,7 +72,7 @@ def oracle_path(
         alphas: shares in [0, 1].
         k: neighbours of omega and mixing.
         max_pairs: above this many pairs, a uniform sample drawn with ``seed`` is used; each point is one alignment.
-        seed: of the sample and of the tie order; psi is exact.
+        seed: of the sample; psi is exact.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
@@ -101,7 +101,7 @@ def oracle_path(
     spectrum, vectors = spectra.eigenpairs(spectra.second_moment(residual))
     curve = spectrum.cumsum(0) / spectrum.sum()
     settings = Settings(k=k, psi_pairs=None, seed=seed)
-    source_neighbours = nearest(Corpus(y), k)
+    source_neighbours = nearest(y, k)
     points = []
     for rank in ranks:
         step = residual @ vectors[:, :rank] @ vectors[:, :rank].T
