@@ -230,8 +230,8 @@ def test_streaming_needs_the_memory_of_one_batch(tmp_path: Path) -> None:
         "import resource, sys; from aniso_ext.data import open_embeddings; import pyarrow.parquet\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in sys.argv[2:]:\n"
-        "    opened = open_embeddings(f'{sys.argv[1]}/{name}'); next(opened.iter_batches(1000)); before = peak()\n"
-        "    rows = sum(len(batch) for batch in opened.iter_batches(1000)); print(name, rows, peak() - before)\n"
+        "    opened = open_embeddings(f'{sys.argv[1]}/{name}'); next(opened.iter_batches(5000)); before = peak()\n"
+        "    rows = sum(len(batch) for batch in opened.iter_batches(5000)); print(name, rows, peak() - before)\n"
     )
     limits = {"c.npy": 4 << 10, "p.parquet": 24 << 10, "f.npy": 24 << 10}
     command = [sys.executable, "-c", code, str(tmp_path), *limits]
