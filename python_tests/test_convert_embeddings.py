@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aniso_ext.align import make_aligner
 from aniso_ext.convert import convert_embeddings
 from aniso_ext.data import EmbeddingWriter, open_embeddings
 from aniso_ext.errors import DataError, InputError
@@ -80,6 +79,8 @@ def test_output_equals_transform_shard_by_shard(tmp_path: Path, suffix: str, dty
 @pytest.mark.parametrize("method", ["mean_shift", "realign"])
 @pytest.mark.parametrize("calibration", ["fitted", "corpus"])
 def test_fitted_aligners_convert_as_they_transform(tmp_path: Path, method: str, calibration: str) -> None:
+    from aniso_ext.align import make_aligner  # loads torch, which the killed processes below do without
+
     rng = np.random.default_rng(1)
     unit = lambda rows: (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
     source, target = unit(rng.standard_normal((300, 8)) + 1), unit(rng.standard_normal((300, 8)) - 1)
