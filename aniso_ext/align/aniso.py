@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from aniso_ext.align.base import Aligner, Arrays, Fields
-from aniso_ext.align.fitting import FrameOptions, calibrate, check_rank, fit_frame
+from aniso_ext.align.fitting import SLOPE_LIMIT, FrameOptions, calibrate, check_rank, fit_frame
 from aniso_ext.align.mixing import check_mixing
 from aniso_ext.align.registry import register
 from aniso_ext.align.rows import Rows
@@ -43,9 +44,10 @@ class AnisoAlign(Aligner):
             is transformed (two passes); None leaves the calibration off (METHOD D17).
         calibration_steps: fixed-point steps that drive |mean(e) - m_t| down.
         center: polar coordinates of centred coordinates (METHOD D4). Refused: see docs/method_choices.md.
-        knots: K of the radius maps (METHOD D9).
+        knots: K of the radius maps (METHOD D9). Their slope is limited, so that a rounding error of a radius stays one
+            where copies among the source rows make T_k jump (docs/method_choices.md).
         literal: the paper's printed form of every decision: ``diagonal`` complement, ``corpus`` calibration without
-            steps, whatever those options say.
+            steps, whatever those options say, and radius maps of any slope.
         seed: of the ``haar`` mixing.
         device: where rows are transformed; None leaves them where they are.
         backend: of :func:`aniso_ext.ops.correct`.
@@ -135,7 +137,8 @@ class AnisoAlign(Aligner):
             )
 
     def _fit(self, source: Rows, target: Rows) -> tuple[Arrays, dict[str, Any]]:
-        options = FrameOptions(self.rank, self.mixing, self._complement(), self.knots, self.seed)
+        slope_limit = math.inf if self.literal else SLOPE_LIMIT
+        options = FrameOptions(self.rank, self.mixing, self._complement(), self.knots, self.seed, slope_limit)
         frame, summary = fit_frame(source, target, options)
         if self._own_calibration() == "fitted":
             frame, record = calibrate(frame, source, self._exact, iterations=self._steps())

@@ -152,7 +152,8 @@ def _read_arrays(path: Path, cls: type[Aligner]) -> Arrays:
     if not path.is_file():
         raise ArtefactError(f"{path.parent} holds no {MODEL}: copy both files of the aligner")
     try:
-        arrays: Arrays = load_file(path)
+        # Copies are aligned in memory and outlive the file: sums come out as they did before saving.
+        arrays: Arrays = {name: value.clone() for name, value in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{path} is damaged ({reason}): copy or save the aligner again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from aniso_ext.stats import RadiusSketch
 RADIUS_EPS = 1e-12
 RIDGE = 1e-4
 RATIO_LIMITS = (0.25, 4.0)
+SLOPE_LIMIT = 16.0
+"""Steepest slope of a radius map, in units of the block's overall ratio of target to source radii."""
 NEGLIGIBLE_STD = 1e-8
 """Share of the overall deviation below which a coordinate of the complement counts as constant."""
 
@@ -32,6 +35,7 @@ class FrameOptions:
     complement: str
     knots: int
     seed: int
+    slope_limit: float = SLOPE_LIMIT
 
 
 @dataclass(frozen=True)
@@ -130,18 +134,42 @@ def radius_knots(rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: in
     return torch.from_numpy(sketch.knots(knots))
 
 
+def limit_slope(source_knots: torch.Tensor, target_knots: torch.Tensor, limit: float) -> torch.Tensor:
+    """Target knots [M, K] of the map closest in level to T_k whose slope is at most ``limit`` times the block's ratio.
+
+    Copies among the source rows put an atom into F_source, where T_k = F_target^-1 o F_source jumps: a radius that is
+    right to one rounding error would land anywhere in the jump. The mean of the largest map below T_k and the smallest
+    one above it that keep the slope crosses an isolated jump at its middle and equals T_k where that is not steep.
+    """
+    overall = target_knots.mean(dim=1, keepdim=True) / source_knots.mean(dim=1, keepdim=True)
+    spread = (target_knots[:, -1:] - target_knots[:, :1]) / (source_knots[:, -1:] - source_knots[:, :1])
+    slope = limit * spread.clamp(min=overall, max=16 * overall)
+    # The map starts at (0, 0), below the first knot too (METHOD D9).
+    source_points = torch.nn.functional.pad(source_knots, (1, 0))
+    excess = torch.nn.functional.pad(target_knots, (1, 0)) - slope * source_points
+    below = excess.cummin(dim=1).values
+    above = excess.flip(1).cummax(dim=1).values.flip(1)
+    limited = (slope * source_points + (below + above) / 2)[:, 1:]
+    # Where nothing is steep the knots stay as they are, to the last bit; rounding must not undo the order.
+    return torch.where(below[:, 1:] == above[:, 1:], target_knots, limited).cummax(dim=1).values
+
+
 def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame, dict[str, Any]]:
     """An uncalibrated frame in float64 and the numbers of the fit; two passes over each side."""
     source_moments, target_moments, summary = full_moments(source, target)
     subspace = fit_subspace(source_moments, target_moments, options.rank)
     basis = (subspace.basis @ mixing_matrix(options.mixing, subspace.energies, options.seed)).contiguous()
     recentring = target_moments.mean - source_moments.mean
+    source_knots = radius_knots(source, recentring, basis, options.knots)
+    target_knots = radius_knots(target, torch.zeros_like(recentring), basis, options.knots)
+    if math.isfinite(options.slope_limit):
+        target_knots = limit_slope(source_knots, target_knots, options.slope_limit)
     frame = Frame(
         source_mean=source_moments.mean,
         target_mean=target_moments.mean,
         basis=basis,
-        radius_source_knots=radius_knots(source, recentring, basis, options.knots),
-        radius_target_knots=radius_knots(target, torch.zeros_like(recentring), basis, options.knots),
+        radius_source_knots=source_knots,
+        radius_target_knots=target_knots,
         complement_scale=complement_scale(source_moments, target_moments, basis, options.complement),
         complement=options.complement,
     )
