@@ -115,7 +115,8 @@ def decode(
         raise InputError(f"state has {len(state)} rows and deltas {len(deltas)}: pass one row of deltas for each state")
     if state.dtype != deltas.dtype or state.device != deltas.device:
         raise InputError(
-            f"state is {state.dtype} on {state.device}, deltas {deltas.dtype} on {deltas.device}: use one dtype and device"
+            f"state is {state.dtype} on {state.device}, deltas {deltas.dtype} on {deltas.device}: "
+            "use one dtype and device"
         )
     a_v = 0.1 / math.sqrt(width) if a_v is None else a_v
     for name, bound in (("a_theta", a_theta), ("a_rho", a_rho), ("a_v", a_v)):

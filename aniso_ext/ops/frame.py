@@ -75,7 +75,7 @@ class Frame:
                 continue
             if not isinstance(value, torch.Tensor):
                 raise InputError(f"Frame.{name} must be a torch.Tensor, got {type(value).__name__}")
-            object.__setattr__(self, name, value.detach().contiguous())
+            object.__setattr__(self, name, _constant(value))
         if self.complement not in COMPLEMENTS:
             raise InputError(f"Frame.complement must be one of {', '.join(COMPLEMENTS)}, got {self.complement!r}")
         if self.basis.dim() != 2:
@@ -178,7 +178,9 @@ class Frame:
 
         key = (product, working, device)
         if key not in self._operands:
-            self._operands[key] = fold(self, product, working, torch.device(device))
+            # autograd refuses tensors made in inference mode, and the first use may be in it
+            with torch.inference_mode(False):
+                self._operands[key] = fold(self, product, working, torch.device(device))
 
     def validate(self) -> Frame:
         """Check the values and return the frame.
@@ -210,3 +212,12 @@ class Frame:
         if bool((self.complement_scale < 0).any()):
             raise InputError("Frame.complement_scale must not be negative")
         return self
+
+
+def _constant(value: torch.Tensor) -> torch.Tensor:
+    """Contiguous, without a gradient, and fit for autograd even when it was made in inference mode."""
+    value = value.detach().contiguous()
+    if not torch.compiler.is_compiling() and value.is_inference():
+        with torch.inference_mode(False):
+            return value.clone()
+    return value

@@ -24,8 +24,9 @@ def probe() -> str | None:
     try:
         torch.ops.load_library(str(libraries[0]))
         # a first launch: a kernel that loads but cannot run must not be chosen
-        unit = torch.eye(2)
-        torch.ops.aniso_ext.decode(torch.ones(1, 5), torch.zeros(1, 4), unit, None, 0.0, 0.0, 0.0, True)
+        rows = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu")
+        basis = rows.new_tensor([[1.0, 0.0], [0.0, 1.0]])
+        torch.ops.aniso_ext.decode(rows, rows[:, :4], basis, None, 0.0, 0.0, 0.0, True)
     except (OSError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         return f"the compiled kernels do not work with torch {torch.__version__}: {reason}; build again"
