@@ -240,8 +240,8 @@ def _warnings(k: int, tied: int, named: dict[str, torch.Tensor]) -> tuple[str, .
         )
     if tied > TIED_SHARE * count:
         found.append(
-            f"{tied} of {count} source rows have ties (copies of rows) at their neighbour {k}: omega counts ties as "
-            "kept where they can be, an arbitrary order would read lower"
+            f"{tied} of {count} source rows have ties, such as copies of rows, at their neighbour {k}: omega "
+            "resolves ties alike before and after; an arbitrary order would read lower"
         )
     for name, rows in named.items():
         norms = rows.norm(dim=1)

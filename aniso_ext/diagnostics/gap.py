@@ -13,8 +13,8 @@ from aniso_ext.diagnostics import spectra
 from aniso_ext.diagnostics.report import Report, emit, format_report
 from aniso_ext.diagnostics.rows import Rows, open_paired
 from aniso_ext.errors import InputError
+from aniso_ext.stats import Moments
 
-RELATIVE_EPS = 1e-12
 ORTHONORMALITY_TOLERANCE = 1e-2
 ROWS_PER_DIMENSION = 4
 
@@ -79,13 +79,11 @@ class GapReport(Report):
 
 @dataclass(frozen=True)
 class _PairMoments:
-    source_mean: torch.Tensor
-    target_mean: torch.Tensor
-    source: torch.Tensor
-    target: torch.Tensor
-    residual: torch.Tensor
-    residual_norm: float
+    source: Moments
+    target: Moments
+    difference: Moments
     distance: float
+    residual_norm: float
 
 
 def gap(
@@ -142,26 +140,29 @@ def gap(
     frame_rank = _within("rank", default if rank is None else rank, width)
 
     moments = _pair_moments(ys, xs)
-    source_spectrum, source_vectors = spectra.eigenpairs(moments.source)
-    target_spectrum, target_vectors = spectra.eigenpairs(moments.target)
-    residual_spectrum = spectra.eigenvalues(moments.residual)
+    source, target, residual = (
+        torch.from_numpy(part.covariance) for part in (moments.source, moments.target, moments.difference)
+    )
+    source_spectrum, source_vectors = spectra.eigenpairs(source)
+    target_spectrum, target_vectors = spectra.eigenpairs(target)
+    residual_spectrum = spectra.eigenvalues(residual)
     if frame_basis is None:
-        frame_basis = spectra.eigenpairs(moments.source + moments.target)[1][:, :frame_rank]
+        frame_basis = spectra.eigenpairs(source + target)[1][:, :frame_rank]
 
     energy = float(residual_spectrum.sum())
-    squared_gap = float((moments.target_mean - moments.source_mean).square().sum())
-    difference = float((moments.target - moments.source).norm())
+    g_mu = float(np.linalg.norm(moments.target.mean - moments.source.mean))
+    g_sigma_abs = float((target - source).norm())
     used = spectra.usable_eigenvalues(target_spectrum, source_spectrum, ys.count)
     shares = residual_spectrum.cumsum(0) / energy
-    reached = float((frame_basis * (moments.residual @ frame_basis)).sum())
+    reached = float((frame_basis * (residual @ frame_basis)).sum())
     warnings = _warnings(ys.count, width, used)
     emit(warnings)
     return GapReport(
         n=ys.count,
         width=width,
-        g_mu=squared_gap**0.5,
-        g_sigma=difference / (float(moments.target.norm()) + RELATIVE_EPS),
-        g_sigma_abs=difference,
+        g_mu=g_mu,
+        g_sigma=_ratio(g_sigma_abs, float(target.norm())),
+        g_sigma_abs=g_sigma_abs,
         c_lambda=spectra.log_spectrum_correlation(target_spectrum, source_spectrum, used),
         c_lambda_count=used,
         q=q,
@@ -169,7 +170,7 @@ def gap(
         o_q_baseline=q / width,
         d_center=energy,
         residual_norm=moments.residual_norm,
-        r_res=_ratio(energy, energy + squared_gap),
+        r_res=_ratio(energy, energy + g_mu**2),
         r_res_distance=_ratio(moments.residual_norm, moments.distance),
         a_r=spectra.anisotropy(residual_spectrum),
         a_r_isotropic=spectra.isotropic_anisotropy(ys.count, width),
@@ -188,27 +189,19 @@ def gap(
 
 
 def _pair_moments(ys: Rows, xs: Rows) -> _PairMoments:
-    """Two passes: means and E||x - y||, then the centred second moments and E||r||."""
-    count, width = ys.count, ys.width
-    source_sum, target_sum = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
+    """Two passes: the moments of y, x and x - y (whose covariance is S_r) with E||x - y||, then E||r||."""
+    source, target, difference = (Moments(ys.width) for _ in range(3))
     distance = 0.0
     for y, x in zip(ys.batches(), xs.batches(), strict=True):
-        source_sum += y.sum(dim=0)
-        target_sum += x.sum(dim=0)
+        source.update(y.numpy())
+        target.update(x.numpy())
+        difference.update((x - y).numpy())
         distance += float((x - y).norm(dim=1).sum())
-    source_mean, target_mean = source_sum / count, target_sum / count
-    source, target, residual = (torch.zeros(width, width, dtype=torch.float64) for _ in range(3))
-    residual_norm = 0.0
-    for y, x in zip(ys.batches(), xs.batches(), strict=True):
-        y, x = y - source_mean, x - target_mean
-        r = x - y
-        source.addmm_(y.T, y)
-        target.addmm_(x.T, x)
-        residual.addmm_(r.T, r)
-        residual_norm += float(r.norm(dim=1).sum())
-    for matrix in (source, target, residual):
-        matrix /= count
-    return _PairMoments(source_mean, target_mean, source, target, residual, residual_norm / count, distance / count)
+    shift = torch.from_numpy(difference.mean)
+    residual_norm = sum(
+        float((x - y - shift).norm(dim=1).sum()) for y, x in zip(ys.batches(), xs.batches(), strict=True)
+    )
+    return _PairMoments(source, target, difference, distance / ys.count, residual_norm / ys.count)
 
 
 def _ratio(part: float, whole: float) -> float:

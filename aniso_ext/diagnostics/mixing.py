@@ -44,6 +44,7 @@ def mixing(share: torch.Tensor, k: int) -> float:
     """M = mean H2(share) / mixing_expectation, for the share of targets [n] among the k nearest of n rows.
 
     Around the outputs it is M_Z (penetration), around the targets M_X (coverage): 1 is perfect mixing, 0 two clouds
-    apart.
+    apart. One neighbour has no entropy to compare: NaN for k = 1.
     """
-    return float(binary_entropy(share).mean()) / mixing_expectation(share.numel(), k)
+    expected = mixing_expectation(share.numel(), k)
+    return float(binary_entropy(share).mean()) / expected if expected > 0 else math.nan

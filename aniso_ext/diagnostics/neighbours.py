@@ -180,11 +180,11 @@ class Retrieval(Search):
 
     def recall(self, depth: int) -> float:
         """R@depth for depth up to that of the search: a query with ties counts by its chance in a random order."""
-        return float(((depth - self.better) / (self.tied + 1)).clamp(0, 1).mean())
+        return float(((depth - self.better).double() / (self.tied + 1)).clamp(0, 1).mean())
 
 
 def run(queries: UnitRows, corpus: UnitRows, searches: Sequence[Search], *, own: int | None = None) -> None:
-    """Answer all searches in one pass. Query i is corpus row ``own + i``, and left out there, unless ``own`` is None."""
+    """Answer all searches in one pass. Query i is corpus row ``own + i`` and left out there, unless ``own`` is None."""
     for rows, scores, bound in _blocks(queries, corpus):
         _leave_out_self(scores, rows, slice(0, corpus.count), own)
         for search in searches:

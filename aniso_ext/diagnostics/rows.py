@@ -44,13 +44,13 @@ class Rows:
             yield self.read(slice(start, min(start + batch_rows, self.count)))
 
     def _check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
-        bad = (~torch.isfinite(values)).any(dim=1).nonzero().flatten()
+        bad = (~torch.isfinite(values.square().sum(dim=1))).nonzero().flatten()
         if bad.numel():
             first = int(bad[0])
             row = (rows.start or 0) + first if isinstance(rows, slice) else int(rows[first])
             raise InputError(
-                f"{self.name} has non-finite values, first in row {row} ({bad.numel()} such rows among "
-                f"{values.shape[0]} read): drop or mend them on all sides of the pairs"
+                f"{self.name} has non-finite values (or squares that overflow) in {bad.numel()} of {values.shape[0]} "
+                f"rows read, first in row {row}: drop or mend them on all sides of the pairs"
             )
 
 
