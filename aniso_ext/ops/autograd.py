@@ -8,7 +8,7 @@ import torch
 
 from aniso_ext.ops.schemas import NAMESPACE
 
-_INITIALISATION_LENGTH = 7
+_INITIALISATION_LENGTH = 9
 
 
 def _save_rows_and_constants(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ TENSOR_FIELDS = (
     "complement_scale",
     "output_mean",
 )
+MOST_KNOTS = 32767
 COMPLEMENTS = ("scalar", "diagonal", "diagonal_projected")
 ORTHONORMALITY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -84,8 +85,8 @@ class Frame:
             raise InputError(f"Frame.radius_source_knots must be [M, K], got {list(self.radius_source_knots.shape)}")
         if self.rank < 2 or self.rank % 2 or self.rank > self.width:
             raise InputError(f"the rank must be even, at least 2 and at most the width {self.width}, got {self.rank}")
-        if self.knots < 2:
-            raise InputError(f"a radius map needs at least 2 knots, got {self.knots}")
+        if not 2 <= self.knots <= MOST_KNOTS:
+            raise InputError(f"a radius map needs 2 to {MOST_KNOTS} knots, got {self.knots}")
         scale_length = 1 if self.complement == "scalar" else self.width
         expected = {
             "source_mean": (self.width,),

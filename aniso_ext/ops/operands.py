@@ -24,6 +24,8 @@ import torch
 
 from aniso_ext.ops.frame import Frame
 
+BUCKETS = 2048
+
 
 @dataclass(frozen=True, eq=False)
 class Operands:
@@ -33,7 +35,9 @@ class Operands:
     input_weight                 [R_in, D]                 W_in^T
     input_bias                   [R_in]                    -W_in^T m_s
     target_coordinates           [R]                       Q^T m_t
-    segments                     [M, 3, K + 1]             the radius map in pieces: start, value at start, slope
+    segments                     [M, K + 1, 3]             the radius map in pieces: start, value at start, slope
+    buckets                      [M, BUCKETS] int16        knots below each bucket of radii, see :func:`knot_buckets`
+    windows                      [M] int32                 most knots that one bucket holds
     output_weight                [D, R_out]                W_out
     scale, offset                [1 | D], [D]              see the module's first lines
     basis                        [D, R]                    Q
@@ -45,6 +49,8 @@ class Operands:
     input_bias: torch.Tensor
     target_coordinates: torch.Tensor
     segments: torch.Tensor
+    buckets: torch.Tensor
+    windows: torch.Tensor
     output_weight: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
@@ -58,6 +64,8 @@ class Operands:
             self.input_bias,
             self.target_coordinates,
             self.segments,
+            self.buckets,
+            self.windows,
             self.output_weight,
             self.scale,
             self.offset,
@@ -65,7 +73,7 @@ class Operands:
 
 
 def radius_segments(source_knots: torch.Tensor, target_knots: torch.Tensor) -> torch.Tensor:
-    """Radius maps [M, K] as K + 1 linear pieces, [M, 3, K + 1]: T(rho) = value + (rho - start) * slope.
+    """Radius maps [M, K] as K + 1 linear pieces, [M, K + 1, 3]: T(rho) = value + (rho - start) * slope.
 
     The first piece starts at 0 and the last at the last knot; both keep the ratio (METHOD D9). Of pieces that start
     together the last one counts.
@@ -77,7 +85,25 @@ def radius_segments(source_knots: torch.Tensor, target_knots: torch.Tensor) -> t
     start = torch.cat((zero, source_knots), dim=1)
     value = torch.cat((zero, target_knots), dim=1)
     slope = torch.cat((ratio[:, :1], inner, ratio[:, -1:]), dim=1)
-    return torch.stack((start, value, slope), dim=1)
+    return torch.stack((start, value, slope), dim=2)
+
+
+def knot_buckets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A coarse index of the knots, so that a radius searches a few of them instead of all K.
+
+    Radii fall in equal buckets, ``min(trunc(rho * (BUCKETS / last knot)), BUCKETS - 1)``. That map never decreases, also
+    in rounded arithmetic, so the knots at or below a radius of bucket g are the ``buckets[k, g]`` knots of lower buckets
+    and at most ``windows[k]`` knots from there on. Computed in the dtype of the segments: the kernels must round alike.
+    """
+    knots = segments[:, 1:, 0].contiguous()
+    scale = BUCKETS / knots[:, -1:]
+    of_knot = (knots * scale).to(torch.int32).clamp_max(BUCKETS - 1)
+    every = torch.arange(BUCKETS, dtype=torch.int32, device=knots.device).expand(len(knots), -1).contiguous()
+    below = torch.searchsorted(of_knot, every)
+    windows = (torch.searchsorted(of_knot, every, right=True) - below).amax(dim=1, keepdim=True)
+    # the window must not reach past the last knot; lower knots that it then covers are below the radius anyway
+    below = torch.minimum(below, knots.shape[1] - windows)
+    return below.to(torch.int16), windows.flatten().to(torch.int32)
 
 
 def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch.device) -> Operands:
@@ -97,11 +123,15 @@ def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch
     def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return value.to(dtype).contiguous()
 
+    segments = rounded(radius_segments(exact.radius_source_knots, exact.radius_target_knots), working)
+    buckets, windows = knot_buckets(segments)
     return Operands(
         input_weight=rounded(input_weight, product),
         input_bias=rounded(-(input_weight @ exact.source_mean), working),
         target_coordinates=rounded(target_coordinates, working),
-        segments=rounded(radius_segments(exact.radius_source_knots, exact.radius_target_knots), working),
+        segments=segments,
+        buckets=buckets,
+        windows=windows,
         output_weight=rounded(output_weight, product),
         scale=rounded(scale, working),
         offset=rounded(offset, working),
@@ -113,7 +143,5 @@ def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch
 def operands(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch.device) -> Operands:
     """Operands of a frame, folded on first use and kept with it."""
     key = (product, working, str(device))
-    kept = frame._operands.get(key)
-    if kept is None:
-        kept = frame._operands[key] = fold(frame, product, working, device)
-    return kept
+    frame._prepare(*key)
+    return frame._operands[key]

@@ -11,7 +11,7 @@ NAMESPACE = "aniso_ext"
 
 _INITIALISATION = (
     "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
-    "Tensor output_weight, Tensor scale, Tensor offset"
+    "Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset"
 )
 _UPDATE = "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
 

@@ -6,29 +6,29 @@
 namespace aniso_torch {
 namespace {
 
-Tensor correct_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments,
+Tensor correct_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows,
                    Tensor output_weight, Tensor scale, Tensor offset, std::optional<Tensor> shift) {
   return correct(
-      y, {input_weight, input_bias, target_coordinates, segments, output_weight, scale, offset, shift});
+      y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, shift});
 }
 
 Tensor correct_backward_cpu(Tensor grad, Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates,
-                            Tensor segments, Tensor output_weight, Tensor scale, Tensor offset,
+                            Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset,
                             std::optional<Tensor> shift) {
   return correct_backward(
-      grad, y, {input_weight, input_bias, target_coordinates, segments, output_weight, scale, offset, shift});
+      grad, y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, shift});
 }
 
-Tensor encode_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments,
+Tensor encode_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows,
                   Tensor output_weight, Tensor scale, Tensor offset) {
   return encode(
-      y, {input_weight, input_bias, target_coordinates, segments, output_weight, scale, offset, std::nullopt});
+      y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, std::nullopt});
 }
 
 Tensor encode_backward_cpu(Tensor grad, Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates,
-                           Tensor segments, Tensor output_weight, Tensor scale, Tensor offset) {
+                           Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset) {
   return encode_backward(
-      grad, y, {input_weight, input_bias, target_coordinates, segments, output_weight, scale, offset, std::nullopt});
+      grad, y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, std::nullopt});
 }
 
 Tensor decode_cpu(Tensor state, Tensor deltas, Tensor basis, std::optional<Tensor> shift, double a_theta, double a_rho,

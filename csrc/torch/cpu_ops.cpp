@@ -7,6 +7,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <memory>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "aniso/row_kernels.h"
@@ -29,14 +32,39 @@ int64_t chunk_rows(int64_t rows) {
   return std::clamp<int64_t>((share + 31) / 32 * 32, 32, kChunkRows);
 }
 
-// body(first row, rows) over chunks, on all threads. A single chunk stays on the caller's thread, where the products may
-// use every thread themselves.
-template <typename Body>
+// Memory that keeps its size from chunk to chunk and is not cleared.
+template <typename T>
+class Buffer {
+ public:
+  T* sized(int64_t elements) {
+    if (elements > capacity_) {
+      memory_.reset(new T[size_t(elements)]);
+      capacity_ = elements;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t capacity_ = 0;
+};
+
+// What one thread works in.
+template <typename P>
+struct Workspace {
+  Buffer<P> rows, grad, coefficients, grad_row, deltas, step;
+  Buffer<typename Working<P>::type> scratch;
+};
+
+// body(first row, rows, workspace) over chunks, on all threads. A single chunk stays on the caller's thread, where the
+// products may use every thread themselves.
+template <typename P, typename Body>
 void for_each_chunk(int64_t rows, const Body& body) {
   const int64_t size = chunk_rows(rows);
   torch::stable::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    Workspace<P> work;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      body(chunk * size, std::min(size, rows - chunk * size));
+      body(chunk * size, std::min(size, rows - chunk * size), work);
     }
   });
 }
@@ -47,7 +75,7 @@ void check_matrix(const Tensor& tensor, const char* name, int64_t columns) {
 
 void check_constant(const Tensor& tensor, const char* name, ScalarType dtype, int64_t elements) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
-                  " must be contiguous, of the dtype of the sums, and hold ", elements, " values");
+                  " must be contiguous, of the expected dtype, and hold ", elements, " values");
 }
 
 template <typename T>
@@ -66,14 +94,14 @@ class Chunks {
   explicit Chunks(const Tensor& tensor)
       : source_(data<S>(tensor)), columns_(tensor.size(1)), row_stride_(tensor.stride(0)), column_stride_(tensor.stride(1)) {}
 
-  const P* rows(int64_t first, int64_t n, std::vector<P>& buffer) const {
+  const P* rows(int64_t first, int64_t n, Buffer<P>& buffer) const {
     const S* source = source_ + first * row_stride_;
     if constexpr (std::is_same_v<S, P>) {
       if (column_stride_ == 1 && row_stride_ == columns_) return source;
     }
-    buffer.resize(size_t(n * columns_));
-    aniso::row_kernels<S, P>().load(source, row_stride_, column_stride_, n, columns_, buffer.data());
-    return buffer.data();
+    P* chunk = buffer.sized(n * columns_);
+    aniso::row_kernels<S, P>().load(source, row_stride_, column_stride_, n, columns_, chunk);
+    return chunk;
   }
 
  private:
@@ -95,7 +123,7 @@ struct Constants {
 
   Constants(const InitialisationTensors& in, int64_t width) {
     const int64_t rank = in.target_coordinates.numel(), rank_in = in.input_weight.size(0);
-    const int64_t rank_out = in.output_weight.size(1), pieces = in.segments.dim() == 3 ? in.segments.size(2) : 0;
+    const int64_t rank_out = in.output_weight.size(1), pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
     const ScalarType dtype = working_dtype<T>();
     STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
     STD_TORCH_CHECK(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
@@ -103,10 +131,13 @@ struct Constants {
     STD_TORCH_CHECK(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
                     "the weights do not have the width of the rows, ", width);
     STD_TORCH_CHECK(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");
-    STD_TORCH_CHECK(pieces >= 3, "segments must be [M, 3, K + 1] with K of at least 2");
+    STD_TORCH_CHECK(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
     check_constant(in.input_bias, "input_bias", dtype, rank_in);
     check_constant(in.target_coordinates, "target_coordinates", dtype, rank);
     check_constant(in.segments, "segments", dtype, rank / 2 * 3 * pieces);
+    const int64_t bucket_count = in.buckets.numel() / (rank / 2);
+    check_constant(in.buckets, "buckets", ScalarType::Short, rank / 2 * bucket_count);
+    check_constant(in.windows, "windows", ScalarType::Int, rank / 2);
     check_constant(in.offset, "offset", dtype, width);
     check_constant(in.scale, "scale", dtype, in.scale.numel() == 1 ? 1 : width);
     if (in.shift) check_constant(*in.shift, "shift", dtype, width);
@@ -118,10 +149,13 @@ struct Constants {
             int32_t(rank_in),
             int32_t(rank_out),
             int32_t(pieces),
+            int32_t(bucket_count),
             scales[0],
             data<T>(in.input_bias),
             data<T>(in.target_coordinates),
-            data<T>(in.segments),
+            reinterpret_cast<const aniso::Segment<T>*>(data<T>(in.segments)),
+            data<int16_t>(in.buckets),
+            data<int32_t>(in.windows),
             scale.data(),
             data<T>(in.offset),
             in.shift ? data<T>(*in.shift) : nullptr};
@@ -137,14 +171,14 @@ void run_correct(const Tensor& y, const InitialisationTensors& in, Tensor& out) 
   const Chunks<S, P> chunks(y);
   const Product project(in.input_weight, y.size(0)), rebuild(in.output_weight, y.size(0));
   S* result = mutable_data<S>(out);
-  for_each_chunk(y.size(0), [&](int64_t first, int64_t n) {
-    std::vector<P> buffer, coefficients(size_t(n * init.rank_out));
-    std::vector<T> scratch(size_t(init.width));
-    const P* rows = chunks.rows(first, n, buffer);
+  for_each_chunk<P>(y.size(0), [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const P* rows = chunks.rows(first, n, work.rows);
+    P* coefficients = work.coefficients.sized(n * init.rank_out);
     const Tensor projected = project(rows, n);
-    kernels.correct_map(init, n, data<P>(projected), coefficients.data());
-    const Tensor rebuilt = rebuild(coefficients.data(), n);
-    kernels.correct_finish(init, n, data<P>(rebuilt), rows, scratch.data(), result + first * init.width);
+    kernels.correct_map(init, n, data<P>(projected), coefficients);
+    const Tensor rebuilt = rebuild(coefficients, n);
+    kernels.correct_finish(
+        init, n, data<P>(rebuilt), rows, work.scratch.sized(init.width), result + first * init.width);
   });
 }
 
@@ -159,20 +193,19 @@ void run_correct_backward(const Tensor& grad, const Tensor& y, const Initialisat
   const Product project(in.input_weight, total), rebuild(in.output_weight, total);
   const Product gather(transposed(in.output_weight), total), spread(transposed(in.input_weight), total);
   S* result = mutable_data<S>(out);
-  for_each_chunk(total, [&](int64_t first, int64_t n) {
-    std::vector<P> buffer, grad_buffer, coefficients(size_t(n * std::max(init.rank_in, init.rank_out)));
-    std::vector<P> grad_row(size_t(n * init.width));
-    std::vector<T> scratch(size_t(init.width));
-    const P* rows = chunks.rows(first, n, buffer);
+  for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const P* rows = chunks.rows(first, n, work.rows);
+    P* coefficients = work.coefficients.sized(n * std::max(init.rank_in, init.rank_out));
+    P* grad_row = work.grad_row.sized(n * init.width);
     const Tensor projected = project(rows, n);
-    kernels.correct_map(init, n, data<P>(projected), coefficients.data());
-    const Tensor rebuilt = rebuild(coefficients.data(), n);
-    kernels.correct_finish_backward(
-        init, n, data<P>(rebuilt), rows, grads.rows(first, n, grad_buffer), scratch.data(), grad_row.data());
-    const Tensor grad_coefficients = gather(grad_row.data(), n);
-    kernels.correct_map_backward(init, n, data<P>(projected), data<P>(grad_coefficients), coefficients.data());
-    const Tensor back_projected = spread(coefficients.data(), n);
-    kernels.add_scaled(init, n, data<P>(back_projected), grad_row.data(), result + first * init.width);
+    kernels.correct_map(init, n, data<P>(projected), coefficients);
+    const Tensor rebuilt = rebuild(coefficients, n);
+    kernels.correct_finish_backward(init, n, data<P>(rebuilt), rows, grads.rows(first, n, work.grad),
+                                    work.scratch.sized(init.width), grad_row);
+    const Tensor grad_coefficients = gather(grad_row, n);
+    kernels.correct_map_backward(init, n, data<P>(projected), data<P>(grad_coefficients), coefficients);
+    const Tensor back_projected = spread(coefficients, n);
+    kernels.add_scaled(init, n, data<P>(back_projected), grad_row, result + first * init.width);
   });
 }
 
@@ -185,13 +218,13 @@ void run_encode(const Tensor& y, const InitialisationTensors& in, Tensor& out) {
   const Chunks<S, P> chunks(y);
   const Product project(in.input_weight, y.size(0)), rebuild(in.output_weight, y.size(0));
   S* result = mutable_data<S>(out);
-  for_each_chunk(y.size(0), [&](int64_t first, int64_t n) {
-    std::vector<P> buffer, coefficients(size_t(n * init.rank_out));
-    const P* rows = chunks.rows(first, n, buffer);
+  for_each_chunk<P>(y.size(0), [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const P* rows = chunks.rows(first, n, work.rows);
+    P* coefficients = work.coefficients.sized(n * init.rank_out);
     S* state = result + first * out.size(1);
     const Tensor projected = project(rows, n);
-    kernels.encode_map(init, n, data<P>(projected), coefficients.data(), state);
-    const Tensor rebuilt = rebuild(coefficients.data(), n);
+    kernels.encode_map(init, n, data<P>(projected), coefficients, state);
+    const Tensor rebuilt = rebuild(coefficients, n);
     kernels.encode_finish(init, n, data<P>(rebuilt), rows, state);
   });
 }
@@ -207,18 +240,19 @@ void run_encode_backward(const Tensor& grad, const Tensor& y, const Initialisati
   const Product project(in.input_weight, total);
   const Product gather(transposed(in.output_weight), total), spread(transposed(in.input_weight), total);
   S* result = mutable_data<S>(out);
-  for_each_chunk(total, [&](int64_t first, int64_t n) {
-    std::vector<P> buffer, grad_buffer, grad_v0(size_t(n * init.width)), grad_projected(size_t(n * init.rank_in));
-    const Tensor projected = project(chunks.rows(first, n, buffer), n);
-    const P* grad_state = grads.rows(first, n, grad_buffer);
+  for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const Tensor projected = project(chunks.rows(first, n, work.rows), n);
+    const P* grad_state = grads.rows(first, n, work.grad);
+    P* grad_v0 = work.grad_row.sized(n * init.width);
     for (int64_t i = 0; i < n; ++i) {
-      std::copy_n(grad_state + i * columns + polar_columns, init.width, grad_v0.data() + i * init.width);
+      std::copy_n(grad_state + i * columns + polar_columns, init.width, grad_v0 + i * init.width);
     }
-    const Tensor grad_coefficients = gather(grad_v0.data(), n);
-    kernels.encode_map_backward(init, n, data<P>(projected), grad_state, columns, data<P>(grad_coefficients),
-                                grad_projected.data());
-    const Tensor back_projected = spread(grad_projected.data(), n);
-    kernels.add_scaled(init, n, data<P>(back_projected), grad_v0.data(), result + first * init.width);
+    const Tensor grad_coefficients = gather(grad_v0, n);
+    P* grad_projected = work.coefficients.sized(n * init.rank_in);
+    kernels.encode_map_backward(
+        init, n, data<P>(projected), grad_state, columns, data<P>(grad_coefficients), grad_projected);
+    const Tensor back_projected = spread(grad_projected, n);
+    kernels.add_scaled(init, n, data<P>(back_projected), grad_v0, result + first * init.width);
   });
 }
 
@@ -236,6 +270,15 @@ aniso::Update<typename Working<P>::type> checked_update(const UpdateArguments& i
           in.shift ? data<T>(*in.shift) : nullptr};
 }
 
+Tensor product_if(bool wanted, const Product& product, const void* rows, int64_t n) {
+  return wanted ? product(rows, n) : Tensor();
+}
+
+template <typename P>
+const P* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? data<P>(tensor) : nullptr;
+}
+
 template <typename S, typename P>
 void run_decode(const Tensor& state, const Tensor& deltas, const UpdateArguments& in, Tensor& out) {
   using T = typename Working<P>::type;
@@ -245,17 +288,17 @@ void run_decode(const Tensor& state, const Tensor& deltas, const UpdateArguments
   const int64_t total = state.size(0);
   const Product project(transposed(in.basis), total), rebuild(in.basis, total);
   S* result = mutable_data<S>(out);
-  for_each_chunk(total, [&](int64_t first, int64_t n) {
-    std::vector<P> state_buffer, delta_buffer, step(size_t(n * update.width)), coefficients(size_t(n * update.rank));
-    std::vector<T> scratch(size_t(update.width));
-    const P* state_rows = states.rows(first, n, state_buffer);
-    const P* delta_rows = moves.rows(first, n, delta_buffer);
-    kernels.decode_step(update, n, delta_rows, step.data());
-    const std::optional<Tensor> leak = update.project ? std::optional(project(step.data(), n)) : std::nullopt;
-    kernels.decode_map(update, n, state_rows, delta_rows, leak ? data<P>(*leak) : nullptr, coefficients.data());
-    const Tensor rebuilt = rebuild(coefficients.data(), n);
-    kernels.decode_finish(
-        update, n, data<P>(rebuilt), state_rows, step.data(), scratch.data(), result + first * update.width);
+  for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const P* state_rows = states.rows(first, n, work.rows);
+    const P* delta_rows = moves.rows(first, n, work.deltas);
+    P* step = work.step.sized(n * update.width);
+    P* coefficients = work.coefficients.sized(n * update.rank);
+    kernels.decode_step(update, n, delta_rows, step);
+    const Tensor leak = product_if(update.project, project, step, n);
+    kernels.decode_map(update, n, state_rows, delta_rows, data_or_null<P>(leak), coefficients);
+    const Tensor rebuilt = rebuild(coefficients, n);
+    kernels.decode_finish(update, n, data<P>(rebuilt), state_rows, step, work.scratch.sized(update.width),
+                          result + first * update.width);
   });
 }
 
@@ -269,28 +312,27 @@ void run_decode_backward(const Tensor& grad, const Tensor& state, const Tensor& 
   const int64_t total = state.size(0);
   const Product project(transposed(in.basis), total), rebuild(in.basis, total);
   S *state_result = mutable_data<S>(grad_state), *delta_result = mutable_data<S>(grad_deltas);
-  for_each_chunk(total, [&](int64_t first, int64_t n) {
-    std::vector<P> state_buffer, delta_buffer, grad_buffer, step(size_t(n * update.width));
-    std::vector<P> coefficients(size_t(n * update.rank)), grad_row(size_t(n * update.width));
-    std::vector<T> scratch(size_t(update.width));
-    const P* state_rows = states.rows(first, n, state_buffer);
-    const P* delta_rows = moves.rows(first, n, delta_buffer);
-    kernels.decode_step(update, n, delta_rows, step.data());
-    const std::optional<Tensor> step_leak = update.project ? std::optional(project(step.data(), n)) : std::nullopt;
-    kernels.decode_map(update, n, state_rows, delta_rows, step_leak ? data<P>(*step_leak) : nullptr, coefficients.data());
-    const Tensor rebuilt = rebuild(coefficients.data(), n);
-    kernels.decode_finish_backward(update, n, data<P>(rebuilt), state_rows, step.data(), grads.rows(first, n, grad_buffer),
-                                   scratch.data(), grad_row.data());
-    const Tensor grad_coefficients = project(grad_row.data(), n);
-    const std::optional<Tensor> leak =
-        update.project ? std::optional(rebuild(grad_coefficients.const_data_ptr(), n)) : std::nullopt;
-    kernels.decode_backward(update, n, state_rows, delta_rows, data<P>(grad_coefficients), grad_row.data(),
-                            leak ? data<P>(*leak) : nullptr, state_result + first * state.size(1),
+  for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
+    const P* state_rows = states.rows(first, n, work.rows);
+    const P* delta_rows = moves.rows(first, n, work.deltas);
+    P* step = work.step.sized(n * update.width);
+    P* coefficients = work.coefficients.sized(n * update.rank);
+    P* grad_row = work.grad_row.sized(n * update.width);
+    kernels.decode_step(update, n, delta_rows, step);
+    const Tensor step_leak = product_if(update.project, project, step, n);
+    kernels.decode_map(update, n, state_rows, delta_rows, data_or_null<P>(step_leak), coefficients);
+    const Tensor rebuilt = rebuild(coefficients, n);
+    kernels.decode_finish_backward(update, n, data<P>(rebuilt), state_rows, step, grads.rows(first, n, work.grad),
+                                   work.scratch.sized(update.width), grad_row);
+    const Tensor grad_coefficients = project(grad_row, n);
+    const Tensor leak = product_if(update.project, rebuild, data<P>(grad_coefficients), n);
+    kernels.decode_backward(update, n, state_rows, delta_rows, data<P>(grad_coefficients), grad_row,
+                            data_or_null<P>(leak), state_result + first * state.size(1),
                             delta_result + first * deltas.size(1));
   });
 }
 
-// Calls run.template operator()<S, P>() for the storage dtype of the rows and the dtype of the product weights.
+// Calls run(S{}, P{}) for the storage dtype of the rows and the dtype of the product weights.
 template <typename Run>
 void dispatch(const Tensor& rows, const Tensor& weight, const Run& run) {
   const ScalarType storage = rows.scalar_type(), product = weight.scalar_type();

@@ -15,6 +15,8 @@ struct InitialisationTensors {
   Tensor input_bias;
   Tensor target_coordinates;
   Tensor segments;
+  Tensor buckets;
+  Tensor windows;
   Tensor output_weight;
   Tensor scale;
   Tensor offset;

@@ -1,9 +1,18 @@
 // Kernels of `correct` and `encode`; included once per instruction set.
 //
-// Blocks are the outer loop and rows the inner one: the map of one block (3 (K + 1) values) stays in the first-level
-// cache while a tile of rows searches it.
+// Blocks are the outer loop and rows the inner one: the tables of one block stay in the first-level cache while a tile of
+// rows looks its radii up.
 
-constexpr int32_t kTile = 32;
+constexpr int32_t kTile = 256;
+constexpr int32_t kCacheLine = 64;
+
+ANISO_INLINE void prefetch(const char* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
+}
 
 // One block of a tile of rows.
 template <typename T>
@@ -11,7 +20,7 @@ struct BlockTile {
   T centred_a[kTile], centred_b[kTile];  // c_t
   T radius[kTile], inverse_length[kTile], cos[kTile], sin[kTile];
   T mapped[kTile], slope[kTile];
-  int32_t piece[kTile];
+  int32_t bucket[kTile];
 
   Polar<T> polar(int32_t j) const { return {radius[j], inverse_length[j], cos[j], sin[j]}; }
 };
@@ -35,22 +44,22 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, 
     t.inverse_length[j] = p.inverse_length;
     t.cos[j] = p.cos;
     t.sin[j] = p.sin;
-    t.piece[j] = 0;
   }
-  const T* segments = init.segments + int64_t(block) * 3 * init.pieces;
-  const T* knots = segments + 1;
-  int32_t length = init.pieces - 1;
-  while (length > 1) {  // find_segment, a tile at a time
-    const int32_t half = length / 2;
-    ANISO_SIMD
-    for (int32_t j = 0; j < kTile; ++j) t.piece[j] += knots[t.piece[j] + half - 1] <= t.radius[j] ? half : 0;
-    length -= half;
-  }
+  const Segment<T>* segments = init.segments + int64_t(block) * init.pieces;
+  const int16_t* buckets = init.buckets + int64_t(block) * init.bucket_count;
+  const int32_t window = init.windows[block];
+  const T bucket_scale = T(init.bucket_count) / segments[init.pieces - 1].start;
   ANISO_SIMD
-  for (int32_t j = 0; j < kTile; ++j) {
-    const int32_t piece = t.piece[j] + (knots[t.piece[j]] <= t.radius[j] ? 1 : 0);
-    t.slope[j] = segments[2 * init.pieces + piece];
-    t.mapped[j] = segments[init.pieces + piece] + (t.radius[j] - segments[piece]) * t.slope[j];
+  for (int32_t j = 0; j < kTile; ++j) t.bucket[j] = bucket_of(t.radius[j], bucket_scale, init.bucket_count);
+  // Scalar on purpose: gathers are no faster here. Meanwhile the next block's tables come closer, a line a row.
+  const char* next_segments = reinterpret_cast<const char*>(segments + init.pieces);
+  const char* next_buckets = reinterpret_cast<const char*>(buckets + init.bucket_count);
+  for (int32_t j = 0; j < rows; ++j) {
+    prefetch(next_segments + j * kCacheLine);
+    prefetch(next_buckets + j * kCacheLine);
+    const Mapped<T> mapped = map_radius(segments, buckets[t.bucket[j]], window, t.radius[j]);
+    t.mapped[j] = mapped.radius;
+    t.slope[j] = mapped.slope;
   }
 }
 

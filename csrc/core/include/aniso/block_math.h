@@ -32,18 +32,34 @@ ANISO_INLINE Polar<T> to_polar(T a, T b) {
   return {std::sqrt(squared + T(kRadiusEps)), inverse, at_origin ? T(1) : a * inverse, b * inverse};
 }
 
-// Number of knots at or below rho: the piece of the map that rho falls in. A branch-free halving whose trip count
-// depends on `knots` alone, so that lanes of a vector or warp stay together. A NaN falls in piece 0.
+// Bucket of a radius among `count` equal ones up to the last knot; see knot_buckets in aniso_ext/ops/operands.py.
 template <typename T>
-ANISO_INLINE int32_t find_segment(const T* knots_sorted, int32_t knots, T rho) {
-  int32_t base = 0;
-  int32_t length = knots;
-  while (length > 1) {
-    const int32_t half = length / 2;
-    base += (knots_sorted[base + half - 1] <= rho) ? half : 0;
-    length -= half;
+ANISO_INLINE int32_t bucket_of(T rho, T scale, int32_t count) {
+  const T last = T(count - 1);
+  const T position = rho * scale;
+  return position > T(0) ? int32_t(position < last ? position : last) : 0;  // a NaN falls in bucket 0
+}
+
+// One linear piece of a radius map: T(rho) = value + (rho - start) * slope from `start` to the next piece's. Together in
+// memory, because a radius reads one piece of many.
+template <typename T>
+struct Segment {
+  T start;
+  T value;
+  T slope;
+};
+
+// The piece that rho falls in: the number of knots at or below it, where knot i is the start of piece i + 1. `base`
+// knots are known to be below. A branch-free halving whose trip count is the same for every radius, so that lanes of a
+// warp stay together.
+template <typename T>
+ANISO_INLINE int32_t find_segment(const Segment<T>* segments, int32_t base, int32_t window, T rho) {
+  while (window > 1) {
+    const int32_t half = window / 2;
+    base += (segments[base + half].start <= rho) ? half : 0;
+    window -= half;
   }
-  return base + (knots_sorted[base] <= rho ? 1 : 0);
+  return base + (segments[base + 1].start <= rho ? 1 : 0);
 }
 
 template <typename T>
@@ -52,12 +68,10 @@ struct Mapped {
   T slope;   // dT/drho
 };
 
-// `segments` is [3, pieces]: start, value, slope; `starts[0]` = 0 is not a knot.
 template <typename T>
-ANISO_INLINE Mapped<T> map_radius(const T* segments, int32_t pieces, T rho) {
-  const int32_t piece = find_segment(segments + 1, pieces - 1, rho);
-  const T slope = segments[2 * pieces + piece];
-  return {segments[pieces + piece] + (rho - segments[piece]) * slope, slope};
+ANISO_INLINE Mapped<T> map_radius(const Segment<T>* segments, int32_t base, int32_t window, T rho) {
+  const Segment<T> piece = segments[find_segment(segments, base, window, rho)];
+  return {piece.value + (rho - piece.start) * piece.slope, piece.slope};
 }
 
 // Gradient of c^ = T(rho) * direction with respect to (a, b), given that with respect to c^.

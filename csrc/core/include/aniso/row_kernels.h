@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "aniso/block_math.h"
 #include "aniso/storage.h"
 
 namespace aniso {
@@ -20,10 +21,13 @@ struct Initialisation {
   int32_t rank_in;
   int32_t rank_out;
   int32_t pieces;               // K + 1
+  int32_t bucket_count;
   T scalar;                     // s_V; read only when rank_out == rank
   const T* input_bias;          // [R_in]
   const T* target_coordinates;  // [R]
-  const T* segments;            // [M, 3, K + 1]
+  const Segment<T>* segments;   // [M, K + 1]
+  const int16_t* buckets;       // [M, bucket_count], knots below each bucket, at most K - window
+  const int32_t* windows;       // [M], most knots in one bucket
   const T* scale;               // [D], a scalar complement repeated
   const T* offset;              // [D]
   const T* shift;               // [D] or null
