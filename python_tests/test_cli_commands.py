@@ -122,6 +122,19 @@ def test_convert_options_reach_the_pipeline(files: dict[str, Path], tmp_path: Pa
     assert rows_of(out).dtype == np.float32
 
 
+def test_convert_counts_bad_rows_and_goes_on_only_if_told(files: dict[str, Path], tmp_path: Path) -> None:
+    rows = rows_of(files["source_test"])[:5].copy()
+    rows[3] = np.nan
+    np.save(tmp_path / "in.npy", rows)
+    arguments = ("convert", "--aligner", files["aligner"], "--input", tmp_path / "in.npy", "--output", tmp_path / "out")
+    assert "in.npy" in one_error_line(run(*arguments))
+    data = run_json(*arguments, "--on-bad", "zero")
+    assert (data["bad_rows"], data["bad_row_indices"]) == (1, {"in.npy": [3]})
+    found = rows_of(tmp_path / "out")
+    np.testing.assert_array_equal(found[3], 0)
+    np.testing.assert_allclose(np.linalg.norm(np.delete(found, 3, axis=0), axis=1), 1, atol=1e-6)
+
+
 def test_diagnose_reports_the_librarys_numbers(files: dict[str, Path], tmp_path: Path) -> None:
     source, target = files["source_test"], files["target_test"]
     stand_ins = tmp_path / "stand_ins"

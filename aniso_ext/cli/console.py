@@ -112,6 +112,11 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=False)
 
 
+def say(console: Console, text: str) -> None:
+    """Print a text as it is: no markup, no line breaks of the console's own."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def spinner(text: str) -> Iterator[None]:
     """A line that says what is going on, on standard error and only on a terminal."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar
+from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,9 @@ def convert(
     on_existing: Annotated[
         Literal["resume", "overwrite", "fail"], typer.Option(help="What to do with shards that are already there.")
     ] = "resume",
+    on_bad: Annotated[
+        Literal["fail", "drop", "zero"], typer.Option(help="What to do with rows that are zero or not finite.")
+    ] = "fail",
     batch_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows in memory at a time.")] = 8192,
     dtype: Annotated[
         Literal["float16", "float32", "float64"] | None,
@@ -55,15 +58,17 @@ def convert(
             batch_rows=batch_rows,
             calibration=calibration,
             on_existing=on_existing,
+            on_bad=on_bad,
             dtype=dtype,
             progress=update,
         )
-    data = {"command": "convert", "method": model.method, "aligner": str(aligner), **report.to_dict()}
+    data = {"command": "convert", "method": model.method, "aligner_path": str(aligner), **report.to_dict()}
 
     def show(console: Console) -> None:
-        console.print(
-            f"converted {report.rows:,} rows in {report.shards} shard(s) with {model.method} in {report.seconds:.1f} s"
-        )
-        console.print(f"stand-ins: {output}")
+        resumed = f", {report.resumed_shards} of them by an earlier run" if report.resumed_shards else ""
+        say(console, f"{report.rows:,} rows by {model.method} in {report.shards} shard(s){resumed}")
+        if report.bad_rows:
+            say(console, f"{report.bad_rows:,} bad rows ({on_bad}); their indices are in {report.manifest}")
+        say(console, f"{output}: written in {report.seconds:.1f} s")
 
     return Result(data, show)

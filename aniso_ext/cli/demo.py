@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar
+from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
 from aniso_ext.cli.methods import build_aligner, parse_rank
 from aniso_ext.cli.report import alignment_table, markdown, without_energy_curve, write_report
 from aniso_ext.errors import InputError
@@ -108,14 +108,15 @@ def demo(
     written = [] if out is None else write_report(out, data, markdown(title, gap, rows))
 
     def show(console: Console) -> None:
-        console.print(
+        say(
+            console,
             f"{title}: fitted on {files.train_rows:,} unpaired rows a side, judged on {files.test_rows:,} pairs\n"
         )
-        console.print(without_energy_curve(gap), markup=False)
+        say(console, without_energy_curve(gap))
         console.print()
         console.print(alignment_table(rows, TIMES))
         for path in written:
-            console.print(f"written: {path}", markup=False)
+            say(console, f"written: {path}")
 
     return Result({**data, "files": written}, show)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, spinner
+from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner
 from aniso_ext.cli.report import alignment_table, markdown, write_report
 from aniso_ext.errors import InputError
 
@@ -87,10 +87,10 @@ def diagnose(
     written = write_report(out, report, markdown(f"Modality gap of {source} and {target}", gap, methods))
 
     def show(console: Console) -> None:
-        console.print(str(gap), markup=False)
+        say(console, str(gap))
         console.print()
         console.print(alignment_table(methods))
-        console.print(f"\n{len(pair.source):,} pairs, k = {k}; written: {written[0]}, {written[1].name}", markup=False)
+        say(console, f"\n{len(pair.source):,} pairs, k = {k}; written: {written[0]}, {written[1].name}")
 
     return Result({**report, "files": written}, show)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, spinner
+from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner
 from aniso_ext.cli.methods import build_aligner, parse_rank
 from aniso_ext.errors import InputError
 
@@ -102,8 +102,8 @@ def fit(
     }
 
     def show(console: Console) -> None:
-        console.print(aligner.summary(), markup=False)
-        console.print(f"{out}: written after {seconds:.1f} s, fingerprint {data['fingerprint'][:12]}", markup=False)
-        console.print(f"next: aniso convert --aligner {out} --input {source} --output STAND_INS", markup=False)
+        say(console, aligner.summary())
+        say(console, f"{out}: written after {seconds:.1f} s, fingerprint {data['fingerprint'][:12]}")
+        say(console, f"next: aniso convert --aligner {out} --input {source} --output STAND_INS")
 
     return Result(data, show)
