@@ -1,0 +1,160 @@
+"""Values of the operators, every backend and dtype, against the NumPy oracle and the accuracy contract.
+
+The contract (DESIGN section 3): the error is at most twice that of the composition of the same steps in PyTorch, every
+step in the dtype of the rows, and 1 - cos stays within a bound for each dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import compositions
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import BRANCHES, ENCODERS, Case, arrays_of, calibrated, deltas_of, frame_of, named, rows_of
+
+from aniso_ext import ops
+
+ROWS = 128
+BACKENDS = ("reference", "cpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CASES = (
+    *BRANCHES,
+    *(replace(case, basis_dtype="bfloat16") for case in BRANCHES),
+    Case(48, 48, knots=2, calibrated=True),  # no complement at all, and the shortest map
+    Case(9, 2, complement="diagonal_projected", calibrated=True),
+    ENCODERS[0],
+    calibrated(replace(ENCODERS[3], complement="diagonal_projected")),
+)
+# float64: |e - e'|^2/2 with errors of D eps = 3e-13. float16: sums are float32, so that the rounding of the output
+# counts, half an ulp of each coordinate: |e - e'| <= 2^-11, 1 - cos <= 2^-23 = 1.2e-7; numbers below 2^-14 add
+# less than D (2^-25)^2 = 1e-12.
+LARGEST_ONE_MINUS_COS = {torch.float64: 1e-25, torch.float32: 1e-10, torch.bfloat16: 2e-5, torch.float16: 1.25e-7}
+
+
+@lru_cache(maxsize=8)  # the backends of one case follow each other
+def expected(operator: str, case: Case, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], np.ndarray, np.ndarray]:
+    """Arguments of the operator, exact result, and result of the composition."""
+    arrays = arrays_of(case)
+    if operator in ("correct", "encode"):
+        y = rows_of(case, ROWS, dtype)
+        exact = getattr(oracle, operator)(y.double().numpy(), arrays, case.complement)
+        return (y,), exact, getattr(compositions, operator)(y, arrays, case.complement).double().numpy()
+    literal = operator == "decode_literal"
+    state = torch.from_numpy(oracle.encode(rows_of(case, ROWS).numpy(), arrays, case.complement)).to(dtype)
+    deltas = deltas_of(case, ROWS, dtype)
+    exact = oracle.decode(state.double().numpy(), deltas.double().numpy(), arrays, literal=literal)
+    return (state, deltas), exact, compositions.decode(state, deltas, arrays, literal=literal).double().numpy()
+
+
+def run(operator: str, case: Case, dtype: torch.dtype, backend: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Result of a backend, exact result and result of the composition for the same rows."""
+    arguments, exact, composed = expected(operator, case, dtype)
+    options = {"literal": operator == "decode_literal"} if operator.startswith("decode") else {}
+    result = getattr(ops, operator.split("_")[0])(*arguments, frame_of(case), backend=backend, **options)
+    assert result.dtype == dtype
+    return result.double().numpy(), exact, composed
+
+
+def row_errors(result: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(result - exact, axis=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["correct", "decode", "decode_literal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", **named(CASES))
+def test_unit_rows_meet_the_accuracy_contract(case, backend, dtype, operator):
+    result, exact, composed = run(operator, case, dtype, backend)
+    errors = row_errors(result, exact)
+    # For unit vectors 1 - cos = |difference|^2/2; rounded rows differ from unit length by less than their error.
+    assert 0.5 * errors.max() ** 2 <= LARGEST_ONE_MINUS_COS[dtype]
+    if dtype == torch.float64:  # the oracle itself has this precision, so that a ratio of errors means nothing
+        return
+    allowed = row_errors(composed, exact)
+    assert np.sqrt(np.mean(errors**2)) <= 2 * np.sqrt(np.mean(allowed**2))
+    assert errors.max() <= 2 * allowed.max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", **named(CASES))
+def test_encoded_rows_meet_the_accuracy_contract(case, backend, dtype):
+    result, exact, composed = run("encode", case, dtype, backend)
+    polar = 3 * case.blocks
+    errors = row_errors(result[:, polar:], exact[:, polar:])
+    if dtype == torch.float64:
+        # A coordinate c carries D eps |y| |q|; a phase and a log radius carry that over rho, times the condition of the
+        # map, rho T'/T, about 1 here: 4 is safe.
+        y = rows_of(case, ROWS).numpy()
+        arrays = arrays_of(case)
+        coordinates = (y - arrays["source_mean"] + arrays["target_mean"]) @ arrays["basis"]
+        rho = np.tile(np.hypot(coordinates[:, 0::2], coordinates[:, 1::2]), 3)
+        rounding = case.width * 2.0**-52
+        assert (np.abs(result - exact)[:, :polar] <= 4 * rounding * (1 + 1 / rho)).all()
+        assert errors.max() <= 4 * rounding
+        return
+    allowed = row_errors(composed[:, polar:], exact[:, polar:])
+    assert np.sqrt(np.mean(errors**2)) <= 2 * np.sqrt(np.mean(allowed**2))
+    # Errors of phases have the tail of 1/rho, and no variance: compare their mean.
+    assert np.abs(result - exact)[:, :polar].mean() <= 2 * np.abs(composed - exact)[:, :polar].mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", **named(BRANCHES))
+def test_decoding_an_encoded_row_without_moves_is_the_correction(case, backend):
+    y, frame = rows_of(case, 17), frame_of(case)
+    state = ops.encode(y, frame, backend=backend)
+    decoded = ops.decode(state, torch.zeros(17, case.rank + case.width, dtype=y.dtype), frame, backend=backend)
+    # Both are the same sum of D terms of at most 1.
+    assert torch.allclose(decoded, ops.correct(y, frame, backend=backend), rtol=0, atol=case.width * 2.0**-52)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_move_a_row_no_further_than_they_say(backend):
+    """rho^/rho0 within exp(+-a_rho), phases within a_theta, |dv| within a_v sqrt(D): METHOD D12."""
+    case = Case(24, 8)
+    frame, state = frame_of(case), ops.encode(rows_of(case, 50), frame_of(case), backend=backend)
+    far = torch.full((50, case.rank + case.width), 100.0, dtype=torch.float64) * deltas_of(case, 50).sign()
+    start, moved = (
+        ops.decode(state, deltas, frame, a_theta=0.3, a_rho=0.2, a_v=0.01, backend=backend) for deltas in (0 * far, far)
+    )
+    log_rho = state[:, 2 * case.blocks : 3 * case.blocks]
+    c0 = log_rho.exp().norm(dim=1)
+    kappa = np.sqrt((np.exp(0.2) - 1) ** 2 + 4 * np.exp(0.2) * np.sin(0.15) ** 2)
+    epsilon = kappa * c0 + 0.01 * np.sqrt(case.width)
+    unnormalised = (log_rho.mul(2).exp().sum(1) + state[:, 3 * case.blocks :].square().sum(1)).sqrt()
+    # |w/|w| - w'/|w'|| <= 2 |w - w'|/|w|
+    assert ((start - moved).norm(dim=1) <= 2 * epsilon / unnormalised).all()
+    assert (start - moved).norm(dim=1).min() > 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_zero_length_comes_out_as_zero(backend):
+    """Norm has a floor instead of a division by zero: y = 0, zero means and a map that sends the radius to 0."""
+    knots, none = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.0, 0.0]])
+    frame = ops.Frame(torch.zeros(4), torch.zeros(4), torch.eye(4)[:, :2], knots, none, torch.ones(1))
+    assert torch.equal(ops.correct(torch.zeros(3, 4), frame, backend=backend), torch.zeros(3, 4))
+
+
+def test_lower_matmul_precision_stays_within_the_contract_of_tf32():
+    case = calibrated(Case(256, 64))
+    exact = oracle.correct(rows_of(case, ROWS, torch.float32).double().numpy(), arrays_of(case), case.complement)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        result = ops.correct(rows_of(case, ROWS, torch.float32), frame_of(case), backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 0.5 * row_errors(result.double().numpy(), exact).max() ** 2 <= 1e-6
+
+
+def test_autocast_changes_nothing():
+    case = calibrated(Case(70, 22))
+    y, frame = rows_of(case, 300, torch.float32), frame_of(case)
+    plain = ops.correct(y, frame, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.correct(y, frame, backend="cpu"), plain)
