@@ -25,13 +25,13 @@ struct DeviceOperands {
   int32_t rank_out;             // R_out
   int32_t pieces;               // K + 1
   int32_t bucket_count;
-  int32_t window;               // most knots in one bucket
   int32_t scale_stride;         // 0 where one scale serves every column
   const P* input_weight;        // [R_in, D]
   const T* input_bias;          // [R_in]
   const T* target_coordinates;  // [R]
   const Segment<T>* segments;   // [M, K + 1]
-  const int32_t* buckets;       // [M, bucket_count]
+  const int16_t* buckets;       // [M, bucket_count]
+  const int32_t* windows;       // [M]
   const P* output_weight;       // [D, R_out]
   const T* scale;               // [1] or [D]
   const T* offset;              // [D]
