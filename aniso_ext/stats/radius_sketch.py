@@ -24,7 +24,10 @@ from aniso_ext.stats.batches import (
 )
 
 FLOOR_EXPONENT = -40
-"""Radii below 2^-40 share one bin: an error of at most 2^-40 there, against 38 MB per 64 blocks for exact tails."""
+"""Radii below 2^-40 share one bin: an error of at most 2^-40 there, and a zero opens no octaves."""
+OCTAVE_GROUP = 32
+"""The table spans whole groups of this many octaves, one of which is [2^-31, 2): unit embeddings never make it grow,
+and pages of octaves without radii need not be backed by memory."""
 MINIMUM_GAP = 2.0**-22
 """Relative distance kept between knots: two units in the last place of float32, so that they stay apart when stored."""
 _MANTISSA_BITS = 23
@@ -42,8 +45,8 @@ class RadiusSketch:
 
     Args:
         blocks: M.
-        precision: p, mantissa bits kept, 1 to 16. Memory is 8 M 2^p bytes for each octave between the smallest and the
-            largest radius seen (p = 11, M = 64: 1 MB an octave; unit embeddings span about 12).
+        precision: p, mantissa bits kept, 1 to 16. Memory is at most 32 times 8 M 2^p bytes for unit embeddings (p = 11,
+            M = 64: 32 MB), whatever the number of rows; a saved state keeps occupied octaves only, about 12.
 
     Radii are [n, M] of any floating dtype.
 
@@ -135,14 +138,25 @@ class RadiusSketch:
         first = self._first_octave << self.precision
         columns = np.where(bins < floor, 0, bins - first + 1).astype(np.int64)
         columns += np.arange(self.blocks) * self._counts.shape[1]
-        added = np.bincount(columns.ravel(), minlength=self._counts.size)
-        self._counts += added.reshape(self._counts.shape)
+        np.add.at(self._counts.reshape(-1), columns.ravel(), 1)  # touches occupied pages only, unlike a bincount
 
     def _octaves(self) -> int:
         return (self._counts.shape[1] - 1) >> self.precision
 
+    def _occupied(self) -> tuple[int, np.ndarray]:
+        """First octave and table, without empty octaves at either end; a copy."""
+        octaves = self._counts[:, 1:].reshape(self.blocks, self._octaves(), 1 << self.precision)
+        occupied = np.flatnonzero(octaves.any(axis=(0, 2)))
+        if not len(occupied):
+            return 0, self._counts[:, :1].copy()
+        first, stop = int(occupied[0]), int(occupied[-1]) + 1
+        inside = self._counts[:, 1 + (first << self.precision) : 1 + (stop << self.precision)]
+        return self._first_octave + first, np.concatenate((self._counts[:, :1], inside), axis=1)
+
     def _cover(self, first: int, last: int) -> None:
-        """Widen the table to the (biased) octaves first..last; it never shrinks."""
+        """Widen the table to groups of octaves that hold the (biased) octaves first..last; it never shrinks."""
+        first -= first % OCTAVE_GROUP
+        last += OCTAVE_GROUP - 1 - last % OCTAVE_GROUP
         octaves = self._octaves()
         if octaves:
             first = min(first, self._first_octave)
@@ -160,11 +174,12 @@ class RadiusSketch:
         same = isinstance(other, RadiusSketch) and (other.blocks, other.precision) == (self.blocks, self.precision)
         if not same:
             raise InputError(f"cannot merge {other!r} into {self!r}: blocks and precision must agree")
-        if other._octaves():
-            self._cover(other._first_octave, other._first_octave + other._octaves() - 1)
-            offset = 1 + ((other._first_octave - self._first_octave) << self.precision)
-            self._counts[:, offset : offset + other._counts.shape[1] - 1] += other._counts[:, 1:]
-        self._counts[:, 0] += other._counts[:, 0]
+        first, counts = other._occupied()
+        if counts.shape[1] > 1:
+            self._cover(first, first + ((counts.shape[1] - 1) >> self.precision) - 1)
+            offset = 1 + ((first - self._first_octave) << self.precision)
+            self._counts[:, offset : offset + counts.shape[1] - 1] += counts[:, 1:]
+        self._counts[:, 0] += counts[:, 0]
         self._minimum = np.minimum(self._minimum, other._minimum)
         self._maximum = np.maximum(self._maximum, other._maximum)
         self._count += other._count
@@ -225,12 +240,13 @@ class RadiusSketch:
 
     def state_dict(self) -> dict[str, Any]:
         """Integers and arrays from which :meth:`from_state_dict` restores the sketch exactly."""
+        first_octave, counts = self._occupied()
         return {
             "blocks": self.blocks,
             "precision": self.precision,
             "count": self._count,
-            "first_octave": self._first_octave,
-            "counts": self._counts.copy(),
+            "first_octave": first_octave,
+            "counts": counts,
             "minimum": self._minimum.copy(),
             "maximum": self._maximum.copy(),
         }
