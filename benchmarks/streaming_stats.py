@@ -159,7 +159,8 @@ def header(arguments: argparse.Namespace, load: float) -> str:
     command = f"python benchmarks/streaming_stats.py --rows {arguments.rows} --width {arguments.width}"
     return (
         f"# {cpu}, {os.cpu_count()} cores, load {load:.1f} before the run, OMP_NUM_THREADS {threads}; "
-        f"{datetime.date.today()}; Python {platform.python_version()}, numpy {np.__version__}; {command} --blocks {arguments.blocks}"
+        f"{datetime.date.today()}; Python {platform.python_version()}, numpy {np.__version__}; "
+        f"{command} --blocks {arguments.blocks}"
     )
 
 
