@@ -62,8 +62,10 @@ core: ## build and test the torch-free C++ core with CMake; compile-checks CUDA 
 	ctest --test-dir $(BUILD_DIR) --output-on-failure
 
 .PHONY: bench
-bench: install ## the CPU benchmarks, on one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+bench: install ## the CPU benchmarks, on one thread; rewrites the CSV and the README table
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/render_readme.py build/benchmark.json
 
 .PHONY: clean
 clean: ## remove build products (keeps .venv)
