@@ -1,0 +1,7 @@
+"""Synthetic worlds: everything in the package can be run and judged without a download."""
+
+from __future__ import annotations
+
+from aniso_ext.worlds.gap import GapWorld, simulate_gap
+
+__all__ = ["GapWorld", "simulate_gap"]
