@@ -219,7 +219,9 @@ def test_embeddings_of_another_encoder_are_refused_with_both_widths(files: dict[
 
 
 def test_demo_runs_every_method_on_simulated_pairs(tmp_path: Path) -> None:
-    data = run_json("demo", "--pairs", "1200", "--width", "64", "--rank", "8", "--out", tmp_path)
+    result = run("demo", "--pairs", "1200", "--width", "64", "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
     assert [row["name"] for row in data["methods"]] == aniso.list_aligners()
     assert (data["width"], data["train_rows"], data["held_out_pairs"]) == (64, 900, 300)
     methods = {row["name"]: row for row in data["methods"]}
@@ -227,6 +229,8 @@ def test_demo_runs_every_method_on_simulated_pairs(tmp_path: Path) -> None:
     assert methods["identity"]["delta_mu"] == pytest.approx(data["gap"]["g_mu"], abs=1e-9)
     for name in ("mean_shift", "realign", "anisoalign"):
         assert methods[name]["delta_mu"] < 0.3 * methods["identity"]["delta_mu"]
+    assert sum("unit vectors" in line for line in result.stderr.splitlines()) == 1
+    assert "unicorn: the result has" in result.stderr
     # random target rows know nothing of the source: chance level, 3 standard errors of a share of 300
     assert methods["permuted"]["recall_at_10"] < 10 / 300 + 3 * (10 / 300 / 300) ** 0.5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]

@@ -12,7 +12,7 @@ import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
 from aniso_ext.cli.methods import build_aligner, parse_rank
-from aniso_ext.cli.report import alignment_table, markdown, without_energy_curve, write_report
+from aniso_ext.cli.report import alignment_table, judge, markdown, without_energy_curve, write_report
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PAIRS = 10_000
 DEFAULT_WIDTH = 512
+DEFAULT_RANK = 128
 MAX_PAIRS_OF_FILES = 50_000
 TIMES = (("fit_seconds", "fit s", 2), ("convert_seconds", "convert s", 2))
 
@@ -42,7 +43,7 @@ def demo(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(metavar="R", help="Rank for the methods that have one.", show_default="their own"),
+        typer.Option(metavar="R", help="Rank for the methods that have one.", show_default="128, or D/4 if less"),
     ] = None,
     source: Annotated[Path | None, typer.Option(metavar="DIR", help="Own source embeddings, with --target.")] = None,
     target: Annotated[
@@ -86,6 +87,9 @@ def demo(
     else:
         y, x = _simulate(pairs or DEFAULT_PAIRS, width or DEFAULT_WIDTH, seed)
         title = "Simulated modality gap"
+
+    if parsed_rank is None:
+        parsed_rank = min(DEFAULT_RANK, max(2, y.shape[1] // 8 * 2))
 
     with tempfile.TemporaryDirectory(prefix="aniso-demo-") as scratch, progress_bar("methods") as update:
         files = _split(Path(scratch), y, x, held_out, seed)
@@ -195,9 +199,8 @@ def _split(folder: Path, y: np.ndarray, x: np.ndarray, held_out: float, seed: in
     return files
 
 
-def _run(name: str, rank: int | float | None, files: Files, k: int, seed: int) -> dict[str, Any]:
+def _run(name: str, rank: int | float, files: Files, k: int, seed: int) -> dict[str, Any]:
     """Fit, convert from file to file, and judge one method."""
-    from aniso_ext import diagnostics
     from aniso_ext.convert import convert_embeddings
 
     accepted = build_aligner(name, {}).get_params()
@@ -209,10 +212,5 @@ def _run(name: str, rank: int | float | None, files: Files, k: int, seed: int) -
     folder = files.stand_ins / name
     convert_embeddings(aligner, files.source_test, folder)
     converted = time.perf_counter()
-    found = diagnostics.alignment(files.source_test, files.target_test, folder, k=k, max_pairs=None, seed=seed)
-    return {
-        "name": name,
-        **found.to_dict(),
-        "fit_seconds": fitted - started,
-        "convert_seconds": converted - fitted,
-    }
+    row = judge(name, files.source_test, files.target_test, folder, k=k, max_pairs=None, seed=seed)
+    return {**row, "fit_seconds": fitted - started, "convert_seconds": converted - fitted}

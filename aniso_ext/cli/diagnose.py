@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner
-from aniso_ext.cli.report import alignment_table, markdown, write_report
+from aniso_ext.cli.report import alignment_table, judge, markdown, write_report
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,17 +65,17 @@ def diagnose(
 
     methods: list[dict[str, Any]] = []
 
-    def judge(name: str, path: Path | None, stand_ins: np.ndarray) -> None:
-        with spinner(f"judging {name}"):
-            found = diagnostics.alignment(pair.source, pair.target, stand_ins, k=k, max_pairs=max_pairs, seed=seed)
+    def add(name: str, path: Path | None, stand_ins: np.ndarray) -> None:
         name = name if all(row["name"] != name for row in methods) else f"{name} ({path})"
-        methods.append({"name": name, "path": path, **found.to_dict()})
+        with spinner(f"judging {name}"):
+            row = judge(name, pair.source, pair.target, stand_ins, k=k, max_pairs=max_pairs, seed=seed)
+        methods.append({**row, "path": path})
 
-    judge("identity", None, pair.source)
+    add("identity", None, pair.source)
     for path in aligners:
-        judge(*_transform(path, pair))
+        add(*_transform(path, pair))
     for path, candidate in candidates:
-        judge(path.name, path, pair.read(candidate))
+        add(path.name, path, pair.read(candidate))
 
     report = {
         "command": "diagnose",

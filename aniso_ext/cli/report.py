@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,19 @@ ALIGNMENT_COLUMNS = (
     ("recall_at_1", "R@1", 3, "share of stand-ins whose nearest target is their own"),
     ("recall_at_10", "R@10", 3, "share of stand-ins with their own target among the ten nearest"),
 )
+
+
+def judge(name: str, source: Any, target: Any, stand_ins: Any, **settings: Any) -> dict[str, Any]:
+    """The alignment report of one method as a line of a table; warnings about its stand-ins name the method."""
+    from aniso_ext import diagnostics
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diagnostics.DiagnosticsWarning)
+        report = diagnostics.alignment(source, target, stand_ins, **settings)
+    for text in report.warnings:
+        text = text.replace("transformed has", f"{name}: the result has", 1)
+        warnings.warn(text, diagnostics.DiagnosticsWarning, stacklevel=2)
+    return {"name": name, **report.to_dict()}
 
 
 def alignment_table(rows: Sequence[Mapping[str, Any]], extra: Sequence[tuple[str, str, int]] = ()) -> Table:
