@@ -1,7 +1,7 @@
-"""The operators composed from PyTorch calls, every step in the dtype of the rows: what the accuracy contract is relative to.
+"""The operators composed from PyTorch calls, each step in the dtype of the rows: the measure of the accuracy contract.
 
-This is what a user without the package would write for one dtype: the frame rounded to it, angles by atan2, the radius
-map by searchsorted, three D x R products for the complement. Rows, products and sums all have that dtype.
+This is what a user without the package would write for one dtype: the frame rounded to it, angles by atan2, the
+radius map by searchsorted, every complement by its products. Rows, products and sums all have that dtype.
 """
 
 from __future__ import annotations

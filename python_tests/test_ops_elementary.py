@@ -31,8 +31,6 @@ def identity_frame(width: int, scale: torch.Tensor | None = None) -> ops.Frame:
     return axis_frame(width, knots, knots, scale)
 
 
-# --- radius maps ---------------------------------------------------------------------------------------------------------
-
 MAPS = {
     "two knots": ([0.5, 1.0], [0.25, 2.0]),
     "uneven": ([1e-5, 2e-5, 3e-5, 0.5, 0.50001, 0.7, 900.0, 1000.0], [0.1, 0.2, 0.4, 0.5, 0.9, 1.0, 2.0, 3.0]),
@@ -65,7 +63,9 @@ def test_radius_map_agrees_with_linear_interpolation(name, backend, dtype):
         exact = oracle.radius_map(rho, source[block].double().numpy(), target[block].double().numpy())
         # rho is known to 2 eps of itself, which the slope turns into a change of T; T and its logarithm round as well
         eps = 2.0**-52 if dtype == torch.float64 else ULP
-        nudged = [oracle.radius_map(rho * (1 + s * 2 * eps), source[block].numpy(), target[block].numpy()) for s in (-1, 1)]
+        nudged = [
+            oracle.radius_map(rho * (1 + s * 2 * eps), source[block].numpy(), target[block].numpy()) for s in (-1, 1)
+        ]
         low, high = (np.log(edge, where=edge > 0, out=np.full_like(edge, -np.inf)) for edge in nudged)
         with np.errstate(divide="ignore"):
             slack = 4 * eps * (1 + np.abs(np.log(exact)))
@@ -77,15 +77,12 @@ def test_radius_map_agrees_with_linear_interpolation(name, backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30], ids=str)
 def test_radius_map_of_a_non_finite_radius_is_not_finite(value, backend):
-    """1e30 overflows its square in float32. Nothing may be read from outside the tables, and nothing finite come out."""
+    """1e30 overflows its square in float32. Nothing is read from outside the tables, and nothing finite comes out."""
     source, target = torch.tensor([[0.1, 0.4, 0.9]]), torch.tensor([[0.2, 0.3, 0.6]])
     y = torch.tensor([[0.3, 0.1, 0.2, 0.0], [value, 0.1, 0.2, 0.0], [0.3, 0.1, 0.2, 0.0]])
     logs = ops.encode(y, axis_frame(4, source, target), backend=backend)[:, 2]
     assert not math.isfinite(logs[1])
     assert logs[0] == logs[2] and math.isfinite(logs[0])
-
-
-# --- elementary functions of the float32 kernels -------------------------------------------------------------------------
 
 
 def decoded_over_anchor(state: torch.Tensor, deltas: torch.Tensor, **bounds: float) -> torch.Tensor:
@@ -129,7 +126,7 @@ def test_exp_runs_into_its_ends():
 
 
 def test_sine_and_cosine_are_within_two_ulp_of_one():
-    """Through a turn of exactly a_theta, as tanh(20) = 1. The kernels state errors against 1, the size of a direction."""
+    """Through a turn of exactly a_theta, as tanh(20) = 1. Errors count against 1, the length of a direction."""
     state, deltas = anchored_states(2), torch.zeros(2, 6)
     deltas[0, 0], deltas[1, 0] = 20.0, -20.0
     for angle in torch.cat((torch.linspace(0, 7, 301), torch.tensor([math.pi / 4, math.pi / 2, math.pi]))).tolist():
@@ -157,14 +154,12 @@ def test_directions_are_of_unit_length_down_to_tiny_radii():
     assert ((sin - exact.sin()).abs() <= 3 * ULP).all() and ((cos - exact.cos()).abs() <= 3 * ULP).all()
 
 
-# --- storage formats -----------------------------------------------------------------------------------------------------
-
 SCALES = (1.0, 1 / 3, 1 + 2.0**-10, 1 + 2.0**-8, 7.0, 2.0**-10, 0.7 * 2.0**-13, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_half_precision_number_is_widened_and_rounded_as_ieee_does(dtype):
-    """v0 = scale * y for coordinates of V: all finite patterns through loads, and through rounding, subnormals and overflow."""
+    """v0 = scale * y in V: all finite patterns through loads, and through rounding, subnormals and overflow."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = every[every.isfinite()]
     scales = torch.tensor(SCALES)
