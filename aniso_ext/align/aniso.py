@@ -35,8 +35,9 @@ class AnisoAlign(Aligner):
 
     Args:
         rank: R, even, or a float in (0, 1]: the share of the energy of S_J to hold (METHOD D2).
-        mixing: what shares a block (METHOD D3): ``haar`` (random rotation from ``seed``, the winner of the ablation in
-            docs/method_choices.md), ``pca_adjacent`` or ``balanced``. ``phase_stable`` is not in this version.
+        mixing: what shares a block (METHOD D3): ``balanced`` (strong with weak directions; it won the ablation of
+            docs/method_choices.md), ``haar`` (a random rotation from ``seed``, the most faithful to the source) or
+            ``pca_adjacent``. ``phase_stable`` is not in this version.
         complement: ``scalar``, ``diagonal`` (the paper's) or ``diagonal_projected`` with ratios clamped to [1/4, 4]
             (METHOD D10).
         refine: the Stage II refiner. It is not in this version: True, the default, is an error at ``fit``.
@@ -86,7 +87,7 @@ class AnisoAlign(Aligner):
         self,
         rank: int | float = 128,
         *,
-        mixing: str = "haar",
+        mixing: str = "balanced",
         complement: str = "scalar",
         refine: bool = True,
         calibration: str | None = "fitted",

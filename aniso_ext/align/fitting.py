@@ -22,8 +22,8 @@ RIDGE = 1e-4
 RATIO_LIMITS = (0.25, 4.0)
 SLOPE_LIMIT = 16.0
 """Steepest slope of a radius map, in units of the block's overall ratio of target to source radii."""
-NEGLIGIBLE_STD = 1e-8
-"""Share of the overall deviation below which a coordinate of the complement counts as constant."""
+NEGLIGIBLE_STD = 1e-6
+"""Share of the overall deviation below which the complement counts as constant: what is left when variances cancel."""
 
 
 @dataclass(frozen=True)

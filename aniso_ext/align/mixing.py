@@ -7,7 +7,7 @@ import torch
 
 from aniso_ext.errors import InputError
 
-MIXINGS = ("haar", "pca_adjacent", "balanced", "phase_stable")
+MIXINGS = ("balanced", "haar", "pca_adjacent", "phase_stable")
 
 
 def check_mixing(mixing: str) -> None:
@@ -17,7 +17,7 @@ def check_mixing(mixing: str) -> None:
     if mixing == "phase_stable":
         raise InputError(
             "mixing='phase_stable' is learned together with the phase prior of Stage I, which this version does not "
-            "have: use 'haar', 'pca_adjacent' or 'balanced'"
+            "have: use 'balanced', 'haar' or 'pca_adjacent'"
         )
 
 
