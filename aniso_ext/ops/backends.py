@@ -49,15 +49,27 @@ REFERENCE = Backend(
 CPU = Backend("cpu", "cpu", native.correct, native.encode, native.decode)
 _IMPLEMENTED = {backend.name: backend for backend in (CPU, REFERENCE)}
 
-_NOT_IN_THIS_VERSION = "this version has no {} kernels; the reference runs on that device"
+_NO_TRITON = "this version has no Triton kernels; the reference runs on that device"
+
+
+def _cuda_reason() -> str:
+    """Why the CUDA kernels cannot serve as a backend; they cover ``aniso_ext::correct`` alone, without its gradient."""
+    try:
+        from aniso_ext import _build_info
+
+        built = _build_info.cuda_version != "none"
+    except ImportError:
+        built = False
+    have = "the CUDA kernels of this version" if built else "no CUDA kernels were built, and those of this version"
+    return f"{have} cover only the forward of `correct`; the reference runs on that device"
 
 
 @cache
 def available() -> dict[str, str | None]:
     """Every backend with None if it can run here, else the reason why not."""
     reasons: dict[str, str | None] = {}
-    for name in ("cuda", "triton"):
-        reasons[name] = _NOT_IN_THIS_VERSION.format({"cuda": "CUDA", "triton": "Triton"}[name])
+    reasons["cuda"] = _cuda_reason()
+    reasons["triton"] = _NO_TRITON
     reasons["cpu"] = native.probe()
     reasons["reference"] = None
     return reasons
