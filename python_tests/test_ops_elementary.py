@@ -40,6 +40,7 @@ MAPS = {
     "all in one place": ([0.4, 0.4, 0.4], [0.2, 0.5, 0.8]),
     "flat": ([0.1, 0.4, 0.9], [0.3, 0.3, 0.3]),
     "from zero": ([0.1, 0.4, 0.9], [0.0, 0.3, 0.6]),
+    "clustered": ([*np.geomspace(1e-5, 1e-3, 700), 1.0], [*np.linspace(0.1, 0.9, 700), 1.0]),
     "many": (list(np.linspace(0.01, 1.0, 1024) ** 3), list(np.linspace(0.02, 1.0, 1024))),
 }
 
