@@ -21,12 +21,15 @@ def radius_map(radius: np.ndarray, source: np.ndarray, target: np.ndarray) -> np
     return np.where(radius >= source[-1], radius * target[-1] / source[-1], mapped)
 
 
-def initialise(y: np.ndarray, frame: Arrays, complement: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def initialise(
+    y: np.ndarray, frame: Arrays, complement: str, center: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rho0 [N, M], theta0 [N, M], v0 [N, D])."""
     y = np.asarray(y, dtype=np.float64)
     basis, width = frame["basis"], frame["basis"].shape[0]
     outside = np.eye(width) - basis @ basis.T
-    coordinates = (y - frame["source_mean"] + frame["target_mean"]) @ basis
+    target = frame["target_mean"]
+    coordinates = (y - frame["source_mean"] + (0 if center else target)) @ basis
     a, b = coordinates[:, 0::2], coordinates[:, 1::2]
     theta = np.arctan2(b, a)
     rho = np.sqrt(a**2 + b**2 + EPS)
@@ -40,7 +43,7 @@ def initialise(y: np.ndarray, frame: Arrays, complement: str) -> tuple[np.ndarra
     v0 = ((y - frame["source_mean"]) @ outside.T) * frame["complement_scale"]
     if complement == "diagonal_projected":
         v0 = v0 @ outside.T
-    return mapped, theta, v0 + outside @ frame["target_mean"]
+    return mapped, theta, v0 + (target if center else outside @ target)
 
 
 def rebuild(rho: np.ndarray, theta: np.ndarray, v: np.ndarray, frame: Arrays) -> np.ndarray:
@@ -53,12 +56,12 @@ def rebuild(rho: np.ndarray, theta: np.ndarray, v: np.ndarray, frame: Arrays) ->
     return rows
 
 
-def correct(y: np.ndarray, frame: Arrays, complement: str) -> np.ndarray:
-    return rebuild(*initialise(y, frame, complement), frame)
+def correct(y: np.ndarray, frame: Arrays, complement: str, center: bool = False) -> np.ndarray:
+    return rebuild(*initialise(y, frame, complement, center), frame)
 
 
-def encode(y: np.ndarray, frame: Arrays, complement: str) -> np.ndarray:
-    rho, theta, v0 = initialise(y, frame, complement)
+def encode(y: np.ndarray, frame: Arrays, complement: str, center: bool = False) -> np.ndarray:
+    rho, theta, v0 = initialise(y, frame, complement, center)
     return np.concatenate((np.sin(theta), np.cos(theta), np.log(rho), v0), axis=1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from aniso_ext.align.registry import register
 from aniso_ext.align.rows import Rows
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame, correct
-from aniso_ext.ops.frame import COMPLEMENTS
+from aniso_ext.ops.frame import COMPLEMENTS, MOST_KNOTS
 
 
 @register("anisoalign")
@@ -35,20 +34,22 @@ class AnisoAlign(Aligner):
 
     Args:
         rank: R, even, or a float in (0, 1]: the share of the energy of S_J to hold (METHOD D2).
-        mixing: what shares a block (METHOD D3): ``balanced`` (strong with weak directions; it won the ablation of
-            docs/method_choices.md), ``haar`` (a random rotation from ``seed``, the most faithful to the source) or
-            ``pca_adjacent``. ``phase_stable`` is not in this version.
+        mixing: what shares a block (METHOD D3): ``haar`` (a random rotation from ``seed``, chosen in
+            docs/method_choices.md), ``balanced`` (strong directions with weak ones) or ``pca_adjacent``.
+            ``phase_stable`` is not in this version.
         complement: ``scalar``, ``diagonal`` (the paper's) or ``diagonal_projected`` with ratios clamped to [1/4, 4]
             (METHOD D10).
         refine: the Stage II refiner. It is not in this version: True, the default, is an error at ``fit``.
         calibration: ``fitted`` keeps m_hat of the fitted source in the frame; ``corpus`` takes it from each corpus that
             is transformed (two passes); None leaves the calibration off (METHOD D17).
         calibration_steps: fixed-point steps that drive |mean(e) - m_t| down.
-        center: polar coordinates of centred coordinates (METHOD D4). Refused: see docs/method_choices.md.
-        knots: K of the radius maps (METHOD D9). Their slope is limited, so that a rounding error of a radius stays one
-            where copies among the source rows make T_k jump (docs/method_choices.md).
-        literal: the paper's printed form of every decision: ``diagonal`` complement, ``corpus`` calibration without
-            steps, whatever those options say, and radius maps of any slope.
+        center: polar coordinates of centred coordinates; the paper's are uncentred (METHOD D4).
+        knots: K of the radius maps (METHOD D9).
+        slope_limit: steepest slope of a radius map, in units of its block's overall ratio of target to source radii;
+            None allows any. Where copies among the source rows make T_k jump, the limit keeps a rounding error of a
+            radius a rounding error of the result (docs/method_choices.md).
+        literal: the paper's printed form of every decision: uncentred, ``diagonal`` complement, ``corpus`` calibration
+            without steps and no slope limit, whatever those options say.
         seed: of the ``haar`` mixing.
         device: where rows are transformed; None leaves them where they are.
         backend: of :func:`aniso_ext.ops.correct`.
@@ -77,7 +78,7 @@ class AnisoAlign(Aligner):
         "output_mean": ("D",),
     }
     optional_fields = frozenset({"output_mean"})
-    transform_options = ("refine", "complement", "calibration", "calibration_steps", "literal")
+    transform_options = ("refine", "complement", "center", "calibration", "calibration_steps", "literal")
     runtime_options = ("device", "backend")
 
     baseline = False
@@ -87,13 +88,14 @@ class AnisoAlign(Aligner):
         self,
         rank: int | float = 128,
         *,
-        mixing: str = "balanced",
+        mixing: str = "haar",
         complement: str = "scalar",
         refine: bool = True,
         calibration: str | None = "fitted",
         calibration_steps: int = 0,
         center: bool = False,
         knots: int = 1024,
+        slope_limit: float | None = SLOPE_LIMIT,
         literal: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -107,6 +109,7 @@ class AnisoAlign(Aligner):
         self.calibration_steps = calibration_steps
         self.center = center
         self.knots = knots
+        self.slope_limit = slope_limit
         self.literal = literal
         self.seed = seed
         self.device = device
@@ -119,18 +122,15 @@ class AnisoAlign(Aligner):
             raise InputError(f"complement must be one of {', '.join(COMPLEMENTS)}, got {self.complement!r}")
         if self.calibration not in ("fitted", "corpus", None):
             raise InputError(f"calibration must be 'fitted', 'corpus' or None, got {self.calibration!r}")
-        for name, least, most in (("calibration_steps", 0, 100), ("knots", 2, 65536), ("seed", 0, 2**63 - 1)):
+        for name, least, most in (("calibration_steps", 0, 100), ("knots", 2, MOST_KNOTS), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
                 raise InputError(f"{name} must be an integer from {least} to {most}, got {value!r}")
         for name in ("refine", "center", "literal"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.center:
-            raise InputError(
-                "center=True is not available: with centred coordinates the constant Q Q^T m_t has to be added after "
-                "the radius map, and none of the seven arrays of a frame can carry it; leave center=False"
-            )
+        if self.slope_limit is not None and not self.slope_limit >= 1:
+            raise InputError(f"slope_limit must be at least 1, or None for no limit, got {self.slope_limit!r}")
         if self.refine:
             raise InputError(
                 "refine=True (the default) asks for the Stage II refiner, which this version does not have: "
@@ -138,8 +138,10 @@ class AnisoAlign(Aligner):
             )
 
     def _fit(self, source: Rows, target: Rows) -> tuple[Arrays, dict[str, Any]]:
-        slope_limit = math.inf if self.literal else SLOPE_LIMIT
-        options = FrameOptions(self.rank, self.mixing, self._complement(), self.knots, self.seed, slope_limit)
+        slope_limit = None if self.literal else self.slope_limit
+        options = FrameOptions(
+            self.rank, self.mixing, self._complement(), self.knots, self.seed, self._center(), slope_limit
+        )
         frame, summary = fit_frame(source, target, options)
         if self._own_calibration() == "fitted":
             frame, record = calibrate(frame, source, self._exact, iterations=self._steps())
@@ -168,14 +170,20 @@ class AnisoAlign(Aligner):
 
     def _pin(self, calibration: str | None) -> None:
         """Spell out what ``literal`` stands for, and set the calibration that the frame now holds."""
-        self.complement, self.calibration_steps = self._complement(), self._steps()
+        self.complement, self.center, self.calibration_steps = self._complement(), self._center(), self._steps()
         self.calibration, self.literal = calibration, False
 
     def _check_arrays(self, arrays: Arrays) -> None:
-        Frame.from_tensors(arrays, complement=self._complement()).validate()
+        self._frame(arrays).validate()
+
+    def _frame(self, arrays: Arrays) -> Frame:
+        return Frame.from_tensors(arrays, complement=self._complement(), center=self._center())
 
     def _complement(self) -> str:
         return "diagonal" if self.literal else self.complement
+
+    def _center(self) -> bool:
+        return self.center and not self.literal
 
     def _steps(self) -> int:
         return 0 if self.literal else int(self.calibration_steps)
@@ -184,7 +192,7 @@ class AnisoAlign(Aligner):
         return "corpus" if self.literal else self.calibration
 
     def _install(self, arrays: Arrays, width: int) -> None:
-        self.frame_ = Frame.from_tensors(arrays, complement=self._complement())
+        self.frame_ = self._frame(arrays)
         self.width_ = self.n_features_in_ = width
 
     def _arrays(self) -> Arrays:
@@ -194,5 +202,6 @@ class AnisoAlign(Aligner):
         state = self.__dict__.copy()
         if "frame_" in state:
             # Constants that kernels keep with a frame are derived, so a pickle carries a frame without them.
-            state["frame_"] = Frame.from_tensors(self.frame_.tensors(), complement=self.frame_.complement)
+            frame = self.frame_
+            state["frame_"] = Frame.from_tensors(frame.tensors(), complement=frame.complement, center=frame.center)
         return state

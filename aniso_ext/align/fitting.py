@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ class FrameOptions:
     complement: str
     knots: int
     seed: int
-    slope_limit: float = SLOPE_LIMIT
+    center: bool = False
+    slope_limit: float | None = SLOPE_LIMIT
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame,
     source_moments, target_moments, summary = full_moments(source, target)
     subspace = fit_subspace(source_moments, target_moments, options.rank)
     basis = (subspace.basis @ mixing_matrix(options.mixing, subspace.energies, options.seed)).contiguous()
-    recentring = target_moments.mean - source_moments.mean
-    source_knots = radius_knots(source, recentring, basis, options.knots)
-    target_knots = radius_knots(target, torch.zeros_like(recentring), basis, options.knots)
-    if math.isfinite(options.slope_limit):
+    origin = target_moments.mean if options.center else torch.zeros_like(target_moments.mean)
+    source_knots = radius_knots(source, target_moments.mean - source_moments.mean - origin, basis, options.knots)
+    target_knots = radius_knots(target, -origin, basis, options.knots)
+    if options.slope_limit is not None:
         target_knots = limit_slope(source_knots, target_knots, options.slope_limit)
     frame = Frame(
         source_mean=source_moments.mean,
@@ -172,6 +172,7 @@ def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame,
         radius_target_knots=target_knots,
         complement_scale=complement_scale(source_moments, target_moments, basis, options.complement),
         complement=options.complement,
+        center=options.center,
     )
     summary |= {"rank": frame.rank, **subspace.shares}
     if options.complement == "scalar":

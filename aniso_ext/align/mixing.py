@@ -7,7 +7,7 @@ import torch
 
 from aniso_ext.errors import InputError
 
-MIXINGS = ("balanced", "haar", "pca_adjacent", "phase_stable")
+MIXINGS = ("haar", "balanced", "pca_adjacent", "phase_stable")
 
 
 def check_mixing(mixing: str) -> None:
@@ -17,7 +17,7 @@ def check_mixing(mixing: str) -> None:
     if mixing == "phase_stable":
         raise InputError(
             "mixing='phase_stable' is learned together with the phase prior of Stage I, which this version does not "
-            "have: use 'balanced', 'haar' or 'pca_adjacent'"
+            "have: use 'haar', 'balanced' or 'pca_adjacent'"
         )
 
 

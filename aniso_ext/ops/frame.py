@@ -44,7 +44,8 @@ class Frame:
     output_mean          [D]     m_hat, mean of e' over the corpus; None until calibrated (METHOD D17)
     ==================== ======= ==================================================================
 
-    ``complement`` names how V is rescaled: ``scalar``, ``diagonal`` (paper) or ``diagonal_projected``. Tensors are made
+    ``complement`` names how V is rescaled: ``scalar``, ``diagonal`` (paper) or ``diagonal_projected``; ``center`` says
+    that the radii are those of centred coordinates, y - m_s instead of y - m_s + m_t (METHOD D4). Tensors are made
     contiguous; shapes and dtypes are checked on construction, values by :meth:`validate`. The tensors must not be
     written to afterwards: constants derived from them are kept with the frame.
 
@@ -67,6 +68,7 @@ class Frame:
     complement_scale: torch.Tensor
     output_mean: torch.Tensor | None = None
     complement: str = "scalar"
+    center: bool = False
     _operands: dict[Any, Operands] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,9 @@ class Frame:
         return {name: value for name in TENSOR_FIELDS if (value := getattr(self, name)) is not None}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, complement: str = "scalar") -> Frame:
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], *, complement: str = "scalar", center: bool = False
+    ) -> Frame:
         """Build a frame from named arrays; a missing or unknown name is an :class:`InputError`."""
         unknown = sorted(set(tensors) - set(TENSOR_FIELDS))
         missing = sorted(set(TENSOR_FIELDS) - {"output_mean"} - set(tensors))
@@ -149,7 +153,7 @@ class Frame:
             raise InputError(
                 f"the arrays of a frame do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}"
             )
-        return cls(**dict(tensors), complement=complement)
+        return cls(**dict(tensors), complement=complement, center=center)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Frame:
         """A frame on another device or in another floating dtype (this one if nothing changes)."""
@@ -158,15 +162,15 @@ class Frame:
         if device == self.device and dtype == self.dtype:
             return self
         moved = {name: value.to(device=device, dtype=dtype) for name, value in self.tensors().items()}
-        return Frame.from_tensors(moved, complement=self.complement)
+        return Frame.from_tensors(moved, complement=self.complement, center=self.center)
 
     def with_output_mean(self, output_mean: torch.Tensor | None) -> Frame:
         """The same frame with another calibration mean; None takes the calibration off."""
         return replace(self, output_mean=output_mean)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content (names, dtypes, shapes, bytes, complement): equal frames have equal fingerprints."""
-        digest = hashlib.sha256(self.complement.encode())
+        """SHA-256 of the content (names, dtypes, shapes, bytes, options): equal frames have equal fingerprints."""
+        digest = hashlib.sha256(f"{self.complement}{', centred' if self.center else ''}".encode())
         for name, value in self.tensors().items():
             digest.update(f"{name}:{value.dtype}:{list(value.shape)}".encode())
             digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

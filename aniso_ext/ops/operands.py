@@ -12,7 +12,8 @@ diagonal            c_t                   [Q, -D_V Q]    [c^, c_t]
 diagonal_projected  [c_t, p]              [Q, -D_V Q]    [c^ - p, c_t]
 =================== ===================== ============== ==================
 
-with p = ((I - QQ^T) D_V Q)^T y~ and offset = m_t,V - scale * m_s. The recentring is a bias of the first product and an
+with p = ((I - QQ^T) D_V Q)^T y~ and offset = m_t,V - scale * m_s. A centred frame maps c_t itself, without Q^T m_t,
+and its offset has all of m_t (METHOD D4). The recentring is a bias of the first product and an
 offset of the last sum; ``encode`` uses the same operands with c^ = 0.
 """
 
@@ -34,7 +35,7 @@ class Operands:
     ============================ ========================= ===========================================================
     input_weight                 [R_in, D]                 W_in^T
     input_bias                   [R_in]                    -W_in^T m_s
-    target_coordinates           [R]                       Q^T m_t
+    target_coordinates           [R]                       Q^T m_t, zero in a centred frame
     segments                     [M, K + 1, 3]             the radius map in pieces: start, value at start, slope
     buckets                      [M, BUCKETS] int16        knots below each bucket of radii, see :func:`knot_buckets`
     windows                      [M] int32                 most knots that one bucket holds
@@ -91,9 +92,10 @@ def radius_segments(source_knots: torch.Tensor, target_knots: torch.Tensor) -> t
 def knot_buckets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A coarse index of the knots, so that a radius searches a few of them instead of all K.
 
-    Radii fall in equal buckets, ``min(trunc(rho * (BUCKETS / last knot)), BUCKETS - 1)``. That map never decreases, also
-    in rounded arithmetic, so the knots at or below a radius of bucket g are the ``buckets[k, g]`` knots of lower buckets
-    and at most ``windows[k]`` knots from there on. Computed in the dtype of the segments: the kernels must round alike.
+    Radii fall in equal buckets, ``min(trunc(rho * (BUCKETS / last knot)), BUCKETS - 1)``. That map never decreases,
+    also in rounded arithmetic, so the knots at or below a radius of bucket g are the ``buckets[k, g]`` knots of lower
+    buckets and at most ``windows[k]`` knots from there on. Computed in the dtype of the segments: kernels must round
+    alike.
     """
     knots = segments[:, 1:, 0].contiguous()
     scale = BUCKETS / knots[:, -1:]
@@ -110,7 +112,7 @@ def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch
     """Fold a frame in float64, then round once: weights to ``product``, the rest to ``working``."""
     exact = frame.to(device=device, dtype=torch.float64)
     basis, scale = exact.basis, exact.complement_scale
-    target_coordinates = exact.target_mean @ basis
+    target_coordinates = exact.target_mean @ basis * (not frame.center)
     offset = exact.target_mean - basis @ target_coordinates - scale * exact.source_mean
     input_weight, output_weight = basis.T, basis
     if frame.complement != "scalar":

@@ -70,18 +70,24 @@ def calibrate(rows: torch.Tensor, frame: Frame) -> torch.Tensor:
 
 
 def complement(centred: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """v0 = m_t,V + D_V (y_V - m_s,V) for rows y - m_s, with the rescaling that the frame names (METHOD D10)."""
+    """v0 = m_t,V + D_V (y_V - m_s,V) for rows y - m_s, with the rescaling that the frame names (METHOD D10).
+
+    A centred frame takes the rest of m_t in as well, because its radii left it out (METHOD D4).
+    """
     basis = frame.basis
     rescaled = frame.complement_scale * (centred - centred @ basis @ basis.T)
     if frame.complement == "diagonal_projected":
         rescaled = rescaled - rescaled @ basis @ basis.T
+    if frame.center:
+        return rescaled + frame.target_mean
     return rescaled + (frame.target_mean - frame.target_mean @ basis @ basis.T)
 
 
 def initialise(y: torch.Tensor, frame: Frame) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rho0, cos theta0, sin theta0, v0): the closed-form initialisation of METHOD section 4."""
     centred = y - frame.source_mean
-    radius, cos, sin = polar((centred + frame.target_mean) @ frame.basis)
+    recentred = centred if frame.center else centred + frame.target_mean
+    radius, cos, sin = polar(recentred @ frame.basis)
     mapped = radius_map(radius, frame.radius_source_knots, frame.radius_target_knots)
     return mapped, cos, sin, complement(centred, frame)
 

@@ -13,7 +13,9 @@ _INITIALISATION = (
     "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
     "Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset"
 )
-_UPDATE = "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
+_UPDATE = (
+    "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
+)
 
 SCHEMAS = {
     "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
