@@ -1,8 +1,8 @@
 """Decides what to compile; all metadata is in pyproject.toml.
 
-``ANISO_CUDA``: ``auto`` (default: CUDA kernels when the installed torch has CUDA and nvcc is found), ``1`` (they must be
-built) or ``0``. ``ANISO_NATIVE=0`` compiles nothing. Without torch or a compiler the package installs on its reference
-backend and says so.
+``ANISO_CUDA``: ``auto`` (default: CUDA kernels when the installed torch has CUDA and nvcc is found), ``1`` (they must
+be built) or ``0``. ``ANISO_NATIVE``: ``0`` compiles nothing, ``1`` makes a failed build an error. Otherwise the package
+installs without torch or a compiler too: on its reference backend, saying so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def choose_cuda(torch: object) -> bool:
         raise SystemExit(f"aniso_ext: ANISO_CUDA must be auto, 0 or 1, got {wanted!r}")
     possible = torch.version.cuda is not None and CUDA_HOME is not None
     if wanted == "1" and not possible:
-        raise SystemExit("aniso_ext: ANISO_CUDA=1 needs a torch built with CUDA and nvcc; set ANISO_CUDA=0 for CPU only")
+        raise SystemExit("aniso_ext: ANISO_CUDA=1 needs nvcc and a torch built with CUDA; ANISO_CUDA=0 is CPU only")
     return possible and wanted != "0"
 
 
@@ -45,7 +45,7 @@ def native_build() -> dict[str, object]:
         from pybind11.setup_helpers import Pybind11Extension
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        notice(f"no kernels are compiled ({error}); install requirements-build.txt and use --no-build-isolation for them")
+        notice(f"no kernels are compiled ({error}): install requirements-build.txt, then use --no-build-isolation")
         return {}
     if shutil.which(os.environ.get("CXX", "c++").split()[-1]) is None:
         notice("no C++ compiler found: no kernels are compiled, the reference backend runs")

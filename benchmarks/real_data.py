@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import aniso_ext as aniso
-from aniso_ext.align.fitting import SLOPE_LIMIT, FrameOptions, fit_frame
+from aniso_ext.align.fitting import SLOPE_LIMIT
 from aniso_ext.align.rows import open_rows
 from aniso_ext.ops import correct, reference
 
@@ -241,12 +241,10 @@ def slope(data: Path) -> int:
         split = load_split(data, name)
         single = torch.from_numpy(split.source_test)
         for mixing in MIXINGS:
-            for limit in (float("inf"), 64.0, SLOPE_LIMIT):
+            for limit in (None, 64.0, SLOPE_LIMIT):
                 print(f"{name}: {mixing}, limit {limit} ...", file=sys.stderr)
-                options = FrameOptions(128, mixing, "scalar", 1024, 0, limit)
-                frame, _ = fit_frame(
-                    open_rows(split.source_train, "source"), open_rows(split.target_train, "target"), options
-                )
+                aligner = aniso.AnisoAlign(refine=False, mixing=mixing, calibration=None, slope_limit=limit)
+                frame = aligner.fit(split.source_train, split.target_train).frame_
                 exact = correct(single.double(), frame)
                 gap = (reference.normalize(correct(single, frame).double()) - exact).square().sum(dim=1) / 2
                 cosine = (exact * torch.from_numpy(split.target_test)).sum(dim=1).mean()
@@ -258,7 +256,7 @@ def slope(data: Path) -> int:
     for row in rows:
         worst, cosine = f"{row['worst']:.1e}", f"{row['paired cosine']:.4f}"
         lines.append(
-            f"| {row['data']} | {row['mixing']} | {row['limit']:g} | {worst} | {row['above 1e-10']} | {cosine} |"
+            f"| {row['data']} | {row['mixing']} | {row['limit'] or 'none'} | {worst} | {row['above 1e-10']} | {cosine} |"
         )
         row["worst"] = worst
     write("radius_slope", rows, lines)

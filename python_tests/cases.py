@@ -29,12 +29,14 @@ class Case:
     complement: str = "scalar"
     calibrated: bool = False
     seed: int = 0
+    center: bool = False  # METHOD D4
     basis_dtype: str = "float64"  # the format that the basis is orthonormal to: "float64" or "bfloat16"
 
     def __str__(self) -> str:
         calibrated = "-calibrated" if self.calibrated else ""
+        center = "-centred" if self.center else ""
         basis = "-bf16basis" if self.basis_dtype == "bfloat16" else ""
-        return f"D{self.width}-R{self.rank}-K{self.knots}-{self.complement}{calibrated}{basis}"
+        return f"D{self.width}-R{self.rank}-K{self.knots}-{self.complement}{calibrated}{center}{basis}"
 
     @property
     def blocks(self) -> int:
@@ -95,7 +97,8 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
     if case.basis_dtype == "bfloat16":
         basis = torch.from_numpy(basis.copy()).bfloat16().double().numpy()
     levels = np.clip(np.sin(0.5 * np.pi * np.arange(case.knots) / (case.knots - 1)) ** 2, 1e-3, 1 - 1e-3)
-    energies = (deviations[: case.rank] ** 2 + (target_mean @ basis) ** 2).reshape(-1, 2).sum(axis=1)
+    offset = np.zeros(case.rank) if case.center else target_mean @ basis
+    energies = (deviations[: case.rank] ** 2 + offset**2).reshape(-1, 2).sum(axis=1)
     arrays = {
         "source_mean": source_mean,
         "target_mean": target_mean,
@@ -119,7 +122,7 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
 def frame_of(case: Case, dtype: torch.dtype = torch.float64) -> Frame:
     """The frame of a case; made once, as its users share the constants that it keeps."""
     tensors = {name: torch.tensor(value) for name, value in arrays_of(case).items()}
-    return Frame.from_tensors(tensors, complement=case.complement).to(dtype=dtype)
+    return Frame.from_tensors(tensors, complement=case.complement, center=case.center).to(dtype=dtype)
 
 
 def rows_of(case: Case, rows: int, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> torch.Tensor:

@@ -33,10 +33,12 @@ def _radius_map(radius: torch.Tensor, source: torch.Tensor, target: torch.Tensor
     return torch.where(piece == 0, below, torch.where(piece == source.shape[1], above, inside))
 
 
-def _initialise(y: torch.Tensor, frame: Tensors, complement: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _initialise(
+    y: torch.Tensor, frame: Tensors, complement: str, center: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     basis = frame["basis"]
     centred = y - frame["source_mean"]
-    coordinates = (centred + frame["target_mean"]) @ basis
+    coordinates = (centred if center else centred + frame["target_mean"]) @ basis
     a, b = coordinates[:, 0::2], coordinates[:, 1::2]
     theta = torch.atan2(b, a)
     rho = torch.sqrt(a * a + b * b + 1e-12)
@@ -45,7 +47,7 @@ def _initialise(y: torch.Tensor, frame: Tensors, complement: str) -> tuple[torch
     if complement == "diagonal_projected":
         v0 = v0 - v0 @ basis @ basis.T
     target = frame["target_mean"]
-    return rho0, theta, v0 + target - target @ basis @ basis.T
+    return rho0, theta, v0 + (target if center else target - target @ basis @ basis.T)
 
 
 def _rebuild(a: torch.Tensor, b: torch.Tensor, v: torch.Tensor, frame: Tensors) -> torch.Tensor:
@@ -55,14 +57,14 @@ def _rebuild(a: torch.Tensor, b: torch.Tensor, v: torch.Tensor, frame: Tensors) 
     return rows
 
 
-def correct(y: torch.Tensor, arrays: Arrays, complement: str) -> torch.Tensor:
+def correct(y: torch.Tensor, arrays: Arrays, complement: str, center: bool = False) -> torch.Tensor:
     frame = rounded(arrays, y.dtype)
-    rho, theta, v0 = _initialise(y, frame, complement)
+    rho, theta, v0 = _initialise(y, frame, complement, center)
     return _rebuild(rho * theta.cos(), rho * theta.sin(), v0, frame)
 
 
-def encode(y: torch.Tensor, arrays: Arrays, complement: str) -> torch.Tensor:
-    rho, theta, v0 = _initialise(y, rounded(arrays, y.dtype), complement)
+def encode(y: torch.Tensor, arrays: Arrays, complement: str, center: bool = False) -> torch.Tensor:
+    rho, theta, v0 = _initialise(y, rounded(arrays, y.dtype), complement, center)
     return torch.cat((theta.sin(), theta.cos(), rho.log(), v0), dim=1)
 
 

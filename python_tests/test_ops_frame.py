@@ -137,7 +137,12 @@ def nudged(value: torch.Tensor) -> torch.Tensor:
 def test_any_difference_changes_the_fingerprint():
     frame = build()
     others = [build(**{name: nudged(tensors()[name])}) for name in FIELDS]
-    others += [build(complement="diagonal_projected"), frame.with_output_mean(None), frame.to(dtype=torch.float32)]
+    others += [
+        build(complement="diagonal_projected"),
+        build(center=True),
+        frame.with_output_mean(None),
+        frame.to(dtype=torch.float32),
+    ]
     swapped = {"source_mean": tensors()["target_mean"], "target_mean": tensors()["source_mean"]}
     others.append(build(**swapped))
     assert len({f.fingerprint() for f in (frame, *others)}) == 1 + len(others)

@@ -21,12 +21,18 @@ SMALL = tuple(
     for calibrated in (False, True)
 )
 ROWS = 96
+CONTRACT_CASES = (
+    *BRANCHES,
+    replace(BRANCHES[0], basis_dtype="bfloat16"),
+    replace(BRANCHES[3], center=True),
+    ENCODERS[3],
+)
 
 
 def inputs_of(operator: str, case: Case, rows: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     if operator in ("correct", "encode"):
         return (rows_of(case, rows, dtype),)
-    state = oracle.encode(rows_of(case, rows).numpy(), arrays_of(case), case.complement)
+    state = oracle.encode(rows_of(case, rows).numpy(), arrays_of(case), case.complement, case.center)
     return torch.from_numpy(state).to(dtype), deltas_of(case, rows, dtype)
 
 
@@ -71,7 +77,7 @@ def expected(operator: str, case: Case, dtype: torch.dtype) -> tuple[tuple[torch
     def composed(*x: torch.Tensor) -> torch.Tensor:
         if operator.startswith("decode"):
             return compositions.decode(*x, arrays, literal=operator == "decode_literal")
-        return getattr(compositions, operator)(*x, arrays, case.complement)
+        return getattr(compositions, operator)(*x, arrays, case.complement, case.center)
 
     def gradients(function, x: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = tuple(value.detach().requires_grad_() for value in x)
@@ -89,7 +95,7 @@ def root_mean_square(rows: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("case", **named((*BRANCHES, replace(BRANCHES[0], basis_dtype="bfloat16"), ENCODERS[3])))
+@pytest.mark.parametrize("case", **named(CONTRACT_CASES))
 def test_gradients_meet_the_accuracy_contract(case, operator, dtype, backend):
     inputs, exact, composed = expected(operator, case, dtype)
     leaves = tuple(x.detach().requires_grad_() for x in inputs)

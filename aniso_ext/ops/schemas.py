@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 NAMESPACE = "aniso_ext"
@@ -31,30 +33,38 @@ for _name, _schema in SCHEMAS.items():
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct")
-def _(y, *operands):
+def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_backward")
-def _(grad, y, *operands):
+def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::encode")
-def _(y, input_weight, input_bias, target_coordinates, *operands):
+def _(
+    y: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_bias: torch.Tensor,
+    target_coordinates: torch.Tensor,
+    *operands: torch.Tensor,
+) -> torch.Tensor:
     return y.new_empty((y.shape[0], y.shape[1] + target_coordinates.shape[0] // 2 * 3))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::encode_backward")
-def _(grad, y, *operands):
+def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")
-def _(state, deltas, basis, *arguments):
+def _(state: torch.Tensor, deltas: torch.Tensor, basis: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return state.new_empty((state.shape[0], basis.shape[0]))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_backward")
-def _(grad, state, deltas, *arguments):
+def _(
+    grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     return state.new_empty(state.shape), deltas.new_empty(deltas.shape)

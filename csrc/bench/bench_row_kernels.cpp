@@ -142,13 +142,13 @@ void bench_decode(const Sizes& s, const char* formats) {
   const std::vector<P> step = values<P>(n * s.width, -0.003, 0.003), projected = values<P>(n * s.rank, -0.01, 0.01);
   const std::vector<P> rebuilt = values<P>(n * s.width, -0.1, 0.1), grad = values<P>(n * s.width, -1, 1);
   std::vector<P> new_step(size_t(n * s.width)), coefficients(size_t(n * s.rank)), grad_row(size_t(n * s.width));
-  std::vector<S> out(size_t(n * s.width)), grad_state(size_t(n * state_columns)), grad_deltas(size_t(n * delta_columns));
+  std::vector<S> out(size_t(n * s.width)), grad_state(size_t(n * state_columns)),
+      grad_deltas(size_t(n * delta_columns));
   std::vector<T> scratch(static_cast<size_t>(s.width));
 
   report("decode_step", formats, n, [&] { kernels.decode_step(update, n, deltas.data(), new_step.data()); });
-  report("decode_map", formats, n, [&] {
-    kernels.decode_map(update, n, state.data(), deltas.data(), projected.data(), coefficients.data());
-  });
+  report("decode_map", formats, n,
+         [&] { kernels.decode_map(update, n, state.data(), deltas.data(), projected.data(), coefficients.data()); });
   report("decode_finish", formats, n, [&] {
     kernels.decode_finish(update, n, rebuilt.data(), state.data(), step.data(), scratch.data(), out.data());
   });
@@ -178,7 +178,8 @@ int main(int count, char** arguments) {
   sizes.rows = argument(3, sizes.rows);
   sizes.knots = int32_t(argument(4, sizes.knots));
   if (sizes.rank < 2 || sizes.rank % 2 != 0 || sizes.width < sizes.rank || sizes.rows < 1 || sizes.knots < 2) {
-    std::fprintf(stderr, "usage: %s [width] [rank: even, 2 to width] [rows per chunk] [knots: 2 or more]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s [width] [rank: even, 2 to width] [rows per chunk] [knots: 2 or more]\n",
+                 arguments[0]);
     return 2;
   }
   std::printf("%s, width %d, rank %d, %lld rows, %d knots; formats: rows/products; ns per row\n", instruction_set(),

@@ -60,13 +60,13 @@ template <typename S>
 bool agrees(S got, Expected expected, double roundings) {
   using T = typename aniso::Working<S>::type;
   const double value = exact(got);
-  return std::fabs(value - expected.value) <= roundings * epsilon<T>() * expected.terms +
-                                                  Format<S>::kHalfUlp * std::fabs(value) + Format<S>::kSmallest;
+  return std::fabs(value - expected.value) <=
+         roundings * epsilon<T>() * expected.terms + Format<S>::kHalfUlp * std::fabs(value) + Format<S>::kSmallest;
 }
 
-#define CHECK_EXPECTED(got, expected, roundings, what, row, column)                                                  \
-  CHECK(agrees((got), (expected), (roundings)), "%s row %d column %d: %.9g, expected %.9g (terms %.3g)", (what).c_str(), \
-        int(row), int(column), exact(got), (expected).value, (expected).terms)
+#define CHECK_EXPECTED(got, expected, roundings, what, row, column)                                      \
+  CHECK(agrees((got), (expected), (roundings)), "%s row %d column %d: %.9g, expected %.9g (terms %.3g)", \
+        (what).c_str(), int(row), int(column), exact(got), (expected).value, (expected).terms)
 
 // Random values, rounded to S.
 template <typename S>
@@ -82,9 +82,11 @@ void check_isolated(Guarded<S>& clean, Guarded<S>& other, int64_t rows, int64_t 
   const int64_t columns = rows > 0 ? clean.size() / rows : 0;
   bool shows = false;
   for (int64_t i = 0; i < rows; ++i) {
-    const bool same = std::memcmp(clean.data() + i * columns, other.data() + i * columns, size_t(columns) * sizeof(S)) == 0;
+    const bool same =
+        std::memcmp(clean.data() + i * columns, other.data() + i * columns, size_t(columns) * sizeof(S)) == 0;
     if (i != poisoned) CHECK(same, "%s: a NaN in row %d changed row %d", what, int(poisoned), int(i));
-    for (int64_t j = 0; i == poisoned && j < columns; ++j) shows = shows || !std::isfinite(exact(other[i * columns + j]));
+    for (int64_t j = 0; i == poisoned && j < columns; ++j)
+      shows = shows || !std::isfinite(exact(other[i * columns + j]));
   }
   CHECK(shows || rows == 0, "%s: a NaN in row %d left no trace", what, int(poisoned));
 }

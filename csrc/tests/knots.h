@@ -15,8 +15,8 @@ enum class KnotShape { even, crowded, coinciding };
 template <typename T>
 struct RadiusMaps {
   std::vector<aniso::Segment<T>> segments;  // [blocks, knots + 1]
-  std::vector<int16_t> buckets;              // [blocks, bucket_count]
-  std::vector<int32_t> windows;              // [blocks]
+  std::vector<int16_t> buckets;             // [blocks, bucket_count]
+  std::vector<int32_t> windows;             // [blocks]
   int32_t bucket_count;
 
   // What a kernel does with a radius of the first and only block.

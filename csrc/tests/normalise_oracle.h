@@ -1,6 +1,7 @@
 // Normalise, calibrate, normalise in double, step by step, and its gradient by the chain rule (METHOD section 4):
 //   n = |w|   u = w/n   h = u + g   e = h/|h|
-// The kernels take |h| from sums of w instead (row_norms.h): relative error 3 epsilon (1 + |g|)^2/|h|^2, `amplification`.
+// The kernels take |h| from sums of w instead (row_norms.h): relative error 3 epsilon (1 + |g|)^2/|h|^2,
+// `amplification`.
 #pragma once
 
 #include "expected.h"
@@ -44,7 +45,8 @@ class NormaliseOracle {
     for (size_t j = 0; j < width; ++j) along_u += at_h[j] * u_[j];
     std::vector<Expected> result(width);
     for (size_t j = 0; j < width; ++j) {
-      const double parts = std::fabs(grad[j]) + size * (std::fabs(u_[j]) + std::fabs(h_[j]) * outer_ + terms_[j] * inverse_);
+      const double parts =
+          std::fabs(grad[j]) + size * (std::fabs(u_[j]) + std::fabs(h_[j]) * outer_ + terms_[j] * inverse_);
       result[j] = {inverse_ * (at_h[j] - u_[j] * along_u),
                    inverse_ * outer_ * amplification_ * norm_roundings_ * (1 + shift_length_) * parts};
     }

@@ -31,8 +31,8 @@ void test_find_segment() {
       CHECK(got == expected, "%d knots, radius %a: piece %d, expected %d", count, double(radius), got, expected);
       for (int32_t base = std::max(0, expected - 3); base <= expected && base < count; ++base) {
         const int32_t from_base = find_segment(segments.data(), base, count - base, radius);
-        CHECK(from_base == expected, "%d knots from %d on, radius %a: piece %d, expected %d", count, base, double(radius),
-              from_base, expected);
+        CHECK(from_base == expected, "%d knots from %d on, radius %a: piece %d, expected %d", count, base,
+              double(radius), from_base, expected);
       }
     }
     CHECK(find_segment(segments.data(), 0, count, T(NAN)) == 0, "%d knots: NaN must fall in piece 0", count);
@@ -47,10 +47,11 @@ void check_map(const RadiusMaps<T>& maps, T radius, const std::string& name) {
   const Segment<T>& piece = next[-1];
   const Mapped<T> got = maps(radius);
   const T expected = piece.value + (radius - piece.start) * piece.slope;
-  CHECK(got.slope == piece.slope, "%s, radius %a: slope %a, expected %a", name.c_str(), double(radius), double(got.slope),
-        double(piece.slope));
+  CHECK(got.slope == piece.slope, "%s, radius %a: slope %a, expected %a", name.c_str(), double(radius),
+        double(got.slope), double(piece.slope));
   // a fused product may round once less: 2 epsilon of the larger term
-  const double bound = 2 * epsilon<T>() * (std::fabs(double(piece.value)) + std::fabs(double(radius) * double(piece.slope)));
+  const double bound =
+      2 * epsilon<T>() * (std::fabs(double(piece.value)) + std::fabs(double(radius) * double(piece.slope)));
   CHECK(std::isinf(radius) ? got.radius == expected : std::fabs(double(got.radius - expected)) <= bound,
         "%s, radius %a maps to %a, expected %a", name.c_str(), double(radius), double(got.radius), double(expected));
 }
@@ -64,12 +65,13 @@ void test_buckets() {
     for (const int32_t bucket_count : {1, 7, 1024}) {
       for (const KnotShape shape : {KnotShape::even, KnotShape::crowded, KnotShape::coinciding}) {
         const RadiusMaps<T> maps(1, knots, bucket_count, shape, random);
-        const std::string name = std::to_string(knots) + " knots, " + std::to_string(bucket_count) + " buckets, shape " +
-                                 std::to_string(int(shape));
+        const std::string name = std::to_string(knots) + " knots, " + std::to_string(bucket_count) +
+                                 " buckets, shape " + std::to_string(int(shape));
         const T last = maps.segments.back().start;
         std::vector<T> radii{T(0), T(1e-6), T(1e6), T(INFINITY)};
         for (const Segment<T>& piece : maps.segments) {
-          radii.insert(radii.end(), {piece.start, std::nextafter(piece.start, T(0)), std::nextafter(piece.start, T(1000))});
+          radii.insert(radii.end(),
+                       {piece.start, std::nextafter(piece.start, T(0)), std::nextafter(piece.start, T(1000))});
         }
         for (int32_t i = 0; i < 2000; ++i) radii.push_back(T(random.uniform(0, 1.2)) * last);
         for (const T radius : radii) check_map(maps, radius, name);
@@ -94,18 +96,20 @@ void test_polar() {
           double(b), double(polar.radius));
     CHECK(std::fabs(double(polar.cos - a / length)) <= bound && std::fabs(double(polar.sin - b / length)) <= bound,
           "direction of (%a, %a) is (%a, %a)", double(a), double(b), double(polar.cos), double(polar.sin));
-    CHECK(std::fabs(double(polar.inverse_length * length - 1)) <= bound, "1/length of (%a, %a) is %a", double(a), double(b),
-          double(polar.inverse_length));
+    CHECK(std::fabs(double(polar.inverse_length * length - 1)) <= bound, "1/length of (%a, %a) is %a", double(a),
+          double(b), double(polar.inverse_length));
   }
   const Polar<T> origin = to_polar(T(0), T(0));
   CHECK(origin.cos == T(1) && origin.sin == T(0) && origin.inverse_length == T(0), "the origin must have phase 0");
-  CHECK(std::fabs(double(origin.radius) - 1e-6) <= 1e-6 * 2 * epsilon<T>(), "radius at the origin is %a", double(origin.radius));
+  CHECK(std::fabs(double(origin.radius) - 1e-6) <= 1e-6 * 2 * epsilon<T>(), "radius at the origin is %a",
+        double(origin.radius));
   const Polar<T> nan = to_polar(T(NAN), T(1));
   CHECK(std::isnan(nan.radius) && std::isnan(nan.cos) && std::isnan(nan.sin), "NaN must stay NaN");
 }
 
 // Central differences of step h: truncation h^2 |f'''|/6, rounding 4 epsilon |f|/h. With |f'''| <= 10 |f|/length^2,
-// h = 1e-5 length and f around length * slope the sum is below 1e-9 of slope |gradient|; 1e-7 leaves room for short blocks.
+// h = 1e-5 length and f around length * slope the sum is below 1e-9 of slope |gradient|; 1e-7 leaves room for short
+// blocks.
 void test_map_backward() {
   Random random(14);
   const RadiusMaps<double> maps(1, 64, 16, KnotShape::even, random);
@@ -129,8 +133,8 @@ void test_map_backward() {
     const double expected_b = (value(a, b + h) - value(a, b - h)) / (2 * h);
     const double bound = 1e-7 * (here.slope + here.radius / length);
     CHECK(std::fabs(out_a - expected_a) <= bound && std::fabs(out_b - expected_b) <= bound,
-          "gradient at length %g, angle %g is (%g, %g), differences give (%g, %g)", length, angle, out_a, out_b, expected_a,
-          expected_b);
+          "gradient at length %g, angle %g is (%g, %g), differences give (%g, %g)", length, angle, out_a, out_b,
+          expected_a, expected_b);
   }
   CHECK(compared > 4000, "only %d points lay clear of the knots", compared);
   double out_a = 1, out_b = 1;

@@ -13,10 +13,10 @@ using namespace aniso_test;
 
 namespace {
 
-#define CHECK_CUDA(call)                                                                             \
-  do {                                                                                               \
-    const cudaError_t error = (call);                                                                \
-    CHECK(error == cudaSuccess, "%s: %s", #call, cudaGetErrorString(error));                         \
+#define CHECK_CUDA(call)                                                     \
+  do {                                                                       \
+    const cudaError_t error = (call);                                        \
+    CHECK(error == cudaSuccess, "%s: %s", #call, cudaGetErrorString(error)); \
   } while (false)
 
 // A copy of host values on the device, released with it.
@@ -183,7 +183,8 @@ void test_formats() {
 void test_refusals() {
   const DeviceOperands<float> nothing{};
   const DeviceRows<float> rows{nullptr, 0, 1, 1};
-  CHECK((launch_correct<float, float>(nothing, rows, nullptr, nullptr)) == cudaErrorInvalidValue, "empty operands must be refused");
+  CHECK((launch_correct<float, float>(nothing, rows, nullptr, nullptr)) == cudaErrorInvalidValue,
+        "empty operands must be refused");
 }
 
 }  // namespace

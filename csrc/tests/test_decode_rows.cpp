@@ -1,5 +1,6 @@
 // The kernels of `decode` against METHOD section 4 in double: theta^ = theta0 + a_theta tanh(dtheta),
-// rho^ = rho0 exp(a_rho tanh(drho)), v^ = v0 + step - (the part of the step in U), e = Norm(...), and their derivatives.
+// rho^ = rho0 exp(a_rho tanh(drho)), v^ = v0 + step - (the part of the step in U), e = Norm(...), and their
+// derivatives.
 #include <string>
 
 #include "aniso/row_kernels.h"
@@ -65,7 +66,8 @@ class Suite {
       : shape_(shape),
         name_(std::string(Format<S>::kName) + "/" + Format<P>::kName + " " + shape.text()),
         shift_(random_values<T>(shape.width, -0.3 / std::sqrt(shape.width), 0.3 / std::sqrt(shape.width), random)),
-        update_{shape.width, shape.rank, T(0.7), T(0.4), T(0.3), shape.project, shape.shifted ? shift_.data() : nullptr},
+        update_{
+            shape.width, shape.rank, T(0.7), T(0.4), T(0.3), shape.project, shape.shifted ? shift_.data() : nullptr},
         state_(random_values<P>(shape.rows * shape.state_columns(), -1, 1, random)),
         deltas_(random_values<P>(shape.rows * shape.delta_columns(), -3, 3, random)),
         step_(random_values<P>(shape.rows * shape.width, -0.3, 0.3, random)),
@@ -127,7 +129,8 @@ class Suite {
         const TurnOracle t = turn(i, block);
         for (int32_t c = 0; c < 2; ++c) {
           const double taken = shape_.project ? exact(coefficients_[size_t(i * shape_.rank + 2 * block + c)]) : 0;
-          const Expected expected{t.radius * (c == 0 ? t.cos() : t.sin()) - taken, t.terms() * t.size() + std::fabs(taken)};
+          const Expected expected{t.radius * (c == 0 ? t.cos() : t.sin()) - taken,
+                                  t.terms() * t.size() + std::fabs(taken)};
           CHECK_EXPECTED(out[i * shape_.rank + 2 * block + c], expected, kTurnRoundings, label, i, 2 * block + c);
         }
       }
@@ -135,8 +138,8 @@ class Suite {
   }
 
   TurnOracle turn(int64_t row, int32_t block) const {
-    return TurnOracle(update_, state_.data() + row * shape_.state_columns(), deltas_.data() + row * shape_.delta_columns(),
-                      block);
+    return TurnOracle(update_, state_.data() + row * shape_.state_columns(),
+                      deltas_.data() + row * shape_.delta_columns(), block);
   }
 
   NormaliseOracle normalise_oracle(int64_t i) const {
@@ -155,7 +158,8 @@ class Suite {
     const std::string label = what("decode_finish");
     Guarded<T> scratch(shape_.width);
     Guarded<S> out = written<S>(label, shape_.width, step_, [&](S* result) {
-      kernels().decode_finish(update_, shape_.rows, rebuilt_.data(), state_.data(), step_.data(), scratch.data(), result);
+      kernels().decode_finish(update_, shape_.rows, rebuilt_.data(), state_.data(), step_.data(), scratch.data(),
+                              result);
     });
     CHECK(scratch.intact(), "%s: wrote outside its scratch", label.c_str());
     for (int64_t i = 0; i < shape_.rows; ++i) {
@@ -188,11 +192,11 @@ class Suite {
     const P* leak = shape_.project ? leak_.data() : nullptr;
     Guarded<S> grad_state(shape_.rows * shape_.state_columns());
     Guarded<S> grad_deltas = written<S>(label, shape_.delta_columns(), deltas_, [&](S* result) {
-      kernels().decode_backward(update_, shape_.rows, state_.data(), deltas_.data(), coefficients_.data(), grad_.data(), leak,
-                                grad_state.data(), result);
+      kernels().decode_backward(update_, shape_.rows, state_.data(), deltas_.data(), coefficients_.data(), grad_.data(),
+                                leak, grad_state.data(), result);
     });
-    kernels().decode_backward(update_, shape_.rows, state_.data(), deltas_.data(), coefficients_.data(), grad_.data(), leak,
-                              grad_state.data(), grad_deltas.data());
+    kernels().decode_backward(update_, shape_.rows, state_.data(), deltas_.data(), coefficients_.data(), grad_.data(),
+                              leak, grad_state.data(), grad_deltas.data());
     CHECK(grad_state.intact(), "%s: wrote outside the gradient of the state", label.c_str());
     for (int64_t i = 0; i < shape_.rows; ++i) {
       for (int32_t block = 0; block < shape_.blocks(); ++block) {
@@ -214,7 +218,8 @@ class Suite {
   }
 
   // c^ = rho^ (cos0 cos d - sin0 sin d, sin0 cos d + cos0 sin d), d = a_theta tanh(dtheta), log rho^ = log rho0 + ...
-  void check_block(const std::string& label, int64_t i, int32_t block, const S* grad_state, const S* grad_deltas) const {
+  void check_block(const std::string& label, int64_t i, int32_t block, const S* grad_state,
+                   const S* grad_deltas) const {
     const int32_t blocks = shape_.blocks();
     const TurnOracle t = turn(i, block);
     const double a = exact(coefficients_[size_t(i * shape_.rank + 2 * block)]);
@@ -224,7 +229,8 @@ class Suite {
     const Expected cosine{t.radius * (a * std::cos(t.angle) + b * std::sin(t.angle)), terms};
     const Expected log_radius{t.radius * (a * t.cos() + b * t.sin()), terms};
     const double a_theta = double(update_.a_theta), a_rho = double(update_.a_rho);
-    const Expected turned{a_theta * (1 - t.turned * t.turned) * t.radius * (b * t.cos() - a * t.sin()), a_theta * terms};
+    const Expected turned{a_theta * (1 - t.turned * t.turned) * t.radius * (b * t.cos() - a * t.sin()),
+                          a_theta * terms};
     const Expected stretched{a_rho * (1 - t.stretched * t.stretched) * log_radius.value, a_rho * terms};
     CHECK_EXPECTED(grad_state[block], sine, kTurnRoundings, label, i, block);
     CHECK_EXPECTED(grad_state[blocks + block], cosine, kTurnRoundings, label, i, blocks + block);

@@ -4,8 +4,10 @@
 // Where the bounds come from (u = 2^-24, half an ulp just above a power of two, one just below):
 //   exp   three roundings at the size of the result (p r^2 + r, + 1, the reduced argument): 2 ulp
 //   log   one large sum, m + p + e ln 2, and terms below half of it: 2 ulp; next to 1 it is m + p alone
-//   tanh  below 0.625 a polynomial (2 ulp); above, 1 - 2/(e^2x + 1): the error of exp enters times 2 e^2x/(e^2x + 1)^2 <=
-//         0.35 of the result, the quotient and the difference add one ulp each, and 0.55 has ulps of half the size: 3 ulp
+//   tanh  below 0.625 a polynomial (2 ulp); above, 1 - 2/(e^2x + 1): the error of exp enters times 2 e^2x/(e^2x + 1)^2
+//   <=
+//         0.35 of the result, the quotient and the difference add one ulp each, and 0.55 has ulps of half the size: 3
+//         ulp
 //   sin, cos   absolute, 2 u at most after the three-part reduction, for any |x| <= 8192
 #include <cfloat>
 #include <cmath>
@@ -48,8 +50,8 @@ void sweep(const char* name, float low, float high, int32_t batches, Spacing spa
     for (int32_t i = 0; i < kBatch; ++i) {
       const double expected = exact(double(x[i]));
       const double ulps = std::fabs(double(y[i]) - expected) / ulp_of(expected);
-      CHECK(ulps <= bound, "%s(%a) = %a is %.3g ulp from %a, bound %.3g", name, double(x[i]), double(y[i]), ulps, expected,
-            bound);
+      CHECK(ulps <= bound, "%s(%a) = %a is %.3g ulp from %a, bound %.3g", name, double(x[i]), double(y[i]), ulps,
+            expected, bound);
       if (ulps > worst) worst = ulps, worst_at = double(x[i]);
     }
   }
@@ -113,8 +115,8 @@ void test_sincos() {
         const double sin_error = std::fabs(double(sin[i]) - std::sin(angle));
         const double cos_error = std::fabs(double(cos[i]) - std::cos(angle));
         const double error = sin_error > cos_error ? sin_error : cos_error;
-        CHECK(error <= kBound, "sin, cos(%a) = %a, %a: error %.3g, bound %.3g", angle, double(sin[i]), double(cos[i]), error,
-              kBound);
+        CHECK(error <= kBound, "sin, cos(%a) = %a, %a: error %.3g, bound %.3g", angle, double(sin[i]), double(cos[i]),
+              error, kBound);
         if (error > worst) worst = error;
       }
     }

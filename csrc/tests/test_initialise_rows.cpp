@@ -11,8 +11,8 @@ using namespace aniso_test;
 
 namespace {
 
-// Terms already hold the condition of each step; these count the steps: load, bias, target, square, sum, root, quotient,
-// product, search, slope, value, final sums.
+// Terms already hold the condition of each step; these count the steps: load, bias, target, square, sum, root,
+// quotient, product, search, slope, value, final sums.
 constexpr double kMapRoundings = 16;
 constexpr double kRowRoundings = 4;
 
@@ -97,10 +97,12 @@ class Suite {
     for_each_block([&](int64_t i, int32_t block, const BlockOracle& b) {
       CHECK_EXPECTED(whole[i * stride + block], b.sine(), kMapRoundings, label, i, block);
       CHECK_EXPECTED(whole[i * stride + blocks + block], b.cosine(), kMapRoundings, label, i, blocks + block);
-      CHECK_EXPECTED(whole[i * stride + 2 * blocks + block], b.log_radius(), kMapRoundings, label, i, 2 * blocks + block);
+      CHECK_EXPECTED(whole[i * stride + 2 * blocks + block], b.log_radius(), kMapRoundings, label, i,
+                     2 * blocks + block);
       for (int32_t c = 0; c < 2; ++c) {
         const int32_t column = 2 * block + c;
-        CHECK_EXPECTED(coefficients[i * shape_.rank_out() + column], b.coefficient(c, false), kMapRoundings, label, i, column);
+        CHECK_EXPECTED(coefficients[i * shape_.rank_out() + column], b.coefficient(c, false), kMapRoundings, label, i,
+                       column);
       }
     });
     for (int64_t i = 0; i < shape_.rows; ++i) {
@@ -152,8 +154,8 @@ class Suite {
     const std::string label = what("correct_finish_backward");
     Guarded<T> scratch(shape_.width);
     Guarded<P> out = written<P>(label, shape_.width, grad_rows_, [&](P* result) {
-      kernels().correct_finish_backward(init(), shape_.rows, rebuilt_.data(), y_.data(), grad_rows_.data(), scratch.data(),
-                                        result);
+      kernels().correct_finish_backward(init(), shape_.rows, rebuilt_.data(), y_.data(), grad_rows_.data(),
+                                        scratch.data(), result);
     });
     for (int64_t i = 0; i < shape_.rows; ++i) {
       const std::vector<Expected> expected = normalise_oracle(i).backward(row_values(grad_rows_, i));
@@ -217,7 +219,8 @@ class Suite {
         CHECK_EXPECTED(out[i * shape_.rank_in() + column], expected, kMapRoundings, label, i, column);
         if (shape_.rank_in() == shape_.rank) continue;
         const Expected leak{-exact(grad[column]), 0};
-        CHECK_EXPECTED(out[i * shape_.rank_in() + shape_.rank + column], leak, kMapRoundings, label, i, shape_.rank + column);
+        CHECK_EXPECTED(out[i * shape_.rank_in() + shape_.rank + column], leak, kMapRoundings, label, i,
+                       shape_.rank + column);
       }
     });
     CHECK(10 * skipped <= blocks, "%s: %d of %d blocks lie near knots", label.c_str(), int(skipped), int(blocks));
@@ -277,8 +280,8 @@ void test_load() {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           const double expected = exact(source[size_t(i * row_stride + j * column_stride)]);
-          CHECK(exact(chunk[i * columns + j]) == expected, "load %s/%s: row %d column %d is %a, expected %a", Format<S>::kName,
-                Format<P>::kName, int(i), int(j), exact(chunk[i * columns + j]), expected);
+          CHECK(exact(chunk[i * columns + j]) == expected, "load %s/%s: row %d column %d is %a, expected %a",
+                Format<S>::kName, Format<P>::kName, int(i), int(j), exact(chunk[i * columns + j]), expected);
         }
       }
     }

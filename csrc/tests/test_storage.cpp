@@ -78,7 +78,8 @@ void test_every_pattern() {
     const double expected = pattern & 0x8000 ? -exact : exact;
     CHECK(double(value) == expected && std::signbit(value) == std::signbit(expected), "%s %04x loaded as %a, not %a",
           Layout<S>::kName, pattern, double(value), expected);
-    CHECK(narrow<S>(value).bits == pattern, "%s %04x came back as %04x", Layout<S>::kName, pattern, narrow<S>(value).bits);
+    CHECK(narrow<S>(value).bits == pattern, "%s %04x came back as %04x", Layout<S>::kName, pattern,
+          narrow<S>(value).bits);
   }
 }
 

@@ -1,4 +1,5 @@
-// Registration of the CUDA operators; the schemas are defined in aniso_ext/ops/schemas.py. Compiled in CUDA builds only.
+// Registration of the CUDA operators; the schemas are defined in aniso_ext/ops/schemas.py. Compiled in CUDA builds
+// only.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_ops.h"
@@ -9,8 +10,8 @@ namespace {
 Tensor correct_cuda(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments,
                     Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset,
                     std::optional<Tensor> shift) {
-  return correct_on_cuda(y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale,
-                             offset, shift});
+  return correct_on_cuda(y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight,
+                             scale, offset, shift});
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 #include "cuda_ops.h"
 
 #include <cuda_runtime_api.h>
-// The stable Stream has no native handle before torch 2.13; the C shim has had this entry point all along. It is declared
-// where USE_CUDA is defined, as setup.py does.
+// The stable Stream has no native handle before torch 2.13; the C shim has had this entry point all along. It is
+// declared where USE_CUDA is defined, as setup.py does.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -103,7 +103,8 @@ void run_correct(const Tensor& y, const InitialisationTensors& in, Tensor& out) 
 
 Tensor correct_on_cuda(const Tensor& y, const InitialisationTensors& in) {
   STD_TORCH_CHECK(y.is_cuda(), "y must be a CUDA tensor");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(1) == in.output_weight.size(0), "y must be [N, ", in.output_weight.size(0), "]");
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(1) == in.output_weight.size(0), "y must be [N, ", in.output_weight.size(0),
+                  "]");
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
   const ScalarType storage = y.scalar_type(), product = in.input_weight.scalar_type();

@@ -4,13 +4,16 @@
 //   w = W_out k + scale * y + offset      e' = w/max(|w|, floor)      e = Norm(e' + shift)
 //
 // Shapes   y, out [N, D]; W_in [R_in, D]; W_out [D, R_out]; segments [M, K + 1]. N, D, R, K of any size that fits.
-// Grid     one block of 256 threads per tile of up to 32 rows, x dimension; a block takes several tiles when the grid is full.
-// Shared   the tile's coefficients, 32 x max(R_in, R_out) sums (fewer rows where that does not fit), and two staging
+// Grid     one block of 256 threads per tile of up to 32 rows, x dimension; a block takes several tiles when the grid
+// is full. Shared   the tile's coefficients, 32 x max(R_in, R_out) sums (fewer rows where that does not fit), and two
+// staging
 //          buffers of 32 x 32 rows and 64 x 32 weights in the format of sums.
 // Registers  8 sums of a 2 x 4 patch of the product; the row sums of two rows.
-// Global   y is read once per 64 columns of R_in and twice more (norms, output), mostly from L2; the weights stream from L2
+// Global   y is read once per 64 columns of R_in and twice more (norms, output), mostly from L2; the weights stream
+// from L2
 //          once (W_in) and twice (W_out) per tile. From memory: 2 D storage values per row.
-// FLOP     2 D (R_in + 2 R_out) per row: the rebuild runs twice, once for the norms and once for the output, so that no row
+// FLOP     2 D (R_in + 2 R_out) per row: the rebuild runs twice, once for the norms and once for the output, so that no
+// row
 //          needs D values of shared memory and no unnormalised row is rounded to the storage format.
 #include <algorithm>
 #include <limits>
@@ -47,8 +50,8 @@ __device__ __forceinline__ int32_t thread_row(int32_t i) { return int32_t(thread
 
 // weights[column][depth] = weight[first_column + column][first_depth + depth], zero outside the matrix.
 template <typename P, typename T>
-__device__ void stage_weights(
-    const P* weight, int32_t columns, int32_t depth, int32_t first_column, int32_t first_depth, Staging<T>& staging) {
+__device__ void stage_weights(const P* weight, int32_t columns, int32_t depth, int32_t first_column,
+                              int32_t first_depth, Staging<T>& staging) {
   for (int32_t i = threadIdx.x; i < kTileColumns * kTileDepth; i += kThreads) {
     const int32_t column = i / kTileDepth, at = i % kTileDepth;
     const bool inside = first_column + column < columns && first_depth + at < depth;
@@ -70,7 +73,8 @@ __device__ void stage_rows(const DeviceRows<S>& y, int32_t width, int64_t first_
 
 // patch += rows x weights^T over `depth` columns; rows[i] is where row thread_row(i) begins.
 template <typename T>
-__device__ __forceinline__ void multiply(const T* const (&rows)[kThreadRows], const T* weights, int32_t depth, Patch<T>& patch) {
+__device__ __forceinline__ void multiply(const T* const (&rows)[kThreadRows], const T* weights, int32_t depth,
+                                         Patch<T>& patch) {
 #pragma unroll 4
   for (int32_t at = 0; at < depth; ++at) {
     T weight[kThreadColumns];
@@ -124,8 +128,7 @@ __device__ void map_blocks(const DeviceOperands<P>& in, int32_t tile_rows, int32
     const Polar<T> polar =
         to_polar(centred_a + in.target_coordinates[column], centred_b + in.target_coordinates[column + 1]);
     const Segment<T>* segments = in.segments + int64_t(block) * in.pieces;
-    const int32_t bucket =
-        bucket_of(polar.radius, T(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
+    const int32_t bucket = bucket_of(polar.radius, T(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
     const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
     const T radius = map_radius(segments, base, in.windows[block], polar.radius).radius;
     T a = radius * polar.cos, b = radius * polar.sin;
@@ -147,9 +150,9 @@ __device__ void map_blocks(const DeviceOperands<P>& in, int32_t tile_rows, int32
 
 // body(r, column, w) for every element of the tile's unnormalised rows, always in the same order of sums.
 template <typename S, typename P, typename T, typename Body>
-__device__ __forceinline__ void for_each_rebuilt(
-    const DeviceOperands<P>& in, const DeviceRows<S>& y, int64_t first_row, int32_t rows, int32_t tile_rows, int32_t pitch,
-    Staging<T>& staging, const T* coefficients, const Body& body) {
+__device__ __forceinline__ void for_each_rebuilt(const DeviceOperands<P>& in, const DeviceRows<S>& y, int64_t first_row,
+                                                 int32_t rows, int32_t tile_rows, int32_t pitch, Staging<T>& staging,
+                                                 const T* coefficients, const Body& body) {
   // Rows past the tile reread its last one; their results are not used.
   const int32_t last = tile_rows - 1;
   for (int32_t first_column = 0; first_column < in.width; first_column += kTileColumns) {
@@ -185,7 +188,8 @@ __device__ __forceinline__ T sum_over_lanes(T value) {
   return value;
 }
 
-// Factors of e = w * row + shift * outer; |h|^2 of h = e' + shift comes from the sums of w, as on the CPU (row_norms.h).
+// Factors of e = w * row + shift * outer; |h|^2 of h = e' + shift comes from the sums of w, as on the CPU
+// (row_norms.h).
 template <typename T>
 struct Factors {
   T row, outer;
@@ -228,20 +232,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     __syncthreads();
 
     T squares[kThreadRows] = {}, dot_shift[kThreadRows] = {};
-    for_each_rebuilt(in, y, first_row, rows, tile_rows, pitch, staging, coefficients, [&](int32_t r, int32_t column, T w) {
-      squares[r] += w * w;
-      if (shifted) dot_shift[r] += w * in.shift[column];
-    });
+    for_each_rebuilt(in, y, first_row, rows, tile_rows, pitch, staging, coefficients,
+                     [&](int32_t r, int32_t column, T w) {
+                       squares[r] += w * w;
+                       if (shifted) dot_shift[r] += w * in.shift[column];
+                     });
     Factors<T> factors[kThreadRows];
 #pragma unroll
     for (int32_t r = 0; r < kThreadRows; ++r) {
       factors[r] = row_factors(sum_over_lanes(squares[r]), sum_over_lanes(dot_shift[r]), shift_squares, shifted);
     }
 
-    for_each_rebuilt(in, y, first_row, rows, tile_rows, pitch, staging, coefficients, [&](int32_t r, int32_t column, T w) {
-      const T value = w * factors[r].row + (shifted ? in.shift[column] * factors[r].outer : T(0));
-      out[(first_row + thread_row(r)) * in.width + column] = narrow<S>(value);
-    });
+    for_each_rebuilt(in, y, first_row, rows, tile_rows, pitch, staging, coefficients,
+                     [&](int32_t r, int32_t column, T w) {
+                       const T value = w * factors[r].row + (shifted ? in.shift[column] * factors[r].outer : T(0));
+                       out[(first_row + thread_row(r)) * in.width + column] = narrow<S>(value);
+                     });
     __syncthreads();  // the next tile overwrites the coefficients
   }
 }
@@ -251,8 +257,8 @@ bool valid(const DeviceOperands<P>& in) {
   const bool ranks = in.rank >= 2 && in.rank % 2 == 0 && in.rank <= std::numeric_limits<int32_t>::max() / 2 &&
                      (in.rank_in == in.rank || in.rank_in == 2 * in.rank) &&
                      (in.rank_out == in.rank || in.rank_out == 2 * in.rank) && in.rank_in <= in.rank_out;
-  const bool sizes = in.width >= 1 && in.width <= std::numeric_limits<int32_t>::max() - kTileColumns && in.pieces >= 3 &&
-                     in.bucket_count >= 1;
+  const bool sizes = in.width >= 1 && in.width <= std::numeric_limits<int32_t>::max() - kTileColumns &&
+                     in.pieces >= 3 && in.bucket_count >= 1;
   return ranks && sizes && (in.scale_stride == 0 || in.scale_stride == 1) && in.input_weight && in.input_bias &&
          in.target_coordinates && in.segments && in.buckets && in.windows && in.output_weight && in.scale && in.offset;
 }
@@ -283,7 +289,8 @@ cudaError_t launch_correct(const DeviceOperands<P>& operands, const DeviceRows<S
 
   const int64_t tiles = (y.count + tile_rows - 1) / tile_rows;
   const int64_t grid = std::min<int64_t>(tiles, std::numeric_limits<int32_t>::max());
-  correct_kernel<S, P><<<dim3(uint32_t(grid)), kThreads, size_t(shared_bytes), stream>>>(operands, y, tile_rows, pitch, out);
+  correct_kernel<S, P>
+      <<<dim3(uint32_t(grid)), kThreads, size_t(shared_bytes), stream>>>(operands, y, tile_rows, pitch, out);
   return cudaGetLastError();
 }
 

@@ -1,8 +1,8 @@
-// CUDA launchers. They check their arguments and the limits of the grid, launch on the given stream of the current device
-// and return the error of the launch; they never wait for the device.
+// CUDA launchers. They check their arguments and the limits of the grid, launch on the given stream of the current
+// device and return the error of the launch; they never wait for the device.
 //
-// S is the storage format of the rows, P the format of the weights, T the format of sums (Working<P>), as in row_kernels.h.
-// All pointers are device pointers.
+// S is the storage format of the rows, P the format of the weights, T the format of sums (Working<P>), as in
+// row_kernels.h. All pointers are device pointers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,16 +14,17 @@
 
 namespace aniso {
 
-// The folded operands of aniso_ext/ops/operands.py. R_in and R_out are R or 2R; both are R for the scalar complement alone.
+// The folded operands of aniso_ext/ops/operands.py. R_in and R_out are R or 2R; both are R for the scalar complement
+// alone.
 template <typename P>
 struct DeviceOperands {
   using T = typename Working<P>::type;
 
-  int32_t width;                // D
-  int32_t rank;                 // R
-  int32_t rank_in;              // R_in
-  int32_t rank_out;             // R_out
-  int32_t pieces;               // K + 1
+  int32_t width;     // D
+  int32_t rank;      // R
+  int32_t rank_in;   // R_in
+  int32_t rank_out;  // R_out
+  int32_t pieces;    // K + 1
   int32_t bucket_count;
   int32_t scale_stride;         // 0 where one scale serves every column
   const P* input_weight;        // [R_in, D]
