@@ -108,8 +108,8 @@ void test_polar() {
 }
 
 // Central differences of step h: truncation h^2 |f'''|/6, rounding 4 epsilon |f|/h. With |f'''| <= 10 |f|/length^2,
-// h = 1e-5 length and f around length * slope the sum is below 1e-9 of slope |gradient|; 1e-7 leaves room for short
-// blocks.
+// h = 1e-5 length and f around length * slope the sum is below 1e-9 of slope |gradient|; 1e-7 leaves room for
+// short blocks.
 void test_map_backward() {
   Random random(14);
   const RadiusMaps<double> maps(1, 64, 16, KnotShape::even, random);

@@ -1,6 +1,6 @@
 // The kernels of `decode` against METHOD section 4 in double: theta^ = theta0 + a_theta tanh(dtheta),
-// rho^ = rho0 exp(a_rho tanh(drho)), v^ = v0 + step - (the part of the step in U), e = Norm(...), and their
-// derivatives.
+// rho^ = rho0 exp(a_rho tanh(drho)), v^ = v0 + step - (the part of the step in U), e = Norm(...), and
+// their derivatives.
 #include <string>
 
 #include "aniso/row_kernels.h"

@@ -4,10 +4,8 @@
 // Where the bounds come from (u = 2^-24, half an ulp just above a power of two, one just below):
 //   exp   three roundings at the size of the result (p r^2 + r, + 1, the reduced argument): 2 ulp
 //   log   one large sum, m + p + e ln 2, and terms below half of it: 2 ulp; next to 1 it is m + p alone
-//   tanh  below 0.625 a polynomial (2 ulp); above, 1 - 2/(e^2x + 1): the error of exp enters times 2 e^2x/(e^2x + 1)^2
-//   <=
-//         0.35 of the result, the quotient and the difference add one ulp each, and 0.55 has ulps of half the size: 3
-//         ulp
+//   tanh  below 0.625 a polynomial: 2 ulp; above, 1 - 2/(e^2x + 1): the error of exp enters times
+//         2 e^2x/(e^2x + 1)^2 <= 0.35, the quotient and the difference add half an ulp each: 3 ulp of 0.55
 //   sin, cos   absolute, 2 u at most after the three-part reduction, for any |x| <= 8192
 #include <cfloat>
 #include <cmath>

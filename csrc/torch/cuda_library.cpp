@@ -1,5 +1,5 @@
-// Registration of the CUDA operators; the schemas are defined in aniso_ext/ops/schemas.py. Compiled in CUDA builds
-// only.
+// Registration of the CUDA operators; the schemas are defined in aniso_ext/ops/schemas.py. Compiled in CUDA
+// builds only.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_ops.h"

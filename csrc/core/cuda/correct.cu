@@ -3,18 +3,15 @@
 //   p = W_in y + bias             k = coefficients of the mapped blocks (store_coefficients)
 //   w = W_out k + scale * y + offset      e' = w/max(|w|, floor)      e = Norm(e' + shift)
 //
-// Shapes   y, out [N, D]; W_in [R_in, D]; W_out [D, R_out]; segments [M, K + 1]. N, D, R, K of any size that fits.
-// Grid     one block of 256 threads per tile of up to 32 rows, x dimension; a block takes several tiles when the grid
-// is full. Shared   the tile's coefficients, 32 x max(R_in, R_out) sums (fewer rows where that does not fit), and two
-// staging
+// Shapes   y, out [N, D]; W_in [R_in, D]; W_out [D, R_out]; segments [M, K + 1]; buckets [M, G]. Any N, D, R and K.
+// Grid     one block of 256 threads per tile of up to 32 rows, x dimension; in a full grid a block takes several tiles.
+// Shared   the tile's coefficients, 32 x max(R_in, R_out) sums (fewer rows where that does not fit), and two staging
 //          buffers of 32 x 32 rows and 64 x 32 weights in the format of sums.
 // Registers  8 sums of a 2 x 4 patch of the product; the row sums of two rows.
 // Global   y is read once per 64 columns of R_in and twice more (norms, output), mostly from L2; the weights stream
-// from L2
-//          once (W_in) and twice (W_out) per tile. From memory: 2 D storage values per row.
-// FLOP     2 D (R_in + 2 R_out) per row: the rebuild runs twice, once for the norms and once for the output, so that no
-// row
-//          needs D values of shared memory and no unnormalised row is rounded to the storage format.
+//          from L2 once (W_in) and twice (W_out) per tile. From memory: 2 D storage values per row.
+// FLOP     2 D (R_in + 2 R_out) per row: the rebuild runs twice, once for the norms and once for the output. So no row
+//          needs D values of shared memory, and no unnormalised row is rounded to the storage format.
 #include <algorithm>
 #include <limits>
 
@@ -188,8 +185,7 @@ __device__ __forceinline__ T sum_over_lanes(T value) {
   return value;
 }
 
-// Factors of e = w * row + shift * outer; |h|^2 of h = e' + shift comes from the sums of w, as on the CPU
-// (row_norms.h).
+// Factors of e = w * row + shift * outer; |h|^2 of h = e' + shift comes from the sums of w (see row_norms.h).
 template <typename T>
 struct Factors {
   T row, outer;

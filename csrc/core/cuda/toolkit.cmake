@@ -1,5 +1,5 @@
-# Finds nvcc and sets ANISO_WITH_CUDA. On PATH, in CUDACXX or CMAKE_CUDA_COMPILER, or in the toolkit that FindCUDAToolkit
-# knows (CUDAToolkit_ROOT, CUDA_PATH, /usr/local/cuda). No GPU is asked for.
+# Finds nvcc and sets ANISO_WITH_CUDA. On PATH, in CUDACXX or CMAKE_CUDA_COMPILER, or in the toolkit that
+# FindCUDAToolkit knows (CUDAToolkit_ROOT, CUDA_PATH, /usr/local/cuda). No GPU is asked for.
 set(ANISO_WITH_CUDA OFF)
 string(TOUPPER "${ANISO_CUDA}" aniso_cuda)
 if(NOT aniso_cuda MATCHES "^(AUTO|ON|OFF)$")

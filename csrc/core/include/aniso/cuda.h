@@ -14,8 +14,8 @@
 
 namespace aniso {
 
-// The folded operands of aniso_ext/ops/operands.py. R_in and R_out are R or 2R; both are R for the scalar complement
-// alone.
+// The folded operands of aniso_ext/ops/operands.py. R_in and R_out are R or 2R; both are R for the
+// scalar complement alone.
 template <typename P>
 struct DeviceOperands {
   using T = typename Working<P>::type;
