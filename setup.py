@@ -64,7 +64,9 @@ def native_build() -> dict[str, object]:
         "-fno-trapping-math",
         "-fopenmp-simd",
         "-fvisibility=hidden",
-        f"-fmacro-prefix-map={HERE}=.",
+        f"-ffile-prefix-map={HERE}=.",
+        f"-ffile-prefix-map={Path(torch.__file__).parent}=torch",
+        "-g0",
         "-Wall",
     ]
     macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]

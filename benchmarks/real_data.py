@@ -29,7 +29,6 @@ import torch
 
 import aniso_ext as aniso
 from aniso_ext.align.fitting import SLOPE_LIMIT
-from aniso_ext.align.rows import open_rows
 from aniso_ext.ops import correct, reference
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -255,9 +254,8 @@ def slope(data: Path) -> int:
     lines += ["| data | mixing | slope limit | worst 1 - cos | rows above 1e-10 | paired cosine |", "|---" * 6 + "|"]
     for row in rows:
         worst, cosine = f"{row['worst']:.1e}", f"{row['paired cosine']:.4f}"
-        lines.append(
-            f"| {row['data']} | {row['mixing']} | {row['limit'] or 'none'} | {worst} | {row['above 1e-10']} | {cosine} |"
-        )
+        limit, above = row["limit"] or "none", row["above 1e-10"]
+        lines.append(f"| {row['data']} | {row['mixing']} | {limit} | {worst} | {above} | {cosine} |")
         row["worst"] = worst
     write("radius_slope", rows, lines)
     return 0

@@ -25,7 +25,7 @@ import torch
 
 from aniso_ext.ops.frame import Frame
 
-BUCKETS = 2048
+BUCKETS = 2048  # a power of two: the scale of a bucket is then the same however a division is rounded
 
 
 @dataclass(frozen=True, eq=False)

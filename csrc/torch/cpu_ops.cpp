@@ -26,11 +26,8 @@ using aniso::Working;
 // Large enough for the products to run near their peak, small enough for the chunks between them to stay in cache.
 constexpr int64_t kChunkRows = 256;
 
-int64_t chunk_rows(int64_t rows) {
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t share = (rows + threads - 1) / threads;
-  return std::clamp<int64_t>((share + 31) / 32 * 32, 32, kChunkRows);
-}
+// Does not depend on the number of threads, so that results do not either; 16 threads share a batch of 512 rows.
+int64_t chunk_rows(int64_t rows) { return std::clamp<int64_t>(rows / 16 / 32 * 32, 32, kChunkRows); }
 
 // Memory that keeps its size from chunk to chunk and is not cleared.
 template <typename T>
@@ -128,6 +125,7 @@ struct Constants {
     STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
     STD_TORCH_CHECK(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
     STD_TORCH_CHECK(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
+    STD_TORCH_CHECK(rank_in == rank || rank_out == 2 * rank, "2R rows of input_weight need 2R columns of output_weight");
     STD_TORCH_CHECK(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
                     "the weights do not have the width of the rows, ", width);
     STD_TORCH_CHECK(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "aniso/cuda.h"
+#include "status.h"
 
 namespace aniso_torch {
 namespace {
@@ -24,7 +25,7 @@ using torch::headeronly::ScalarType;
 
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_status(aoti_torch_get_current_cuda_stream(device, &stream), "the current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "status.h"
+
 namespace aniso_torch {
 namespace {
 
@@ -16,7 +18,7 @@ using torch::stable::detail::to;
 
 template <size_t kArguments>
 Tensor call(const char* name, std::array<StableIValue, kArguments> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  check_status(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
   return to<Tensor>(stack[0]);
 }
 

@@ -35,8 +35,8 @@ void decode_step(const Update<T>& u, int64_t n, const P* deltas, P* step) {
   }
 }
 
-template <typename P, typename T>
-void decode_map(
+template <bool kProject, typename P, typename T>
+ANISO_INLINE void decode_map_rows(
     const Update<T>& u, int64_t n, const P* state, const P* deltas, const P* projected_step, P* coefficients) {
   const int32_t blocks = u.rank / 2;
   for (int64_t i = 0; i < n; ++i) {
@@ -47,13 +47,24 @@ void decode_map(
     for (int32_t block = 0; block < blocks; ++block) {
       const Turn<T> t = turn_block(u, state_row, delta_row, block);
       T a = t.radius * t.cos, b = t.radius * t.sin;
-      if (projected_step) {
+      if (kProject) {
         a -= widen(projected_step[i * u.rank + 2 * block]);
         b -= widen(projected_step[i * u.rank + 2 * block + 1]);
       }
       row[2 * block] = narrow<P>(a);
       row[2 * block + 1] = narrow<P>(b);
     }
+  }
+}
+
+// The choice is made outside the loop: a branch inside would keep it from being vectorised.
+template <typename P, typename T>
+void decode_map(
+    const Update<T>& u, int64_t n, const P* state, const P* deltas, const P* projected_step, P* coefficients) {
+  if (projected_step) {
+    decode_map_rows<true>(u, n, state, deltas, projected_step, coefficients);
+  } else {
+    decode_map_rows<false>(u, n, state, deltas, projected_step, coefficients);
   }
 }
 

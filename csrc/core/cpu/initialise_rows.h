@@ -52,11 +52,14 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, 
   ANISO_SIMD
   for (int32_t j = 0; j < kTile; ++j) t.bucket[j] = bucket_of(t.radius[j], bucket_scale, init.bucket_count);
   // Scalar on purpose: gathers are no faster here. Meanwhile the next block's tables come closer, a line a row.
-  const char* next_segments = reinterpret_cast<const char*>(segments + init.pieces);
-  const char* next_buckets = reinterpret_cast<const char*>(buckets + init.bucket_count);
+  const bool last_block = 2 * (block + 1) == init.rank;
+  const char* next_segments = reinterpret_cast<const char*>(last_block ? segments : segments + init.pieces);
+  const char* next_buckets = reinterpret_cast<const char*>(last_block ? buckets : buckets + init.bucket_count);
+  const int32_t segment_lines = int32_t(init.pieces * sizeof(Segment<T>)) / kCacheLine;
+  const int32_t bucket_lines = int32_t(init.bucket_count * sizeof(int16_t)) / kCacheLine;
   for (int32_t j = 0; j < rows; ++j) {
-    prefetch(next_segments + j * kCacheLine);
-    prefetch(next_buckets + j * kCacheLine);
+    if (j < segment_lines) prefetch(next_segments + j * kCacheLine);
+    if (j < bucket_lines) prefetch(next_buckets + j * kCacheLine);
     const Mapped<T> mapped = map_radius(segments, buckets[t.bucket[j]], window, t.radius[j]);
     t.mapped[j] = mapped.radius;
     t.slope[j] = mapped.slope;

@@ -27,7 +27,9 @@ ANISO_INLINE float nearest(float x) {
 }
 
 ANISO_INLINE float exp_of(float x) {
-  const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+  const float largest = 88.72284f;  // log of the largest float
+  const float capped = x < largest ? x : largest;
+  const float clamped = x > -87.3f ? capped : -87.3f;  // a NaN becomes a number here: it must not be cast to int
   const float n = nearest(clamped * 1.44269504088896341f);
   float r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -40,16 +42,17 @@ ANISO_INLINE float exp_of(float x) {
   const float value = p * r * r + r + 1.0f;
   // 2^n in two factors: n reaches 128, one exponent field does not.
   const int32_t half = int32_t(n) / 2;
-  const float low = bit_cast<float>((half + 127) << 23);
-  const float high = bit_cast<float>((int32_t(n) - half + 127) << 23);
+  const float low = bit_cast<float>(uint32_t(half + 127) << 23);
+  const float high = bit_cast<float>(uint32_t(int32_t(n) - half + 127) << 23);
   const float scaled = value * low * high;
-  const float bounded = x > 88.72284f ? INFINITY : (x < -87.3f ? 0.0f : scaled);
+  const float bounded = x > largest ? INFINITY : (x < -87.3f ? 0.0f : scaled);
   return x == x ? bounded : x;
 }
 
 ANISO_INLINE float log_of(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  int32_t exponent = int32_t(bits >> 23) - 126;
+  const bool subnormal = x < 1.17549435e-38f;
+  const uint32_t bits = bit_cast<uint32_t>(subnormal ? x * 8388608.0f : x);
+  int32_t exponent = int32_t(bits >> 23) - (subnormal ? 149 : 126);
   float m = bit_cast<float>((bits & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
   const bool small = m < 0.707106781186547524f;
   exponent -= small ? 1 : 0;
@@ -91,7 +94,7 @@ ANISO_INLINE float tanh_of(float x) {
 }
 
 ANISO_INLINE void sincos_of(float x, float* sin, float* cos) {
-  const float quadrant = nearest(x * 0.63661977236758134f);
+  const float quadrant = nearest(x == x ? x * 0.63661977236758134f : 0.0f);
   float r = x - quadrant * 1.5703125f;
   r = r - quadrant * 4.837512969970703125e-4f;
   r = r - quadrant * 7.54978995489188216e-8f;

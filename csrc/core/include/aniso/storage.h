@@ -55,11 +55,13 @@ template <>
 struct Convert<Float16> {
   static ANISO_INLINE float load(Float16 value) {
     const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-    const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
-    // Scaling by 2^112 moves the exponent and normalises subnormals in one exact product.
-    const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);
-    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // Inf and NaN keep their payload
-    return bit_cast<float>(sign | bit_cast<uint32_t>(scaled) | special);
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    const uint32_t normal = (magnitude << 13) + 0x38000000u;  // exponent bias 15 to 127
+    // Through an integer, so that they survive a thread that flushes subnormal floats to zero.
+    const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(magnitude)) * bit_cast<float>(0x33800000u));
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;  // Inf and NaN keep their payload
+    const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
+    return bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : finite));
   }
   static ANISO_INLINE Float16 store(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
