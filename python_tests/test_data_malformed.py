@@ -215,7 +215,8 @@ def test_one_line_names_file_reason_and_remedy(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     "values, reason",
     [
-        ([[1.0] * 3, None, [1.0] * 3], "row 1 is null"),
+        # pyarrow before 26 refuses the file by itself, and does not say which row
+        ([[1.0] * 3, None, [1.0] * 3], r"x\.parquet: (.*row 1 is null|cannot be read as parquet .*size=3)"),
         ([[1.0] * 3, [1.0, None, 2.0]], "null elements"),
     ],
 )

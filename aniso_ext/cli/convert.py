@@ -15,23 +15,32 @@ if TYPE_CHECKING:
 
 @command
 def convert(
-    aligner: Annotated[Path, typer.Option(metavar="ALIGNER", help="Folder that aniso fit wrote.")],
-    input: Annotated[Path, typer.Option(metavar="DIR", help="Source embeddings.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the stand-ins, one shard per input shard.")],
+    aligner: Annotated[Path, typer.Option("--aligner", metavar="ALIGNER", help="Folder that aniso fit wrote.")],
+    input: Annotated[Path, typer.Option("--input", metavar="DIR", help="Source embeddings.")],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder for the stand-ins, one shard per input shard.")
+    ],
     calibration: Annotated[
         Literal["fitted", "corpus"],
-        typer.Option(help="Recentre on the mean stored at fit (one pass), or on the mean of this input (two passes)."),
+        typer.Option(
+            "--calibration",
+            help="Recentre on the mean stored at fit (one pass), or on the mean of this input (two passes).",
+        ),
     ] = "fitted",
     on_existing: Annotated[
-        Literal["resume", "overwrite", "fail"], typer.Option(help="What to do with shards that are already there.")
+        Literal["resume", "overwrite", "fail"],
+        typer.Option("--on-existing", help="What to do with shards that are already there."),
     ] = "resume",
     on_bad: Annotated[
-        Literal["fail", "drop", "zero"], typer.Option(help="What to do with rows that are zero or not finite.")
+        Literal["fail", "drop", "zero"],
+        typer.Option("--on-bad", help="What to do with rows that are zero or not finite."),
     ] = "fail",
-    batch_rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows in memory at a time.")] = 8192,
+    batch_rows: Annotated[
+        int, typer.Option("--batch-rows", min=1, metavar="N", help="Rows in memory at a time.")
+    ] = 8192,
     dtype: Annotated[
         Literal["float16", "float32", "float64"] | None,
-        typer.Option(help="Number format of the output.", show_default="that of the input"),
+        typer.Option("--dtype", help="Number format of the output.", show_default="that of the input"),
     ] = None,
     json: Json = False,
     debug: Debug = False,

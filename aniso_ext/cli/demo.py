@@ -31,6 +31,7 @@ def demo(
     pairs: Annotated[
         int | None,
         typer.Option(
+            "--pairs",
             min=100,
             metavar="N",
             help="Pairs to simulate, or to take of the files.",
@@ -39,25 +40,38 @@ def demo(
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=16, metavar="D", help="Width of the simulated embeddings.", show_default=str(DEFAULT_WIDTH)),
+        typer.Option(
+            "--width", min=16, metavar="D", help="Width of the simulated embeddings.", show_default=str(DEFAULT_WIDTH)
+        ),
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(metavar="R", help="Rank for the methods that have one.", show_default="128, or D/4 if less"),
+        typer.Option(
+            "--rank", metavar="R", help="Rank for the methods that have one.", show_default="128, or D/4 if less"
+        ),
     ] = None,
-    source: Annotated[Path | None, typer.Option(metavar="DIR", help="Own source embeddings, with --target.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", metavar="DIR", help="Own source embeddings, with --target.")
+    ] = None,
     target: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Own target embeddings; row i belongs to source row i.")
+        Path | None,
+        typer.Option("--target", metavar="DIR", help="Own target embeddings; row i belongs to source row i."),
     ] = None,
     held_out: Annotated[
-        float, typer.Option(min=0.05, max=0.95, metavar="SHARE", help="Share of the pairs that methods are judged on.")
+        float,
+        typer.Option(
+            "--held-out", min=0.05, max=0.95, metavar="SHARE", help="Share of the pairs that methods are judged on."
+        ),
     ] = 0.25,
     methods: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="Methods to run, by commas.", show_default="all")
+        str | None,
+        typer.Option("--methods", metavar="NAME,NAME", help="Methods to run, by commas.", show_default="all"),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Neighbours of Omega, M_Z and M_X.")] = 20,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write report.json and report.md here.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the simulation and of the split.")] = 0,
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of Omega, M_Z and M_X.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write report.json and report.md here.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the simulation and of the split.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> Result:
@@ -114,7 +128,7 @@ def demo(
     def show(console: Console) -> None:
         say(
             console,
-            f"{title}: fitted on {files.train_rows:,} unpaired rows a side, judged on {files.test_rows:,} pairs\n"
+            f"{title}: fitted on {files.train_rows:,} unpaired rows a side, judged on {files.test_rows:,} pairs\n",
         )
         say(console, without_energy_curve(gap))
         console.print()

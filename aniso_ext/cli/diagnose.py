@@ -20,23 +20,32 @@ if TYPE_CHECKING:
 
 @command
 def diagnose(
-    source: Annotated[Path, typer.Option(metavar="DIR", help="Source embeddings of held-out pairs.")],
-    target: Annotated[Path, typer.Option(metavar="DIR", help="Target embeddings; row i belongs to source row i.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")],
+    source: Annotated[Path, typer.Option("--source", metavar="DIR", help="Source embeddings of held-out pairs.")],
+    target: Annotated[
+        Path, typer.Option("--target", metavar="DIR", help="Target embeddings; row i belongs to source row i.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report.json and report.md.")],
     aligner: Annotated[
         list[Path] | None,
-        typer.Option(metavar="ALIGNER", help="Aligner to judge; several after one option, or the option repeated."),
+        typer.Option(
+            "--aligner", metavar="ALIGNER", help="Aligner to judge; several after one option, or the option repeated."
+        ),
     ] = None,
     transformed: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Stand-ins to judge that aniso convert (or anything else) made. Repeatable."),
+        typer.Option(
+            "--transformed",
+            metavar="DIR",
+            help="Stand-ins to judge that aniso convert (or anything else) made. Repeatable.",
+        ),
     ] = None,
     more_aligners: Annotated[list[Path] | None, typer.Argument(metavar="ALIGNER", hidden=True)] = None,
-    k: Annotated[int, typer.Option(min=1, help="Neighbours of Omega, M_Z and M_X.")] = 20,
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of Omega, M_Z and M_X.")] = 20,
     max_pairs: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Pairs to judge stand-ins on, drawn if there are more.")
+        int,
+        typer.Option("--max-pairs", min=2, metavar="N", help="Pairs to judge stand-ins on, drawn if there are more."),
     ] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> Result:

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 @command
 def fit(
     source: Annotated[
-        Path, typer.Option(metavar="DIR", help="Embeddings to be turned into stand-ins, usually of texts.")
+        Path, typer.Option("--source", metavar="DIR", help="Embeddings to be turned into stand-ins, usually of texts.")
     ],
     target: Annotated[
-        Path, typer.Option(metavar="DIR", help="Embeddings of the modality to imitate, usually of images.")
+        Path, typer.Option("--target", metavar="DIR", help="Embeddings of the modality to imitate, usually of images.")
     ],
-    out: Annotated[Path, typer.Option(metavar="ALIGNER", help="Folder to write: config.json and model.safetensors.")],
-    method: Annotated[str, typer.Option(help="anisoalign or a baseline, e.g. mean_shift, realign.")] = "anisoalign",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="ALIGNER", help="Folder to write: config.json and model.safetensors.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", help="anisoalign or a baseline, e.g. mean_shift, realign.")
+    ] = "anisoalign",
     rank: Annotated[
         str | None,
         typer.Option(
+            "--rank",
             metavar="R",
             help="Directions of the dominant subspace: an even number, or an energy share like 0.9.",
             show_default="the method's own, 128",
@@ -40,18 +45,19 @@ def fit(
     ] = None,
     mixing: Annotated[
         Literal["haar", "pca_adjacent", "balanced"] | None,
-        typer.Option(help="How directions are combined into two-dimensional blocks."),
+        typer.Option("--mixing", help="How directions are combined into two-dimensional blocks."),
     ] = None,
     complement: Annotated[
         Literal["scalar", "diagonal", "diagonal_projected"] | None,
-        typer.Option(help="How the rest of the space is rescaled."),
+        typer.Option("--complement", help="How the rest of the space is rescaled."),
     ] = None,
     literal: Annotated[
         bool | None, typer.Option("--literal", help="The paper's printed form wherever this package decides otherwise.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     encoder: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the encoder, kept in config.json for the record.")
+        str | None,
+        typer.Option("--encoder", metavar="NAME", help="Name of the encoder, kept in config.json for the record."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an aligner that is already there.")] = False,
     json: Json = False,

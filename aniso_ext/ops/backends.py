@@ -13,6 +13,7 @@ import torch
 from aniso_ext.errors import BackendUnavailableError, InputError
 from aniso_ext.ops import native, reference
 from aniso_ext.ops.frame import Frame
+from aniso_ext.ops.tracing import constant_while_tracing
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def resolve(name: str, rows: torch.Tensor, frame: Frame) -> Backend:
     return _IMPLEMENTED[_choose(name, str(rows.device))]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the probe, and must not repeat it
+@constant_while_tracing  # torch.compile cannot trace the probe, and must not repeat it
 def _choose(name: str, device: str) -> str:
     if name == "auto":
         name = os.environ.get("ANISO_BACKEND", "auto")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aniso_ext.errors import InputError
+from aniso_ext.ops.tracing import constant_while_tracing
 
 if TYPE_CHECKING:
     from aniso_ext.ops.operands import Operands
@@ -176,7 +177,7 @@ class Frame:
             digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.compiler.assume_constant_result  # torch.compile folds while it traces, so that a graph only reads the result
+    @constant_while_tracing  # torch.compile folds while it traces, so that a graph only reads the result
     def _prepare(self, product: torch.dtype, working: torch.dtype, device: str) -> None:
         """Keep the operands for these dtypes and this device in ``_operands``."""
         from aniso_ext.ops.operands import fold

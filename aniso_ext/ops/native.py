@@ -11,6 +11,7 @@ from aniso_ext.ops import autograd as autograd
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import Operands, operands
 from aniso_ext.ops.reference import compute_dtype
+from aniso_ext.ops.tracing import constant_while_tracing
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -41,14 +42,17 @@ def _has_bfloat16_products() -> bool:
     return bool(_build_info.has_bfloat16_products()) and torch.backends.mkldnn.is_available()
 
 
-@torch.compiler.assume_constant_result
-def _product_dtype(rows: torch.dtype) -> torch.dtype:
-    native = rows == torch.bfloat16 and _has_bfloat16_products()
+@constant_while_tracing
+def _product_dtype(rows: torch.dtype, width: int, rank: int) -> torch.dtype:
+    # A matrix unit that reads a row in groups of 32 reads into the next row where groups and rows do not end together;
+    # times zero that is nothing, unless the next row holds a NaN.
+    native = rows == torch.bfloat16 and width % 32 == 0 and rank % 32 == 0 and _has_bfloat16_products()
     return rows if native else compute_dtype(rows)
 
 
 def _folded(rows: torch.Tensor, frame: Frame) -> Operands:
-    return operands(frame, _product_dtype(rows.dtype), compute_dtype(rows.dtype), rows.device)
+    product = _product_dtype(rows.dtype, frame.width, frame.rank)
+    return operands(frame, product, compute_dtype(rows.dtype), rows.device)
 
 
 def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
