@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <memory>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "aniso/row_kernels.h"
+#include "checks.h"
 #include "products.h"
 
 namespace aniso_torch {
@@ -67,11 +67,11 @@ void for_each_chunk(int64_t rows, const Body& body) {
 }
 
 void check_matrix(const Tensor& tensor, const char* name, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, " must be [N, ", columns, "]");
+  check(tensor.dim() == 2 && tensor.size(1) == columns, name, " must be [N, ", columns, "]");
 }
 
 void check_constant(const Tensor& tensor, const char* name, ScalarType dtype, int64_t elements) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
+  check(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
                   " must be contiguous, of the expected dtype, and hold ", elements, " values");
 }
 
@@ -122,14 +122,14 @@ struct Constants {
     const int64_t rank = in.target_coordinates.numel(), rank_in = in.input_weight.size(0);
     const int64_t rank_out = in.output_weight.size(1), pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
     const ScalarType dtype = working_dtype<T>();
-    STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
-    STD_TORCH_CHECK(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
-    STD_TORCH_CHECK(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
-    STD_TORCH_CHECK(rank_in == rank || rank_out == 2 * rank, "2R rows of input_weight need 2R columns of output_weight");
-    STD_TORCH_CHECK(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
+    check(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
+    check(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
+    check(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
+    check(rank_in == rank || rank_out == 2 * rank, "2R rows of input_weight need 2R columns of output_weight");
+    check(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
                     "the weights do not have the width of the rows, ", width);
-    STD_TORCH_CHECK(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");
-    STD_TORCH_CHECK(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
+    check(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");
+    check(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
     check_constant(in.input_bias, "input_bias", dtype, rank_in);
     check_constant(in.target_coordinates, "target_coordinates", dtype, rank);
     check_constant(in.segments, "segments", dtype, rank / 2 * 3 * pieces);
@@ -258,11 +258,11 @@ template <typename P>
 aniso::Update<typename Working<P>::type> checked_update(const UpdateArguments& in, const Tensor& state, const Tensor& deltas) {
   using T = typename Working<P>::type;
   const int64_t width = in.basis.size(0), rank = in.basis.size(1);
-  STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
+  check(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
   check_matrix(state, "state", rank / 2 * 3 + width);
   check_matrix(deltas, "deltas", rank + width);
-  STD_TORCH_CHECK(state.size(0) == deltas.size(0), "state and deltas differ in rows");
-  STD_TORCH_CHECK(state.scalar_type() == deltas.scalar_type(), "state and deltas differ in dtype");
+  check(state.size(0) == deltas.size(0), "state and deltas differ in rows");
+  check(state.scalar_type() == deltas.scalar_type(), "state and deltas differ in dtype");
   if (in.shift) check_constant(*in.shift, "shift", working_dtype<T>(), width);
   return {int32_t(width), int32_t(rank), T(in.a_theta), T(in.a_rho), T(in.a_v), in.project,
           in.shift ? data<T>(*in.shift) : nullptr};
@@ -345,7 +345,7 @@ void dispatch(const Tensor& rows, const Tensor& weight, const Run& run) {
   } else if (storage == ScalarType::BFloat16 && product == ScalarType::BFloat16) {
     run(BFloat16{}, BFloat16{});
   } else {
-    STD_TORCH_CHECK(false, "no CPU kernel for this pair of row and weight dtypes");
+    check(false, "no CPU kernel for this pair of row and weight dtypes");
   }
 }
 
@@ -355,8 +355,8 @@ Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns) {
 
 void check_grad(const Tensor& grad, const Tensor& rows, int64_t columns) {
   check_matrix(grad, "grad", columns);
-  STD_TORCH_CHECK(grad.size(0) == rows.size(0), "grad differs from the rows in length");
-  STD_TORCH_CHECK(grad.scalar_type() == rows.scalar_type(), "grad differs from the rows in dtype");
+  check(grad.size(0) == rows.size(0), "grad differs from the rows in length");
+  check(grad.scalar_type() == rows.scalar_type(), "grad differs from the rows in dtype");
 }
 
 }  // namespace

@@ -7,13 +7,12 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <limits>
 #include <type_traits>
 
 #include "aniso/cuda.h"
-#include "status.h"
+#include "checks.h"
 
 namespace aniso_torch {
 namespace {
@@ -30,13 +29,13 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, "aniso_ext::", op, " on CUDA: ", cudaGetErrorString(error));
+  check(error == cudaSuccess, "aniso_ext::", op, " on CUDA: ", cudaGetErrorString(error));
 }
 
 void check_constant(const Tensor& tensor, const char* name, const Tensor& rows, ScalarType dtype, int64_t elements) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == rows.get_device_index(), name,
+  check(tensor.is_cuda() && tensor.get_device_index() == rows.get_device_index(), name,
                   " is not on the device of the rows, cuda:", rows.get_device_index());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
+  check(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == elements, name,
                   " must be contiguous, of the right dtype, and hold ", elements, " values");
 }
 
@@ -48,7 +47,7 @@ const T* data(const Tensor& tensor) {
 template <typename P>
 aniso::DeviceOperands<P> checked_operands(const Tensor& y, const InitialisationTensors& in) {
   using T = typename Working<P>::type;
-  STD_TORCH_CHECK(in.input_weight.dim() == 2 && in.output_weight.dim() == 2, "the weights must be matrices");
+  check(in.input_weight.dim() == 2 && in.output_weight.dim() == 2, "the weights must be matrices");
   const int64_t width = y.size(1), rank = in.target_coordinates.numel();
   const int64_t rank_in = in.input_weight.size(0), rank_out = in.output_weight.size(1);
   const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
@@ -56,12 +55,12 @@ aniso::DeviceOperands<P> checked_operands(const Tensor& y, const InitialisationT
   const ScalarType working = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   const ScalarType product = in.input_weight.scalar_type();
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
-  STD_TORCH_CHECK(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
-  STD_TORCH_CHECK(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
-  STD_TORCH_CHECK(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
-  STD_TORCH_CHECK(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
-  STD_TORCH_CHECK(bucket_count >= 1, "buckets must be [M, buckets]");
-  STD_TORCH_CHECK(width >= 1 && width <= kLimit && rank_out <= kLimit && pieces <= kLimit && bucket_count <= kLimit,
+  check(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
+  check(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
+  check(rank_out == rank || rank_out == 2 * rank, "output_weight must have R or 2R columns");
+  check(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
+  check(bucket_count >= 1, "buckets must be [M, buckets]");
+  check(width >= 1 && width <= kLimit && rank_out <= kLimit && pieces <= kLimit && bucket_count <= kLimit,
                   "a size exceeds ", kLimit);
   check_constant(in.input_weight, "input_weight", y, product, rank_in * width);
   check_constant(in.output_weight, "output_weight", y, product, width * rank_out);
@@ -103,8 +102,8 @@ void run_correct(const Tensor& y, const InitialisationTensors& in, Tensor& out) 
 }  // namespace
 
 Tensor correct_on_cuda(const Tensor& y, const InitialisationTensors& in) {
-  STD_TORCH_CHECK(y.is_cuda(), "y must be a CUDA tensor");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(1) == in.output_weight.size(0), "y must be [N, ", in.output_weight.size(0),
+  check(y.is_cuda(), "y must be a CUDA tensor");
+  check(y.dim() == 2 && y.size(1) == in.output_weight.size(0), "y must be [N, ", in.output_weight.size(0),
                   "]");
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
@@ -120,7 +119,7 @@ Tensor correct_on_cuda(const Tensor& y, const InitialisationTensors& in) {
   } else if (storage == ScalarType::BFloat16 && product == ScalarType::BFloat16) {
     run_correct<BFloat16, BFloat16>(y, in, out);
   } else {
-    STD_TORCH_CHECK(false, "no CUDA kernel for this pair of row and weight dtypes");
+    check(false, "no CUDA kernel for this pair of row and weight dtypes");
   }
   return out;
 }

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "status.h"
+#include "checks.h"
 
 namespace aniso_torch {
 namespace {
