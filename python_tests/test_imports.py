@@ -41,7 +41,8 @@ def test_all_public_names_load_no_optional_library_and_leave_cuda_alone() -> Non
         f"before = [m for m in {NEVER!r} if m in sys.modules]\n"
         "import aniso_ext\n"
         "for name in aniso_ext.__all__: getattr(aniso_ext, name)\n"
-        f"print(json.dumps([torch.cuda.is_initialized(), [m for m in {NEVER!r} if m in sys.modules and m not in before]]))"
+        f"added = [m for m in {NEVER!r} if m in sys.modules and m not in before]\n"
+        "print(json.dumps([torch.cuda.is_initialized(), added]))"
     )
     assert json.loads(fresh(program)) == [False, []]
 

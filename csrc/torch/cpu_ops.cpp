@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -24,10 +28,14 @@ using aniso::RowKernels;
 using aniso::Working;
 
 // Large enough for the products to run near their peak, small enough for the chunks between them to stay in cache.
-constexpr int64_t kChunkRows = 256;
+template <typename P>
+constexpr int64_t kChunkRows = sizeof(P) == 2 ? 512 : 256;
 
 // Does not depend on the number of threads, so that results do not either; 16 threads share a batch of 512 rows.
-int64_t chunk_rows(int64_t rows) { return std::clamp<int64_t>(rows / 16 / 32 * 32, 32, kChunkRows); }
+template <typename P>
+int64_t chunk_rows(int64_t rows) {
+  return std::clamp<int64_t>(rows / 16 / 32 * 32, 32, kChunkRows<P>);
+}
 
 // Memory that keeps its size from chunk to chunk and is not cleared.
 template <typename T>
@@ -57,7 +65,7 @@ struct Workspace {
 // products may use every thread themselves.
 template <typename P, typename Body>
 void for_each_chunk(int64_t rows, const Body& body) {
-  const int64_t size = chunk_rows(rows);
+  const int64_t size = chunk_rows<P>(rows);
   torch::stable::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
     Workspace<P> work;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -349,8 +357,22 @@ void dispatch(const Tensor& rows, const Tensor& weight, const Run& run) {
   }
 }
 
+// A large result comes from fresh pages. Faulting them in one by one costs as much as computing them, so ask for large ones.
+void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kLargePage = int64_t(1) << 21;
+  const intptr_t first = (reinterpret_cast<intptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
+  const intptr_t last = (reinterpret_cast<intptr_t>(memory) + bytes) / kLargePage * kLargePage;
+  if (last - first >= 4 * kLargePage) madvise(reinterpret_cast<void*>(first), size_t(last - first), MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
+  Tensor result = torch::stable::new_empty(like, {rows, columns});
+  prefer_large_pages(result.mutable_data_ptr(), rows * columns * int64_t(result.element_size()));
+  return result;
 }
 
 void check_grad(const Tensor& grad, const Tensor& rows, int64_t columns) {

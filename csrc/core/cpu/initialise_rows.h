@@ -3,16 +3,7 @@
 // Blocks are the outer loop and rows the inner one: the tables of one block stay in the first-level cache while a tile of
 // rows looks its radii up.
 
-constexpr int32_t kTile = 256;
-constexpr int32_t kCacheLine = 64;
-
-ANISO_INLINE void prefetch(const char* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#else
-  (void)address;
-#endif
-}
+constexpr int32_t kTile = 128;
 
 // One block of a tile of rows.
 template <typename T>
@@ -24,6 +15,24 @@ struct BlockTile {
 
   Polar<T> polar(int32_t j) const { return {radius[j], inverse_length[j], cos[j], sin[j]}; }
 };
+
+// Mapped radii of a tile. Scalar on purpose: gathers are no faster here.
+template <int32_t kWindow, typename T>
+ANISO_INLINE void look_up(
+    const Segment<T>* segments, const int16_t* buckets, int32_t window, int32_t rows, BlockTile<T>& t) {
+  for (int32_t j = 0; j < rows; ++j) {
+    const int32_t base = buckets[t.bucket[j]];
+    int32_t piece = base;
+    if (kWindow == 0) {
+      piece = find_segment(segments, base, window, t.radius[j]);
+    } else {
+      for (int32_t i = 1; i <= kWindow; ++i) piece += segments[base + i].start <= t.radius[j] ? 1 : 0;
+    }
+    const Mapped<T> mapped = map_radius(segments[piece], t.radius[j]);
+    t.mapped[j] = mapped.radius;
+    t.slope[j] = mapped.slope;
+  }
+}
 
 template <typename P, typename T>
 ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, int32_t block, int32_t rows, BlockTile<T>& t) {
@@ -51,18 +60,21 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, 
   const T bucket_scale = T(init.bucket_count) / segments[init.pieces - 1].start;
   ANISO_SIMD
   for (int32_t j = 0; j < kTile; ++j) t.bucket[j] = bucket_of(t.radius[j], bucket_scale, init.bucket_count);
-  // Scalar on purpose: gathers are no faster here. Meanwhile the next block's tables come closer, a line a row.
-  const bool last_block = 2 * (block + 1) == init.rank;
-  const char* next_segments = reinterpret_cast<const char*>(last_block ? segments : segments + init.pieces);
-  const char* next_buckets = reinterpret_cast<const char*>(last_block ? buckets : buckets + init.bucket_count);
-  const int32_t segment_lines = int32_t(init.pieces * sizeof(Segment<T>)) / kCacheLine;
-  const int32_t bucket_lines = int32_t(init.bucket_count * sizeof(int16_t)) / kCacheLine;
-  for (int32_t j = 0; j < rows; ++j) {
-    if (j < segment_lines) prefetch(next_segments + j * kCacheLine);
-    if (j < bucket_lines) prefetch(next_buckets + j * kCacheLine);
-    const Mapped<T> mapped = map_radius(segments, buckets[t.bucket[j]], window, t.radius[j]);
-    t.mapped[j] = mapped.radius;
-    t.slope[j] = mapped.slope;
+  switch (window) {  // the few knots of a usual window are compared side by side, those of a long one halved
+    case 1:
+      look_up<1>(segments, buckets, window, rows, t);
+      break;
+    case 2:
+      look_up<2>(segments, buckets, window, rows, t);
+      break;
+    case 3:
+      look_up<3>(segments, buckets, window, rows, t);
+      break;
+    case 4:
+      look_up<4>(segments, buckets, window, rows, t);
+      break;
+    default:
+      look_up<0>(segments, buckets, window, rows, t);
   }
 }
 

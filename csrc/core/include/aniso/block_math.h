@@ -69,9 +69,13 @@ struct Mapped {
 };
 
 template <typename T>
-ANISO_INLINE Mapped<T> map_radius(const Segment<T>* segments, int32_t base, int32_t window, T rho) {
-  const Segment<T> piece = segments[find_segment(segments, base, window, rho)];
+ANISO_INLINE Mapped<T> map_radius(const Segment<T>& piece, T rho) {
   return {piece.value + (rho - piece.start) * piece.slope, piece.slope};
+}
+
+template <typename T>
+ANISO_INLINE Mapped<T> map_radius(const Segment<T>* segments, int32_t base, int32_t window, T rho) {
+  return map_radius(segments[find_segment(segments, base, window, rho)], rho);
 }
 
 // Gradient of c^ = T(rho) * direction with respect to (a, b), given that with respect to c^.
