@@ -68,44 +68,27 @@ void decode_map(
   }
 }
 
-template <typename T, typename P>
-ANISO_INLINE auto updated_row(const P* rebuilt, const P* v0, const P* step) {
-  return [=](int32_t j) -> T { return widen(rebuilt[j]) + widen(v0[j]) + widen(step[j]); };
+// i -> the functor j -> w_ij.
+template <typename P, typename T>
+ANISO_INLINE auto updated_rows(const Update<T>& u, const P* rebuilt, const P* state, const P* step) {
+  return [=, &u](int64_t i) {
+    const int64_t polar_columns = u.rank / 2 * 3;
+    const P *rebuilt_row = rebuilt + i * u.width, *step_row = step + i * u.width;
+    const P* v0 = state + i * (polar_columns + u.width) + polar_columns;
+    return [=](int32_t j) -> T { return widen(rebuilt_row[j]) + widen(v0[j]) + widen(step_row[j]); };
+  };
 }
 
 template <typename S, typename P, typename T>
 void decode_finish(
     const Update<T>& u, int64_t n, const P* rebuilt, const P* state, const P* step, T* scratch, S* out) {
-  const int32_t width = u.width;
-  const int64_t polar_columns = u.rank / 2 * 3;
-  const T shift_squares = u.shift ? dot(u.shift, u.shift, width) : T(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const P* v0 = state + i * (polar_columns + width) + polar_columns;
-    const auto w = updated_row<T>(rebuilt + i * width, v0, step + i * width);
-    if (u.shift) {
-      finish_row<true>(w, width, u.shift, shift_squares, scratch, out + i * width);
-    } else {
-      finish_row<false>(w, width, u.shift, shift_squares, scratch, out + i * width);
-    }
-  }
+  finish_rows(updated_rows(u, rebuilt, state, step), n, u.width, u.shift, scratch, out);
 }
 
 template <typename P, typename T>
 void decode_finish_backward(const Update<T>& u, int64_t n, const P* rebuilt, const P* state, const P* step, const P* grad,
                             T* scratch, P* grad_row) {
-  const int32_t width = u.width;
-  const int64_t polar_columns = u.rank / 2 * 3;
-  const T shift_squares = u.shift ? dot(u.shift, u.shift, width) : T(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const P* v0 = state + i * (polar_columns + width) + polar_columns;
-    const auto w = updated_row<T>(rebuilt + i * width, v0, step + i * width);
-    const P* g = grad + i * width;
-    if (u.shift) {
-      finish_row_backward<true>(w, width, u.shift, shift_squares, g, scratch, grad_row + i * width);
-    } else {
-      finish_row_backward<false>(w, width, u.shift, shift_squares, g, scratch, grad_row + i * width);
-    }
-  }
+  finish_rows_backward(updated_rows(u, rebuilt, state, step), n, u.width, u.shift, grad, scratch, grad_row);
 }
 
 template <typename S, typename P, typename T>

@@ -154,40 +154,25 @@ void correct_map_backward(
   });
 }
 
+// i -> the functor j -> w_ij.
 template <typename P, typename T>
-ANISO_INLINE auto unnormalised_row(const Initialisation<T>& init, const P* rebuilt, const P* y) {
-  const T *scale = init.scale, *offset = init.offset;
-  return [=](int32_t j) { return widen(rebuilt[j]) + scale[j] * widen(y[j]) + offset[j]; };
+ANISO_INLINE auto unnormalised_rows(const Initialisation<T>& init, const P* rebuilt, const P* y) {
+  return [=, &init](int64_t i) {
+    const P *rebuilt_row = rebuilt + i * init.width, *y_row = y + i * init.width;
+    const T *scale = init.scale, *offset = init.offset;
+    return [=](int32_t j) { return widen(rebuilt_row[j]) + scale[j] * widen(y_row[j]) + offset[j]; };
+  };
 }
 
 template <typename S, typename P, typename T>
 void correct_finish(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, T* scratch, S* out) {
-  const int32_t width = init.width;
-  const T shift_squares = init.shift ? dot(init.shift, init.shift, width) : T(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const auto w = unnormalised_row(init, rebuilt + i * width, y + i * width);
-    if (init.shift) {
-      finish_row<true>(w, width, init.shift, shift_squares, scratch, out + i * width);
-    } else {
-      finish_row<false>(w, width, init.shift, shift_squares, scratch, out + i * width);
-    }
-  }
+  finish_rows(unnormalised_rows(init, rebuilt, y), n, init.width, init.shift, scratch, out);
 }
 
 template <typename P, typename T>
 void correct_finish_backward(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, const P* grad,
                              T* scratch, P* grad_row) {
-  const int32_t width = init.width;
-  const T shift_squares = init.shift ? dot(init.shift, init.shift, width) : T(0);
-  for (int64_t i = 0; i < n; ++i) {
-    const auto w = unnormalised_row(init, rebuilt + i * width, y + i * width);
-    const P* g = grad + i * width;
-    if (init.shift) {
-      finish_row_backward<true>(w, width, init.shift, shift_squares, g, scratch, grad_row + i * width);
-    } else {
-      finish_row_backward<false>(w, width, init.shift, shift_squares, g, scratch, grad_row + i * width);
-    }
-  }
+  finish_rows_backward(unnormalised_rows(init, rebuilt, y), n, init.width, init.shift, grad, scratch, grad_row);
 }
 
 template <typename S, typename P, typename T>
@@ -224,8 +209,9 @@ void encode_map(const Initialisation<T>& init, int64_t n, const P* projected, P*
 template <typename S, typename P, typename T>
 void encode_finish(const Initialisation<T>& init, int64_t n, const P* rebuilt, const P* y, S* out) {
   const int64_t polar_columns = init.rank / 2 * 3;
+  const auto rows = unnormalised_rows(init, rebuilt, y);
   for (int64_t i = 0; i < n; ++i) {
-    const auto v0 = unnormalised_row(init, rebuilt + i * init.width, y + i * init.width);
+    const auto v0 = rows(i);
     S* row = out + i * (polar_columns + init.width) + polar_columns;
     ANISO_SIMD
     for (int32_t j = 0; j < init.width; ++j) row[j] = narrow<S>(v0(j));

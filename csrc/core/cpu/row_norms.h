@@ -86,3 +86,31 @@ ANISO_INLINE void finish_row_backward(
     grad_row[j] = narrow<P>(value);
   }
 }
+
+// All rows of a chunk; row(i) gives the functor of row i. The choice of a shift is made once per row, outside its loops.
+template <typename S, typename T, typename MakeRow>
+ANISO_INLINE void finish_rows(
+    const MakeRow& row, int64_t n, int32_t width, const T* shift, T* scratch, S* out) {
+  const T shift_squares = shift ? dot(shift, shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (shift) {
+      finish_row<true>(row(i), width, shift, shift_squares, scratch, out + i * width);
+    } else {
+      finish_row<false>(row(i), width, shift, shift_squares, scratch, out + i * width);
+    }
+  }
+}
+
+template <typename P, typename T, typename MakeRow>
+ANISO_INLINE void finish_rows_backward(
+    const MakeRow& row, int64_t n, int32_t width, const T* shift, const P* grad, T* scratch, P* grad_row) {
+  const T shift_squares = shift ? dot(shift, shift, width) : T(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = i * width;
+    if (shift) {
+      finish_row_backward<true>(row(i), width, shift, shift_squares, grad + at, scratch, grad_row + at);
+    } else {
+      finish_row_backward<false>(row(i), width, shift, shift_squares, grad + at, scratch, grad_row + at);
+    }
+  }
+}

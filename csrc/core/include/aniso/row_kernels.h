@@ -1,5 +1,5 @@
 // CPU kernels between the matrix products. Each works on a chunk of rows that fits the cache; the products themselves and
-// the threads are the caller's (csrc/torch/cpu_ops.cpp).
+// the threads are the caller's (csrc/torch).
 //
 // S is the storage format of the tensors that go out, P the format of the matrix products and of the chunks that go in,
 // T the format of sums (Working<P>). All chunks are row-major and contiguous. Letters as in the Python package: D width,
