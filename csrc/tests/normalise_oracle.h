@@ -1,6 +1,6 @@
 // Normalise, calibrate, normalise in double, step by step, and its gradient by the chain rule (METHOD section 4):
 //   n = |w|   u = w/n   h = u + g   e = h/|h|
-// The kernels take |h| from sums of w instead (row_norms.h): relative error 3 epsilon (1 + |g|)^2/|h|^2, the
+// The kernels take |h| from sums of w instead (row_scales.h): relative error 3 epsilon (1 + |g|)^2/|h|^2, the
 // `amplification`.
 #pragma once
 

@@ -1,36 +1,11 @@
-// The operators on CPU tensors; arguments as in aniso_ext/ops/schemas.py.
+// The operators on CPU tensors.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <tuple>
 
+#include "arguments.h"
+
 namespace aniso_torch {
-
-using torch::stable::Tensor;
-
-struct InitialisationTensors {
-  Tensor input_weight;
-  Tensor input_bias;
-  Tensor target_coordinates;
-  Tensor segments;
-  Tensor buckets;
-  Tensor windows;
-  Tensor output_weight;
-  Tensor scale;
-  Tensor offset;
-  std::optional<Tensor> shift;
-};
-
-struct UpdateArguments {
-  Tensor basis;
-  std::optional<Tensor> shift;
-  double a_theta;
-  double a_rho;
-  double a_v;
-  bool project;
-};
 
 Tensor correct(const Tensor& y, const InitialisationTensors& in);
 Tensor correct_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in);

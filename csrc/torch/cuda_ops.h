@@ -1,7 +1,7 @@
-// The operators on CUDA tensors; arguments as in aniso_ext/ops/schemas.py.
+// The operators on CUDA tensors.
 #pragma once
 
-#include "cpu_ops.h"
+#include "arguments.h"
 
 namespace aniso_torch {
 

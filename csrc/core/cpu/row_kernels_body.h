@@ -5,6 +5,7 @@
 #include "aniso/block_math.h"
 #include "aniso/elementary.h"
 #include "aniso/row_kernels.h"
+#include "aniso/row_scales.h"
 #include "row_kernels_table.h"
 
 namespace aniso {

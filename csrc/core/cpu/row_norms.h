@@ -1,32 +1,5 @@
-// Normalise, calibrate, normalise, and the gradient of that; included once per instruction set.
-//
-//   n = max(|w|, floor)   e' = w/n   h = e' + g   e = h/|h|        g = shift = m_t - m_hat; without g, e = e'
-//
-// |h|^2 = |w|^2/n^2 + 2 w.g/n + |g|^2 comes from sums of the first pass, so that a row is written once. Its relative error
-// is at most 3 eps (1 + |g|)^2/|h|^2: harmless unless the calibration nearly cancels the row.
-
-template <typename T>
-struct RowScales {
-  T inverse;        // 1/n
-  T outer;          // 1/|h|, 1 without a shift
-  T unit_squared;   // |e'|^2
-  T unit_dot_shift; // e'.g
-};
-
-template <bool kShift, typename T>
-ANISO_INLINE RowScales<T> row_scales(T squares, T dot_shift, T shift_squares) {
-  const T norm = std::sqrt(squares);
-  RowScales<T> s;
-  s.inverse = T(1) / (norm < T(kNormFloor) ? T(kNormFloor) : norm);
-  s.unit_squared = squares * s.inverse * s.inverse;
-  s.unit_dot_shift = dot_shift * s.inverse;
-  s.outer = T(1);
-  if (kShift) {
-    const T length = std::sqrt(s.unit_squared + T(2) * s.unit_dot_shift + shift_squares);
-    s.outer = T(1) / (length < T(kNormFloor) ? T(kNormFloor) : length);
-  }
-  return s;
-}
+// Rows normalised, calibrated and normalised again (aniso/row_scales.h), and the gradient of that; included once per
+// instruction set. A row is written once: its two norms come from sums of the first pass.
 
 template <typename T>
 ANISO_INLINE T dot(const T* a, const T* b, int32_t length) {
@@ -47,7 +20,7 @@ ANISO_INLINE void finish_row(const Row& w, int32_t width, const T* shift, T shif
     squares += value * value;
     if (kShift) dot_shift += value * shift[j];
   }
-  const RowScales<T> s = row_scales<kShift>(squares, dot_shift, shift_squares);
+  const RowScales<T> s = row_scales(squares, dot_shift, shift_squares, kShift);
   const T row_factor = s.inverse * s.outer;
   ANISO_SIMD
   for (int32_t j = 0; j < width; ++j) {
@@ -71,7 +44,7 @@ ANISO_INLINE void finish_row_backward(
       grad_shift += g * shift[j];
     }
   }
-  const RowScales<T> s = row_scales<kShift>(squares, dot_shift, shift_squares);
+  const RowScales<T> s = row_scales(squares, dot_shift, shift_squares, kShift);
   const T unit_dot_grad = dot_grad * s.inverse;
   // Gradient at e' is outer * grad - radial * h; at w it loses its part along e' as well.
   const T radial = kShift ? (unit_dot_grad + grad_shift) * s.outer * s.outer * s.outer : T(0);

@@ -17,6 +17,7 @@
 
 #include "aniso/block_math.h"
 #include "aniso/cuda.h"
+#include "aniso/row_scales.h"
 
 namespace aniso {
 namespace {
@@ -185,22 +186,6 @@ __device__ __forceinline__ T sum_over_lanes(T value) {
   return value;
 }
 
-// Factors of e = w * row + shift * outer; |h|^2 of h = e' + shift comes from the sums of w (see row_norms.h).
-template <typename T>
-struct Factors {
-  T row, outer;
-};
-
-template <typename T>
-__device__ __forceinline__ Factors<T> row_factors(T squares, T dot_shift, T shift_squares, bool shifted) {
-  const T norm = std::sqrt(squares);
-  const T inverse = T(1) / (norm < T(kNormFloor) ? T(kNormFloor) : norm);
-  if (!shifted) return {inverse, T(1)};
-  const T length = std::sqrt(squares * inverse * inverse + T(2) * (dot_shift * inverse) + shift_squares);
-  const T outer = T(1) / (length < T(kNormFloor) ? T(kNormFloor) : length);
-  return {inverse * outer, outer};
-}
-
 template <typename S, typename P>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     correct_kernel(const DeviceOperands<P> in, const DeviceRows<S> y, const int32_t tile_rows, const int32_t pitch,
@@ -233,15 +218,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
                        squares[r] += w * w;
                        if (shifted) dot_shift[r] += w * in.shift[column];
                      });
-    Factors<T> factors[kThreadRows];
+    RowScales<T> scales[kThreadRows];
 #pragma unroll
     for (int32_t r = 0; r < kThreadRows; ++r) {
-      factors[r] = row_factors(sum_over_lanes(squares[r]), sum_over_lanes(dot_shift[r]), shift_squares, shifted);
+      scales[r] = row_scales(sum_over_lanes(squares[r]), sum_over_lanes(dot_shift[r]), shift_squares, shifted);
     }
 
     for_each_rebuilt(in, y, first_row, rows, tile_rows, pitch, staging, coefficients,
                      [&](int32_t r, int32_t column, T w) {
-                       const T value = w * factors[r].row + (shifted ? in.shift[column] * factors[r].outer : T(0));
+                       const T value = (w * scales[r].inverse + (shifted ? in.shift[column] : T(0))) * scales[r].outer;
                        out[(first_row + thread_row(r)) * in.width + column] = narrow<S>(value);
                      });
     __syncthreads();  // the next tile overwrites the coefficients
