@@ -30,13 +30,15 @@ class Case:
     calibrated: bool = False
     seed: int = 0
     center: bool = False  # METHOD D4
+    sampled: bool = False  # knots from samples, as a fit has them, instead of a smooth distribution
     basis_dtype: str = "float64"  # the format that the basis is orthonormal to: "float64" or "bfloat16"
 
     def __str__(self) -> str:
         calibrated = "-calibrated" if self.calibrated else ""
         center = "-centred" if self.center else ""
+        sampled = "-sampled" if self.sampled else ""
         basis = "-bf16basis" if self.basis_dtype == "bfloat16" else ""
-        return f"D{self.width}-R{self.rank}-K{self.knots}-{self.complement}{calibrated}{center}{basis}"
+        return f"D{self.width}-R{self.rank}-K{self.knots}-{self.complement}{calibrated}{center}{sampled}{basis}"
 
     @property
     def blocks(self) -> int:
@@ -79,10 +81,15 @@ def _deviations(case: Case) -> np.ndarray:
     return np.sqrt(0.7 * variances / variances.sum())
 
 
-def _knots(levels: np.ndarray, mean_square: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Weibull quantiles [M, K] with a given mean square: smooth, positive, with the tails of a radius."""
+def _knots(case: Case, mean_square: np.ndarray, shape: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Quantiles [M, K] of Weibull radii with a given mean square, dense in the tails; uneven where they are sampled."""
     second_moment = np.array([math.gamma(1 + 2 / s) for s in shape])
     scale = np.sqrt(mean_square / second_moment)
+    levels = np.sin(0.5 * np.pi * np.arange(case.knots) / (case.knots - 1)) ** 2
+    if case.sampled:
+        samples = scale[:, None] * random.weibull(shape[:, None], (len(shape), 20_000))
+        return np.quantile(samples, levels, axis=1).T
+    levels = 1e-3 + (1 - 2e-3) * levels
     return scale[:, None] * (-np.log1p(-levels)) ** (1 / shape[:, None])
 
 
@@ -96,16 +103,15 @@ def arrays_of(case: Case) -> dict[str, np.ndarray]:
     basis = directions[:, : case.rank]
     if case.basis_dtype == "bfloat16":
         basis = torch.from_numpy(basis.copy()).bfloat16().double().numpy()
-    levels = np.clip(np.sin(0.5 * np.pi * np.arange(case.knots) / (case.knots - 1)) ** 2, 1e-3, 1 - 1e-3)
     offset = np.zeros(case.rank) if case.center else target_mean @ basis
     energies = (deviations[: case.rank] ** 2 + offset**2).reshape(-1, 2).sum(axis=1)
     arrays = {
         "source_mean": source_mean,
         "target_mean": target_mean,
         "basis": basis,
-        "radius_source_knots": _knots(levels, energies, random.uniform(1.7, 2.3, case.blocks)),
+        "radius_source_knots": _knots(case, energies, random.uniform(1.7, 2.3, case.blocks), random),
         "radius_target_knots": _knots(
-            levels, energies * random.uniform(0.6, 1.5, case.blocks), random.uniform(1.5, 2.5, case.blocks)
+            case, energies * random.uniform(0.6, 1.5, case.blocks), random.uniform(1.5, 2.5, case.blocks), random
         ),
         "complement_scale": np.array([0.87])
         if case.complement == "scalar"

@@ -73,6 +73,18 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, 
     case 4:
       look_up<4>(segments, buckets, window, rows, t);
       break;
+    case 5:
+      look_up<5>(segments, buckets, window, rows, t);
+      break;
+    case 6:
+      look_up<6>(segments, buckets, window, rows, t);
+      break;
+    case 7:
+      look_up<7>(segments, buckets, window, rows, t);
+      break;
+    case 8:
+      look_up<8>(segments, buckets, window, rows, t);
+      break;
     default:
       look_up<0>(segments, buckets, window, rows, t);
   }
