@@ -78,6 +78,12 @@ def test_transform_is_recomputed_on_real_embeddings(mixing: str, real_data: Path
     assert np.abs(aligner.transform(rows) - expected).max() <= 1e-9
     # float16 rows are exact in float32
     assert worst_angle(aligner.transform(rows.astype(np.float32)), expected) <= 1e-10
+    # steep pieces of fitted radius maps must not enlarge the rounding of half-precision coordinates
+    half = torch.from_numpy(rows).bfloat16()
+    stand_ins = aligner.transform(half)
+    assert stand_ins.dtype == torch.bfloat16
+    exact = oracle.correct(half.double().numpy(), arrays, "scalar")
+    assert worst_angle(stand_ins.double().numpy(), exact) <= 2e-5
     # and what comes out is what the method is for: the mean of held-out stand-ins is near the target's
     before = np.linalg.norm(rows.mean(0) - aligner.frame_.target_mean.numpy())
     after = np.linalg.norm(expected.mean(0) - aligner.frame_.target_mean.numpy())

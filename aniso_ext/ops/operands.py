@@ -30,7 +30,9 @@ BUCKETS = 2048  # a power of two: the scale of a bucket is then the same however
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """Folded constants: the weights in the dtype of the matrix products, the rest in the dtype of the sums.
+    """Folded constants: output_weight and basis in the dtype of the rebuilding products, the rest in that of the sums.
+
+    The projection always has the dtype of the sums: a steep piece of a radius map enlarges the rounding of a coordinate.
 
     ============================ ========================= ===========================================================
     input_weight                 [R_in, D]                 W_in^T
@@ -109,7 +111,7 @@ def knot_buckets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch.device) -> Operands:
-    """Fold a frame in float64, then round once: weights to ``product``, the rest to ``working``."""
+    """Fold a frame in float64, then round once: what rebuilds to ``product``, the rest to ``working``."""
     exact = frame.to(device=device, dtype=torch.float64)
     basis, scale = exact.basis, exact.complement_scale
     target_coordinates = exact.target_mean @ basis * (not frame.center)
@@ -128,7 +130,7 @@ def fold(frame: Frame, product: torch.dtype, working: torch.dtype, device: torch
     segments = rounded(radius_segments(exact.radius_source_knots, exact.radius_target_knots), working)
     buckets, windows = knot_buckets(segments)
     return Operands(
-        input_weight=rounded(input_weight, product),
+        input_weight=rounded(input_weight, working),
         input_bias=rounded(-(input_weight @ exact.source_mean), working),
         target_coordinates=rounded(target_coordinates, working),
         segments=segments,

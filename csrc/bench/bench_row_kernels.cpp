@@ -105,7 +105,9 @@ void bench_initialise(const Sizes& s, const char* formats) {
   init.shift = shift.data();
 
   const std::vector<S> source = values<S>(n * s.width, -0.1, 0.1);
-  const std::vector<P> y = values<P>(n * s.width, -0.1, 0.1), projected = values<P>(n * s.rank, -0.3, 0.3);
+  const std::vector<P> y = values<P>(n * s.width, -0.1, 0.1), grad_k = values<P>(n * s.rank, -0.3, 0.3);
+  const std::vector<T> projected = values<T>(n * s.rank, -0.3, 0.3), back = values<T>(n * s.width, -0.1, 0.1);
+  std::vector<T> grad_projected(size_t(n * s.rank));
   const std::vector<P> rebuilt = values<P>(n * s.width, -0.1, 0.1), grad = values<P>(n * s.width, -1, 1);
   const std::vector<P> grad_polar = values<P>(n * state_columns, -1, 1);
   std::vector<P> chunk(size_t(n * s.width)), coefficients(size_t(n * s.rank)), grad_row(size_t(n * s.width));
@@ -120,14 +122,14 @@ void bench_initialise(const Sizes& s, const char* formats) {
     kernels.correct_finish_backward(init, n, rebuilt.data(), y.data(), grad.data(), scratch.data(), grad_row.data());
   });
   report("correct_map_backward", formats, n,
-         [&] { kernels.correct_map_backward(init, n, projected.data(), projected.data(), coefficients.data()); });
-  report("add_scaled", formats, n, [&] { kernels.add_scaled(init, n, rebuilt.data(), grad.data(), out.data()); });
+         [&] { kernels.correct_map_backward(init, n, projected.data(), grad_k.data(), grad_projected.data()); });
+  report("add_scaled", formats, n, [&] { kernels.add_scaled(init, n, back.data(), grad.data(), out.data()); });
   report("encode_map", formats, n,
          [&] { kernels.encode_map(init, n, projected.data(), coefficients.data(), state.data()); });
   report("encode_finish", formats, n, [&] { kernels.encode_finish(init, n, rebuilt.data(), y.data(), state.data()); });
   report("encode_map_backward", formats, n, [&] {
-    kernels.encode_map_backward(init, n, projected.data(), grad_polar.data(), state_columns, projected.data(),
-                                coefficients.data());
+    kernels.encode_map_backward(init, n, projected.data(), grad_polar.data(), state_columns, grad_k.data(),
+                                grad_projected.data());
   });
 }
 

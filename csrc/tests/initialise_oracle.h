@@ -62,7 +62,7 @@ struct Constants {
   }
   Constants(const Constants&) = delete;
 
-  P origin(int32_t c) const { return aniso::narrow<P>(-(input_bias[size_t(c)] + target_coordinates[size_t(c)])); }
+  T origin(int32_t c) const { return -(input_bias[size_t(c)] + target_coordinates[size_t(c)]); }
 
   std::vector<T> input_bias, target_coordinates, scale, offset, shift;
   RadiusMaps<T> maps;
@@ -143,7 +143,7 @@ class InitialiseOracle {
   explicit InitialiseOracle(const Constants<P>& constants) : init_(constants.init) {}
 
   // From the projections as a kernel receives them.
-  BlockOracle block(const P* projected, int32_t block) const {
+  BlockOracle block(const typename aniso::Working<P>::type* projected, int32_t block) const {
     std::vector<double> values;
     for (int32_t r = 0; r < init_.rank_in; ++r) values.push_back(exact(projected[r]));
     return this->block(values, values, block);

@@ -53,7 +53,7 @@ class Case {
         name_(std::string("correct ") + Format<S>::kName + "/" + Format<P>::kName + " " + shape.text() +
               (spread ? " spread" : "")),
         y_(random_values<S>(shape.rows * row_stride_, -0.3, 0.3, random)),
-        input_weight_(random_values<P>(int64_t(shape.rank_in()) * shape.width, -0.4, 0.4, random)),
+        input_weight_(random_values<T>(int64_t(shape.rank_in()) * shape.width, -0.4, 0.4, random)),
         output_weight_(random_values<P>(int64_t(shape.width) * shape.rank_out(), -0.4, 0.4, random)) {}
 
   void run() {
@@ -74,7 +74,8 @@ class Case {
  private:
   std::vector<S> launch() const {
     const OnDevice<S> y(y_);
-    const OnDevice<P> input_weight(input_weight_), output_weight(output_weight_);
+    const OnDevice<T> input_weight(input_weight_);
+    const OnDevice<P> output_weight(output_weight_);
     const OnDevice<T> bias(constants_.input_bias), target(constants_.target_coordinates), scale(constants_.scale);
     const OnDevice<T> offset(constants_.offset), shift(constants_.shift);
     const OnDevice<Segment<T>> segments(constants_.maps.segments);
@@ -161,7 +162,8 @@ class Case {
   InitialiseOracle<P> oracle_;
   std::string name_;
   std::vector<S> y_;
-  std::vector<P> input_weight_, output_weight_;
+  std::vector<T> input_weight_;
+  std::vector<P> output_weight_;
 };
 
 template <typename S, typename P>

@@ -26,7 +26,7 @@ class Suite {
         constants_(shape, random),
         oracle_(constants_),
         name_(std::string(Format<S>::kName) + "/" + Format<P>::kName + " " + shape.text()),
-        projected_(random_values<P>(shape.rows * shape.rank_in(), -0.3, 0.3, random)),
+        projected_(random_values<T>(shape.rows * shape.rank_in(), -0.3, 0.3, random)),
         rebuilt_(random_values<P>(shape.rows * shape.width, -0.3, 0.3, random)),
         y_(random_values<P>(shape.rows * shape.width, -0.3, 0.3, random)),
         grad_rows_(random_values<P>(shape.rows * shape.width, -1, 1, random)),
@@ -55,15 +55,15 @@ class Suite {
   std::string what(const char* kernel) const { return std::string(kernel) + " " + name_; }
 
   // Writes with the inputs as they are, and again with a NaN in one row of `input`; returns the first.
-  template <typename Out, typename Write>
-  Guarded<Out> written(const std::string& label, int64_t columns, std::vector<P>& input, const Write& write) {
+  template <typename Out, typename In, typename Write>
+  Guarded<Out> written(const std::string& label, int64_t columns, std::vector<In>& input, const Write& write) {
     Guarded<Out> clean(shape_.rows * columns), poisoned(shape_.rows * columns);
     write(clean.data());
     CHECK(clean.intact(), "%s: wrote outside its rows", label.c_str());
     if (shape_.rows == 0) return clean;
     const int64_t row = shape_.rows / 2, stride = int64_t(input.size()) / shape_.rows;
-    std::vector<P> kept(input);
-    for (int64_t j = 0; j < stride; ++j) input[size_t(row * stride + j)] = narrow<P>(T(NAN));
+    std::vector<In> kept(input);
+    for (int64_t j = 0; j < stride; ++j) input[size_t(row * stride + j)] = narrow<In>(T(NAN));
     write(poisoned.data());
     input = kept;
     check_isolated(clean, poisoned, shape_.rows, row, label.c_str());
@@ -187,8 +187,10 @@ class Suite {
 
   void add_scaled() {
     const std::string label = what("add_scaled");
+    std::vector<T> projected_back;
+    for (const P value : rebuilt_) projected_back.push_back(widen(value));
     Guarded<S> out = written<S>(label, shape_.width, grad_rows_, [&](S* result) {
-      kernels().add_scaled(init(), shape_.rows, rebuilt_.data(), grad_rows_.data(), result);
+      kernels().add_scaled(init(), shape_.rows, projected_back.data(), grad_rows_.data(), result);
     });
     for (int64_t i = 0; i < out.size(); ++i) {
       const double a = exact(rebuilt_[size_t(i)]);
@@ -200,7 +202,7 @@ class Suite {
 
   // What reaches the projections from the gradients at the coefficients and, through the map, at the blocks.
   template <typename Through>
-  void check_projected_gradient(const std::string& label, Guarded<P>& out, const Through& through) {
+  void check_projected_gradient(const std::string& label, Guarded<T>& out, const Through& through) {
     int64_t skipped = 0, blocks = 0;
     for_each_block([&](int64_t i, int32_t block, const BlockOracle& b) {
       ++blocks;
@@ -228,7 +230,7 @@ class Suite {
 
   void correct_map_backward() {
     const std::string label = what("correct_map_backward");
-    Guarded<P> out = written<P>(label, shape_.rank_in(), grad_coefficients_, [&](P* result) {
+    Guarded<T> out = written<T>(label, shape_.rank_in(), grad_coefficients_, [&](T* result) {
       kernels().correct_map_backward(init(), shape_.rows, projected_.data(), grad_coefficients_.data(), result);
     });
     check_projected_gradient(label, out, [&](int64_t i, int32_t block, const BlockOracle& b, int32_t c) {
@@ -241,7 +243,7 @@ class Suite {
     const std::string label = what("encode_map_backward");
     const int32_t blocks = shape_.rank / 2;
     const int64_t stride = polar_stride();
-    Guarded<P> out = written<P>(label, shape_.rank_in(), grad_polar_, [&](P* result) {
+    Guarded<T> out = written<T>(label, shape_.rank_in(), grad_polar_, [&](T* result) {
       kernels().encode_map_backward(init(), shape_.rows, projected_.data(), grad_polar_.data(), stride,
                                     grad_coefficients_.data(), result);
     });
@@ -264,7 +266,8 @@ class Suite {
   Constants<P> constants_;
   InitialiseOracle<P> oracle_;
   std::string name_;
-  std::vector<P> projected_, rebuilt_, y_, grad_rows_, grad_coefficients_, grad_polar_;
+  std::vector<T> projected_;
+  std::vector<P> rebuilt_, y_, grad_rows_, grad_coefficients_, grad_polar_;
 };
 
 template <typename S, typename P>

@@ -51,7 +51,7 @@ class Buffer {
 template <typename P>
 struct Workspace {
   Buffer<P> rows, grad, coefficients, grad_row, deltas, step;
-  Buffer<typename Working<P>::type> scratch;
+  Buffer<typename Working<P>::type> widened, grad_projected, scratch;
 };
 
 // body(first row, rows, workspace) over chunks, on all threads. A single chunk stays on the caller's thread, where the
@@ -76,7 +76,7 @@ T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Rows of a tensor as a contiguous chunk in the products' format: in place where they already are one.
+// Rows of a tensor as a contiguous chunk in the format of the products or of the sums: in place where they already are one.
 template <typename S, typename P>
 class Chunks {
  public:
@@ -91,6 +91,18 @@ class Chunks {
     P* chunk = buffer.sized(n * columns_);
     aniso::row_kernels<S, P>().load(source, row_stride_, column_stride_, n, columns_, chunk);
     return chunk;
+  }
+
+  const typename Working<P>::type* widened(int64_t first, int64_t n, Workspace<P>& work) const {
+    using T = typename Working<P>::type;
+    if constexpr (std::is_same_v<P, T>) {
+      return rows(first, n, work.rows);
+    } else {
+      T* chunk = work.widened.sized(n * columns_);
+      aniso::row_kernels<S, P>().load_widened(
+          source_ + first * row_stride_, row_stride_, column_stride_, n, columns_, chunk);
+      return chunk;
+    }
   }
 
  private:

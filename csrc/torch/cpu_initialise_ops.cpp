@@ -27,7 +27,7 @@ struct Constants {
     check(rank_in == rank || rank_out == 2 * rank, "2R rows of input_weight need 2R columns of output_weight");
     check(in.input_weight.size(1) == width && in.output_weight.size(0) == width,
           "the weights do not have the width of the rows, ", width);
-    check(in.input_weight.scalar_type() == in.output_weight.scalar_type(), "the weights differ in dtype");
+    check(in.input_weight.scalar_type() == dtype, "input_weight must have the dtype of the sums");
     check(pieces >= 3, "segments must be [M, K + 1, 3] with K of at least 2");
     check_constant(in.input_bias, "input_bias", dtype, rank_in);
     check_constant(in.target_coordinates, "target_coordinates", dtype, rank);
@@ -71,8 +71,8 @@ void run_correct(const Tensor& y, const InitialisationTensors& in, Tensor& out) 
   for_each_chunk<P>(y.size(0), [&](int64_t first, int64_t n, Workspace<P>& work) {
     const P* rows = chunks.rows(first, n, work.rows);
     P* coefficients = work.coefficients.sized(n * init.rank_out);
-    const Tensor projected = project(rows, n);
-    kernels.correct_map(init, n, data<P>(projected), coefficients);
+    const Tensor projected = project(chunks.widened(first, n, work), n);
+    kernels.correct_map(init, n, data<T>(projected), coefficients);
     const Tensor rebuilt = rebuild(coefficients, n);
     kernels.correct_finish(
         init, n, data<P>(rebuilt), rows, work.scratch.sized(init.width), result + first * init.width);
@@ -92,17 +92,18 @@ void run_correct_backward(const Tensor& grad, const Tensor& y, const Initialisat
   S* result = mutable_data<S>(out);
   for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
     const P* rows = chunks.rows(first, n, work.rows);
-    P* coefficients = work.coefficients.sized(n * std::max(init.rank_in, init.rank_out));
+    P* coefficients = work.coefficients.sized(n * init.rank_out);
+    T* grad_projected = work.grad_projected.sized(n * init.rank_in);
     P* grad_row = work.grad_row.sized(n * init.width);
-    const Tensor projected = project(rows, n);
-    kernels.correct_map(init, n, data<P>(projected), coefficients);
+    const Tensor projected = project(chunks.widened(first, n, work), n);
+    kernels.correct_map(init, n, data<T>(projected), coefficients);
     const Tensor rebuilt = rebuild(coefficients, n);
     kernels.correct_finish_backward(init, n, data<P>(rebuilt), rows, grads.rows(first, n, work.grad),
                                     work.scratch.sized(init.width), grad_row);
     const Tensor grad_coefficients = gather(grad_row, n);
-    kernels.correct_map_backward(init, n, data<P>(projected), data<P>(grad_coefficients), coefficients);
-    const Tensor back_projected = spread(coefficients, n);
-    kernels.add_scaled(init, n, data<P>(back_projected), grad_row, result + first * init.width);
+    kernels.correct_map_backward(init, n, data<T>(projected), data<P>(grad_coefficients), grad_projected);
+    const Tensor back_projected = spread(grad_projected, n);
+    kernels.add_scaled(init, n, data<T>(back_projected), grad_row, result + first * init.width);
   });
 }
 
@@ -119,8 +120,8 @@ void run_encode(const Tensor& y, const InitialisationTensors& in, Tensor& out) {
     const P* rows = chunks.rows(first, n, work.rows);
     P* coefficients = work.coefficients.sized(n * init.rank_out);
     S* state = result + first * out.size(1);
-    const Tensor projected = project(rows, n);
-    kernels.encode_map(init, n, data<P>(projected), coefficients, state);
+    const Tensor projected = project(chunks.widened(first, n, work), n);
+    kernels.encode_map(init, n, data<T>(projected), coefficients, state);
     const Tensor rebuilt = rebuild(coefficients, n);
     kernels.encode_finish(init, n, data<P>(rebuilt), rows, state);
   });
@@ -138,18 +139,18 @@ void run_encode_backward(const Tensor& grad, const Tensor& y, const Initialisati
   const Product gather(transposed(in.output_weight), total), spread(transposed(in.input_weight), total);
   S* result = mutable_data<S>(out);
   for_each_chunk<P>(total, [&](int64_t first, int64_t n, Workspace<P>& work) {
-    const Tensor projected = project(chunks.rows(first, n, work.rows), n);
+    const Tensor projected = project(chunks.widened(first, n, work), n);
     const P* grad_state = grads.rows(first, n, work.grad);
     P* grad_v0 = work.grad_row.sized(n * init.width);
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(grad_state + i * columns + polar_columns, init.width, grad_v0 + i * init.width);
     }
     const Tensor grad_coefficients = gather(grad_v0, n);
-    P* grad_projected = work.coefficients.sized(n * init.rank_in);
+    T* grad_projected = work.grad_projected.sized(n * init.rank_in);
     kernels.encode_map_backward(
-        init, n, data<P>(projected), grad_state, columns, data<P>(grad_coefficients), grad_projected);
+        init, n, data<T>(projected), grad_state, columns, data<P>(grad_coefficients), grad_projected);
     const Tensor back_projected = spread(grad_projected, n);
-    kernels.add_scaled(init, n, data<P>(back_projected), grad_v0, result + first * init.width);
+    kernels.add_scaled(init, n, data<T>(back_projected), grad_v0, result + first * init.width);
   });
 }
 
@@ -158,7 +159,7 @@ void run_encode_backward(const Tensor& grad, const Tensor& y, const Initialisati
 Tensor correct(const Tensor& y, const InitialisationTensors& in) {
   check_matrix(y, "y", in.output_weight.size(0));
   Tensor out = empty_rows(y, y.size(0), y.size(1));
-  dispatch(y, in.input_weight, [&](auto s, auto p) { run_correct<decltype(s), decltype(p)>(y, in, out); });
+  dispatch(y, in.output_weight, [&](auto s, auto p) { run_correct<decltype(s), decltype(p)>(y, in, out); });
   return out;
 }
 
@@ -166,14 +167,14 @@ Tensor correct_backward(const Tensor& grad, const Tensor& y, const Initialisatio
   check_matrix(y, "y", in.output_weight.size(0));
   check_grad(grad, y, y.size(1));
   Tensor out = empty_rows(y, y.size(0), y.size(1));
-  dispatch(y, in.input_weight, [&](auto s, auto p) { run_correct_backward<decltype(s), decltype(p)>(grad, y, in, out); });
+  dispatch(y, in.output_weight, [&](auto s, auto p) { run_correct_backward<decltype(s), decltype(p)>(grad, y, in, out); });
   return out;
 }
 
 Tensor encode(const Tensor& y, const InitialisationTensors& in) {
   check_matrix(y, "y", in.output_weight.size(0));
   Tensor out = empty_rows(y, y.size(0), in.target_coordinates.numel() / 2 * 3 + y.size(1));
-  dispatch(y, in.input_weight, [&](auto s, auto p) { run_encode<decltype(s), decltype(p)>(y, in, out); });
+  dispatch(y, in.output_weight, [&](auto s, auto p) { run_encode<decltype(s), decltype(p)>(y, in, out); });
   return out;
 }
 
@@ -181,7 +182,7 @@ Tensor encode_backward(const Tensor& grad, const Tensor& y, const Initialisation
   check_matrix(y, "y", in.output_weight.size(0));
   check_grad(grad, y, in.target_coordinates.numel() / 2 * 3 + y.size(1));
   Tensor out = empty_rows(y, y.size(0), y.size(1));
-  dispatch(y, in.input_weight, [&](auto s, auto p) { run_encode_backward<decltype(s), decltype(p)>(grad, y, in, out); });
+  dispatch(y, in.output_weight, [&](auto s, auto p) { run_encode_backward<decltype(s), decltype(p)>(grad, y, in, out); });
   return out;
 }
 

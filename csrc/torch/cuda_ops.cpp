@@ -53,7 +53,7 @@ aniso::DeviceOperands<P> checked_operands(const Tensor& y, const InitialisationT
   const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
   const int64_t bucket_count = in.buckets.dim() == 2 ? in.buckets.size(1) : 0;
   const ScalarType working = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  const ScalarType product = in.input_weight.scalar_type();
+  const ScalarType product = in.output_weight.scalar_type();
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   check(rank >= 2 && rank % 2 == 0, "the rank must be even and at least 2, got ", rank);
   check(rank_in == rank || rank_in == 2 * rank, "input_weight must have R or 2R rows");
@@ -62,7 +62,7 @@ aniso::DeviceOperands<P> checked_operands(const Tensor& y, const InitialisationT
   check(bucket_count >= 1, "buckets must be [M, buckets]");
   check(width >= 1 && width <= kLimit && rank_out <= kLimit && pieces <= kLimit && bucket_count <= kLimit,
                   "a size exceeds ", kLimit);
-  check_constant(in.input_weight, "input_weight", y, product, rank_in * width);
+  check_constant(in.input_weight, "input_weight", y, working, rank_in * width);
   check_constant(in.output_weight, "output_weight", y, product, width * rank_out);
   check_constant(in.input_bias, "input_bias", y, working, rank_in);
   check_constant(in.target_coordinates, "target_coordinates", y, working, rank);
@@ -79,7 +79,7 @@ aniso::DeviceOperands<P> checked_operands(const Tensor& y, const InitialisationT
           int32_t(pieces),
           int32_t(bucket_count),
           in.scale.numel() == 1 ? 0 : 1,
-          data<P>(in.input_weight),
+          data<T>(in.input_weight),
           data<T>(in.input_bias),
           data<T>(in.target_coordinates),
           reinterpret_cast<const aniso::Segment<T>*>(data<T>(in.segments)),
@@ -107,7 +107,7 @@ Tensor correct_on_cuda(const Tensor& y, const InitialisationTensors& in) {
                   "]");
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
-  const ScalarType storage = y.scalar_type(), product = in.input_weight.scalar_type();
+  const ScalarType storage = y.scalar_type(), product = in.output_weight.scalar_type();
   if (storage == ScalarType::Double && product == ScalarType::Double) {
     run_correct<double, double>(y, in, out);
   } else if (storage == ScalarType::Float && product == ScalarType::Float) {

@@ -34,15 +34,15 @@ ANISO_INLINE void look_up(
   }
 }
 
-template <typename P, typename T>
-ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, int32_t block, int32_t rows, BlockTile<T>& t) {
+template <typename T>
+ANISO_INLINE void load_block(const Initialisation<T>& init, const T* projected, int32_t block, int32_t rows, BlockTile<T>& t) {
   const int32_t column = 2 * block;
   const T bias_a = init.input_bias[column], bias_b = init.input_bias[column + 1];
   const T target_a = init.target_coordinates[column], target_b = init.target_coordinates[column + 1];
   const int64_t stride = init.rank_in;
   for (int32_t j = 0; j < rows; ++j) {
-    t.centred_a[j] = widen(projected[j * stride + column]) + bias_a;
-    t.centred_b[j] = widen(projected[j * stride + column + 1]) + bias_b;
+    t.centred_a[j] = projected[j * stride + column] + bias_a;
+    t.centred_b[j] = projected[j * stride + column + 1] + bias_b;
   }
   // The loops below run over whole tiles, whatever the lanes past `rows` hold.
   for (int32_t j = rows; j < kTile; ++j) t.centred_a[j] = t.centred_b[j] = T(0);
@@ -93,15 +93,15 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const P* projected, 
 // Coefficients k of the rebuild, for c^ = (a, b) of one block of one row.
 template <typename P, typename T>
 ANISO_INLINE void store_coefficients(const Initialisation<T>& init, const BlockTile<T>& t, int32_t j, int32_t column,
-                                     const P* projected_row, T a, T b, P* row) {
+                                     const T* projected_row, T a, T b, P* row) {
   if (init.rank_out == init.rank) {
     row[column] = narrow<P>(a - init.scalar * t.centred_a[j]);
     row[column + 1] = narrow<P>(b - init.scalar * t.centred_b[j]);
     return;
   }
   if (init.rank_in != init.rank) {
-    a -= widen(projected_row[init.rank + column]) + init.input_bias[init.rank + column];
-    b -= widen(projected_row[init.rank + column + 1]) + init.input_bias[init.rank + column + 1];
+    a -= projected_row[init.rank + column] + init.input_bias[init.rank + column];
+    b -= projected_row[init.rank + column + 1] + init.input_bias[init.rank + column + 1];
   }
   row[column] = narrow<P>(a);
   row[column + 1] = narrow<P>(b);
@@ -112,24 +112,24 @@ ANISO_INLINE void store_coefficients(const Initialisation<T>& init, const BlockT
 // The reverse: gradient at c_t (and p) from the gradient at k, plus what reaches c_t through the block's map.
 template <typename P, typename T>
 ANISO_INLINE void store_projected_gradient(
-    const Initialisation<T>& init, int32_t column, const P* grad_coefficients, T through_a, T through_b, P* grad) {
+    const Initialisation<T>& init, int32_t column, const P* grad_coefficients, T through_a, T through_b, T* grad) {
   const T grad_a = widen(grad_coefficients[column]), grad_b = widen(grad_coefficients[column + 1]);
   if (init.rank_out == init.rank) {
-    grad[column] = narrow<P>(through_a - init.scalar * grad_a);
-    grad[column + 1] = narrow<P>(through_b - init.scalar * grad_b);
+    grad[column] = through_a - init.scalar * grad_a;
+    grad[column + 1] = through_b - init.scalar * grad_b;
     return;
   }
-  grad[column] = narrow<P>(through_a + widen(grad_coefficients[init.rank + column]));
-  grad[column + 1] = narrow<P>(through_b + widen(grad_coefficients[init.rank + column + 1]));
+  grad[column] = through_a + widen(grad_coefficients[init.rank + column]);
+  grad[column + 1] = through_b + widen(grad_coefficients[init.rank + column + 1]);
   if (init.rank_in != init.rank) {
-    grad[init.rank + column] = narrow<P>(-grad_a);
-    grad[init.rank + column + 1] = narrow<P>(-grad_b);
+    grad[init.rank + column] = -grad_a;
+    grad[init.rank + column + 1] = -grad_b;
   }
 }
 
 // body(tile, block, first row of the tile, rows in it) for every block of every tile.
-template <typename P, typename T, typename Body>
-ANISO_INLINE void for_each_block(const Initialisation<T>& init, int64_t n, const P* projected, const Body& body) {
+template <typename T, typename Body>
+ANISO_INLINE void for_each_block(const Initialisation<T>& init, int64_t n, const T* projected, const Body& body) {
   BlockTile<T> tile;
   for (int64_t first = 0; first < n; first += kTile) {
     const int32_t rows = int32_t(n - first < kTile ? n - first : kTile);
@@ -141,7 +141,7 @@ ANISO_INLINE void for_each_block(const Initialisation<T>& init, int64_t n, const
 }
 
 template <typename P, typename T>
-void correct_map(const Initialisation<T>& init, int64_t n, const P* projected, P* coefficients) {
+void correct_map(const Initialisation<T>& init, int64_t n, const T* projected, P* coefficients) {
   for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
     for (int32_t j = 0; j < rows; ++j) {
       const int64_t row = first + j;
@@ -153,7 +153,7 @@ void correct_map(const Initialisation<T>& init, int64_t n, const P* projected, P
 
 template <typename P, typename T>
 void correct_map_backward(
-    const Initialisation<T>& init, int64_t n, const P* projected, const P* grad_coefficients, P* grad_projected) {
+    const Initialisation<T>& init, int64_t n, const T* projected, const P* grad_coefficients, T* grad_projected) {
   for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
     for (int32_t j = 0; j < rows; ++j) {
       const P* grad = grad_coefficients + (first + j) * init.rank_out;
@@ -188,18 +188,18 @@ void correct_finish_backward(const Initialisation<T>& init, int64_t n, const P* 
 }
 
 template <typename S, typename P, typename T>
-void add_scaled(const Initialisation<T>& init, int64_t n, const P* back_projected, const P* grad_row, S* grad_y) {
+void add_scaled(const Initialisation<T>& init, int64_t n, const T* back_projected, const P* grad_row, S* grad_y) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t at = i * init.width;
     ANISO_SIMD
     for (int32_t j = 0; j < init.width; ++j) {
-      grad_y[at + j] = narrow<S>(widen(back_projected[at + j]) + init.scale[j] * widen(grad_row[at + j]));
+      grad_y[at + j] = narrow<S>(back_projected[at + j] + init.scale[j] * widen(grad_row[at + j]));
     }
   }
 }
 
 template <typename S, typename P, typename T>
-void encode_map(const Initialisation<T>& init, int64_t n, const P* projected, P* coefficients, S* out) {
+void encode_map(const Initialisation<T>& init, int64_t n, const T* projected, P* coefficients, S* out) {
   const int32_t blocks = init.rank / 2;
   const int64_t stride = 3 * blocks + init.width;
   for_each_block(init, n, projected, [&](BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
@@ -231,8 +231,8 @@ void encode_finish(const Initialisation<T>& init, int64_t n, const P* rebuilt, c
 }
 
 template <typename P, typename T>
-void encode_map_backward(const Initialisation<T>& init, int64_t n, const P* projected, const P* grad_polar, int64_t stride,
-                         const P* grad_coefficients, P* grad_projected) {
+void encode_map_backward(const Initialisation<T>& init, int64_t n, const T* projected, const P* grad_polar, int64_t stride,
+                         const P* grad_coefficients, T* grad_projected) {
   const int32_t blocks = init.rank / 2;
   for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
     for (int32_t j = 0; j < rows; ++j) {

@@ -37,6 +37,7 @@ RowKernels<S, P> make() {
   using T = typename Working<P>::type;
   return {
       load<S, P>,
+      load<S, T>,
       correct_map<P, T>,
       correct_finish<S, P, T>,
       correct_finish_backward<P, T>,

@@ -27,7 +27,7 @@ struct DeviceOperands {
   int32_t pieces;    // K + 1
   int32_t bucket_count;
   int32_t scale_stride;         // 0 where one scale serves every column
-  const P* input_weight;        // [R_in, D]
+  const T* input_weight;        // [R_in, D]
   const T* input_bias;          // [R_in]
   const T* target_coordinates;  // [R]
   const Segment<T>* segments;   // [M, K + 1]

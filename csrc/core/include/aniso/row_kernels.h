@@ -1,8 +1,9 @@
 // CPU kernels between the matrix products. Each works on a chunk of rows that fits the cache; the products themselves and
 // the threads are the caller's (csrc/torch).
 //
-// S is the storage format of the tensors that go out, P the format of the matrix products and of the chunks that go in,
-// T the format of sums (Working<P>). All chunks are row-major and contiguous. Letters as in the Python package: D width,
+// S is the storage format of the tensors that go out, P the format of the rebuilding products and of the chunks that go in,
+// T the format of sums (Working<P>) and of the projection: a radius map can be steep, and would enlarge the rounding of
+// half-precision coordinates. All chunks are row-major and contiguous. Letters as in the Python package: D width,
 // R rank, M = R/2 blocks; R_in and R_out are R or 2R (see aniso_ext/ops/operands.py for the three complements).
 #pragma once
 
@@ -50,9 +51,10 @@ struct RowKernels {
 
   // chunk = rows of any strides, converted.
   void (*load)(const S* source, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, P* chunk);
+  void (*load_widened)(const S* source, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* chunk);
 
   // projected [n, R_in] = y W_in  ->  coefficients [n, R_out] of the rebuild.
-  void (*correct_map)(const Initialisation<T>&, int64_t n, const P* projected, P* coefficients);
+  void (*correct_map)(const Initialisation<T>&, int64_t n, const T* projected, P* coefficients);
   // rebuilt [n, D] = coefficients W_out^T, y [n, D]  ->  out [n, D]. `scratch` holds D values.
   void (*correct_finish)(const Initialisation<T>&, int64_t n, const P* rebuilt, const P* y, T* scratch, S* out);
   // Gradient at the unnormalised row w, from that at the output.
@@ -60,17 +62,17 @@ struct RowKernels {
       const Initialisation<T>&, int64_t n, const P* rebuilt, const P* y, const P* grad, T* scratch, P* grad_row);
   // grad_coefficients [n, R_out] -> grad_projected [n, R_in].
   void (*correct_map_backward)(
-      const Initialisation<T>&, int64_t n, const P* projected, const P* grad_coefficients, P* grad_projected);
+      const Initialisation<T>&, int64_t n, const T* projected, const P* grad_coefficients, T* grad_projected);
   // grad_y = back-projected [n, D] + scale * grad_row.
-  void (*add_scaled)(const Initialisation<T>&, int64_t n, const P* back_projected, const P* grad_row, S* grad_y);
+  void (*add_scaled)(const Initialisation<T>&, int64_t n, const T* back_projected, const P* grad_row, S* grad_y);
 
   // Columns [0, 3M) of out [n, 3M + D] and the coefficients of V.
-  void (*encode_map)(const Initialisation<T>&, int64_t n, const P* projected, P* coefficients, S* out);
+  void (*encode_map)(const Initialisation<T>&, int64_t n, const T* projected, P* coefficients, S* out);
   // Columns [3M, 3M + D) of out.
   void (*encode_finish)(const Initialisation<T>&, int64_t n, const P* rebuilt, const P* y, S* out);
   // grad_polar points at columns [0, 3M) of the gradient, `stride` apart.
-  void (*encode_map_backward)(const Initialisation<T>&, int64_t n, const P* projected, const P* grad_polar, int64_t stride,
-                              const P* grad_coefficients, P* grad_projected);
+  void (*encode_map_backward)(const Initialisation<T>&, int64_t n, const T* projected, const P* grad_polar, int64_t stride,
+                              const P* grad_coefficients, T* grad_projected);
 
   // step [n, D] = a_v tanh(dv).
   void (*decode_step)(const Update<T>&, int64_t n, const P* deltas, P* step);
