@@ -1,6 +1,7 @@
-"""The closed form in stock PyTorch, written as a careful user would: what the kernels are compared with.
+"""The closed form in stock PyTorch with the kernels' algebra: the hardest fair comparison.
 
-Two D x R products for the scalar complement, one pass of elementwise operations in the dtype of the rows, no atan2.
+Two D x R products for the scalar complement, everything that depends on the frame alone folded beforehand, one pass of
+elementwise operations in the dtype of the rows, no atan2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from aniso_ext import Frame
 
 
-class StockClosedForm(torch.nn.Module):
+class FoldedClosedForm(torch.nn.Module):
     """``aniso_ext.ops.correct`` for a calibrated frame with the scalar complement."""
 
     def __init__(self, frame: Frame, dtype: torch.dtype) -> None:

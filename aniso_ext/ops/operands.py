@@ -32,7 +32,7 @@ BUCKETS = 2048  # a power of two: the scale of a bucket is then the same however
 class Operands:
     """Folded constants: output_weight and basis in the dtype of the rebuilding products, the rest in that of the sums.
 
-    The projection always has the dtype of the sums: a steep piece of a radius map enlarges the rounding of a coordinate.
+    The projection always has the dtype of the sums: a steep piece of a radius map enlarges the rounding of its input.
 
     ============================ ========================= ===========================================================
     input_weight                 [R_in, D]                 W_in^T
