@@ -59,6 +59,28 @@ def alignment_table(rows: Sequence[Mapping[str, Any]], extra: Sequence[tuple[str
     return table
 
 
+def compare_constants(gap: GapReport, wanted: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Measured against wanted constants of a simulated world, with the relative deviation."""
+    measured = gap.to_dict()
+    return [
+        {"name": name, "wanted": value, "measured": measured[name], "deviation": measured[name] / value - 1}
+        for name, value in wanted.items()
+    ]
+
+
+def constants_table(constants: Sequence[Mapping[str, Any]]) -> Table:
+    """What the simulator was asked for, and what the diagnostics find in its pairs."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("simulated constant", no_wrap=True)
+    for heading in ("wanted", "measured", "deviation"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in constants:
+        table.add_row(row["name"], f"{row['wanted']:.3f}", f"{row['measured']:.3f}", f"{row['deviation']:+.1%}")
+    return table
+
+
 def without_energy_curve(gap: GapReport) -> str:
     """The gap as text, without the lines E(K)."""
     return "\n".join(line for line in str(gap).splitlines() if not line.startswith("  E("))
