@@ -226,7 +226,7 @@ def test_demo_runs_every_method_on_simulated_pairs(tmp_path: Path) -> None:
     assert (data["width"], data["train_rows"], data["held_out_pairs"]) == (64, 900, 300)
     methods = {row["name"]: row for row in data["methods"]}
     assert methods["identity"]["phi"] == pytest.approx(1, abs=1e-6)
-    # the gap is that of all 1 200 pairs: 300 of them see E||m||² grow by E||r||²/300 = .004, and .05 is a lot for chance
+    # the gap is that of all 1 200 pairs; in 300 of them E||m||² grows by E||r||²/300 = .004, and chance stays below .05
     assert methods["identity"]["delta_mu"] == pytest.approx(data["gap"]["g_mu"], abs=0.05)
     for name in ("mean_shift", "realign", "anisoalign"):
         assert methods[name]["delta_mu"] < 0.3 * methods["identity"]["delta_mu"]
