@@ -15,6 +15,10 @@ diagonal_projected  [c_t, p]              [Q, -D_V Q]    [c^ - p, c_t]
 with p = ((I - QQ^T) D_V Q)^T y~ and offset = m_t,V - scale * m_s. A centred frame maps c_t itself, without Q^T m_t,
 and its offset has all of m_t (METHOD D4). The recentring is a bias of the first product and an
 offset of the last sum; ``encode`` uses the same operands with c^ = 0.
+
+What folding costs: a coordinate of c_t is rounded relative to |W_in^T y| + |W_in^T m_s| instead of to itself. For unit
+rows that is at most eps (1 + |m_s|) an element before the sum, and a radius map enlarges it by its slope, which a fit
+limits (docs/method_choices.md has the worst rows of real data in float32).
 """
 
 from __future__ import annotations
