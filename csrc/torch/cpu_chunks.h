@@ -24,10 +24,10 @@ using aniso::Working;
 template <typename P>
 constexpr int64_t kChunkRows = sizeof(P) == 2 ? 512 : 256;
 
-// Does not depend on the number of threads, so that results do not either; 16 threads share a batch of 512 rows.
+// Does not depend on the number of threads, so that results do not either; 8 threads share a batch of 512 rows.
 template <typename P>
 int64_t chunk_rows(int64_t rows) {
-  return std::clamp<int64_t>(rows / 16 / 32 * 32, 32, kChunkRows<P>);
+  return std::clamp<int64_t>(rows / 8 / 32 * 32, 32, kChunkRows<P>);
 }
 
 // Memory that keeps its size from chunk to chunk and is not cleared.

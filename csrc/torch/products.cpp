@@ -49,7 +49,7 @@ bool onednn_works() {
   return works;
 }
 
-constexpr int64_t kRowsThatRepayReordering = 64;
+constexpr int64_t kRowsThatRepayReordering = 2048;
 
 }  // namespace
 
