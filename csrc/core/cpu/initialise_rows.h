@@ -3,7 +3,17 @@
 // Blocks are the outer loop and rows the inner one: the tables of one block stay in the first-level cache while a tile of
 // rows looks its radii up.
 
-constexpr int32_t kTile = 128;
+constexpr int32_t kTile = 256;
+
+// Asks for memory that is read soon.
+ANISO_INLINE void prefetch(const void* memory, int64_t bytes) {
+#if defined(__GNUC__)
+  constexpr int64_t kCacheLine = 64;
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(memory) + at);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 // One block of a tile of rows.
 template <typename T>
@@ -16,10 +26,9 @@ struct BlockTile {
   Polar<T> polar(int32_t j) const { return {radius[j], inverse_length[j], cos[j], sin[j]}; }
 };
 
-// Mapped radii of a tile. Scalar on purpose: gathers are no faster here.
+// Mapped radii of a tile; kWindow is the window, or 0 for any. Scalar on purpose: gathers are no faster here.
 template <int32_t kWindow, typename T>
-ANISO_INLINE void look_up(
-    const Segment<T>* segments, const int16_t* buckets, int32_t window, int32_t rows, BlockTile<T>& t) {
+void look_up(const Segment<T>* segments, const int16_t* buckets, int32_t window, int32_t rows, BlockTile<T>& t) {
   for (int32_t j = 0; j < rows; ++j) {
     const int32_t base = buckets[t.bucket[j]];
     int32_t piece = base;
@@ -60,34 +69,15 @@ ANISO_INLINE void load_block(const Initialisation<T>& init, const T* projected, 
   const T bucket_scale = T(init.bucket_count) / segments[init.pieces - 1].start;
   ANISO_SIMD
   for (int32_t j = 0; j < kTile; ++j) t.bucket[j] = bucket_of(t.radius[j], bucket_scale, init.bucket_count);
-  switch (window) {  // the few knots of a usual window are compared side by side, those of a long one halved
-    case 1:
-      look_up<1>(segments, buckets, window, rows, t);
-      break;
-    case 2:
-      look_up<2>(segments, buckets, window, rows, t);
-      break;
-    case 3:
-      look_up<3>(segments, buckets, window, rows, t);
-      break;
-    case 4:
-      look_up<4>(segments, buckets, window, rows, t);
-      break;
-    case 5:
-      look_up<5>(segments, buckets, window, rows, t);
-      break;
-    case 6:
-      look_up<6>(segments, buckets, window, rows, t);
-      break;
-    case 7:
-      look_up<7>(segments, buckets, window, rows, t);
-      break;
-    case 8:
-      look_up<8>(segments, buckets, window, rows, t);
-      break;
-    default:
-      look_up<0>(segments, buckets, window, rows, t);
+  if (2 * (block + 1) < init.rank) {
+    prefetch(segments + init.pieces, int64_t(init.pieces) * sizeof(Segment<T>));
+    prefetch(buckets + init.bucket_count, int64_t(init.bucket_count) * sizeof(int16_t));
   }
+  // The few knots of a usual window are compared side by side, those of a long one halved.
+  using LookUp = void (*)(const Segment<T>*, const int16_t*, int32_t, int32_t, BlockTile<T>&);
+  static constexpr LookUp kByWindow[] = {look_up<0, T>, look_up<1, T>, look_up<2, T>, look_up<3, T>, look_up<4, T>,
+                                         look_up<5, T>, look_up<6, T>, look_up<7, T>, look_up<8, T>};
+  kByWindow[window <= 8 ? window : 0](segments, buckets, window, rows, t);
 }
 
 // Coefficients k of the rebuild, for c^ = (a, b) of one block of one row.
