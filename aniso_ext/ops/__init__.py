@@ -1,9 +1,9 @@
-"""The three operations of the correction, one public function each, and the choice of a backend."""
+"""The operations of the correction, one public function each, and the choice of a backend."""
 
-from aniso_ext.ops.api import correct, decode, encode
+from aniso_ext.ops.api import correct, correct_sums, decode, encode
 from aniso_ext.ops.frame import Frame
 
-__all__ = ["Frame", "backends", "correct", "decode", "encode", "reference"]
+__all__ = ["Frame", "backends", "correct", "correct_sums", "decode", "encode", "reference"]
 
 
 def __getattr__(name: str) -> object:

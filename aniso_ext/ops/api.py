@@ -42,6 +42,34 @@ def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Te
     return backends.resolve(backend, y, frame).correct(y, frame)
 
 
+def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
+    """Column sums of e', the uncalibrated stand-ins: the first pass of a corpus calibration (METHOD D17).
+
+    sum_i e'_i with e' = Norm(Q c(T(rho), theta) + v0). Rows are read once and nothing of their size is written; the
+    sums of several batches add up, and over N they are m_hat. ``frame.output_mean`` plays no part.
+
+    Args:
+        y: source embeddings, [N, D], as for :func:`correct`.
+        frame: fitted constants for width D.
+        backend: as for :func:`correct`.
+
+    Returns:
+        float64 [D] on the device of ``y``; zeros for N = 0. A non-finite row makes the sums non-finite. Not differentiable.
+
+    Raises:
+        InputError, BackendUnavailableError: as for :func:`correct`.
+
+    Example:
+        >>> import torch, aniso_ext as aniso
+        >>> knots = torch.linspace(0.1, 1.0, 8).repeat(1, 1)
+        >>> frame = aniso.Frame(torch.zeros(4), torch.zeros(4), torch.eye(4)[:, :2], knots, knots, torch.ones(1))
+        >>> aniso.ops.correct_sums(torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 2.0]]), frame)[2:]
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    _check("y", y, frame.width, "D")
+    return backends.resolve(backend, y, frame).correct_sums(y.detach(), frame)
+
+
 def encode(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
     """Refiner input: the closed-form initialisation in polar form, before it is rebuilt (METHOD section 4).
 

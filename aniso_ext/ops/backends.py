@@ -18,11 +18,12 @@ from aniso_ext.ops.tracing import constant_while_tracing
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of the three operations for one kind of device."""
+    """A set of the operations for one kind of device."""
 
     name: str
     device_type: str | None
     correct: Callable[..., torch.Tensor]
+    correct_sums: Callable[..., torch.Tensor]
     encode: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
 
@@ -44,10 +45,11 @@ REFERENCE = Backend(
     "reference",
     None,
     _on_device(reference.correct),
+    _on_device(reference.correct_sums),
     _on_device(reference.encode),
     _on_device(reference.decode),
 )
-CPU = Backend("cpu", "cpu", native.correct, native.encode, native.decode)
+CPU = Backend("cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode)
 _IMPLEMENTED = {backend.name: backend for backend in (CPU, REFERENCE)}
 
 _NO_TRITON = "this version has no Triton kernels; the reference runs on that device"

@@ -60,6 +60,17 @@ def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)
 
 
+_SUMMED_AT_ONCE = 16384  # rows whose stand-ins are held while they are summed
+
+
+def correct_sums(y: torch.Tensor, frame: Frame) -> torch.Tensor:
+    uncalibrated, working = frame.with_output_mean(None), compute_dtype(y.dtype)
+    sums = y.new_zeros(frame.width, dtype=torch.float64)
+    for rows in y.split(_SUMMED_AT_ONCE):
+        sums += correct(rows.to(working), uncalibrated).sum(dim=0, dtype=torch.float64)
+    return sums
+
+
 def encode(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     return torch.ops.aniso_ext.encode(y, *_folded(y, frame).initialisation())
 

@@ -1,4 +1,4 @@
-"""The three operations as plain PyTorch, step by step: what every other backend is compared with.
+"""The operations as plain PyTorch, step by step: what every other backend is compared with.
 
 Works for any floating dtype and device; half-precision inputs are computed in float32 and rounded once at the end.
 Gradients come from autograd and are safe at zero radii (METHOD section 2).
@@ -99,6 +99,12 @@ def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     radius, cos, sin, v0 = initialise(y.to(working), frame)
     rows = normalize(cartesian(radius, cos, sin) @ frame.basis.T + v0)
     return calibrate(rows, frame).to(y.dtype)
+
+
+def correct_sums(y: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """Column sums [D] of e', float64."""
+    rows = y.to(compute_dtype(y.dtype))
+    return correct(rows, frame.with_output_mean(None)).sum(dim=0, dtype=torch.float64)
 
 
 def encode(y: torch.Tensor, frame: Frame) -> torch.Tensor:
