@@ -1,0 +1,746 @@
+// The closed form on Hopper: one read and one write of each row, the basis resident in shared memory (METHOD section 4).
+//
+//   p = Q^T y        c_t = p + bias        k = T(rho) (cos, sin) - s c_t        w = Q k + s y + offset
+//   e' = w/|w|       e = Norm(e' + shift)                       diagonal: w = Q T(rho) (cos, sin) + D (y - Q c_t) + offset
+//
+// Shapes   y, out [N, D]; Q [D, R], R <= 128, D <= 1280; cells [M, G + 1].
+// Grid     clusters of 4 blocks, as many as fit the device, each over tiles of 64 rows. Block c of a cluster owns the
+//          columns [64 kChunks c, 64 kChunks (c + 1)) of its tiles and of Q, so that Q fits: it is loaded once and serves
+//          both products. Warpgroups of a block work on tiles of their own and cover each other's waits.
+// A tile   1 the copy engine brings 64 rows; 2 partial p from the block's columns; 3 each block collects a quarter of p from
+//          the others, 4 maps its 16 blocks, 5 hands k to the others; meanwhile s y + offset waits in registers and the
+//          next tile is on its way; 6 w on top of that; 7 the blocks exchange the sums for both norms; 8 out.
+// Shared   Q: 16 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and 32 KB that carry in turn the parts
+//          of p, of k, the sums of the norms, and the finished rows on their way out.
+// Registers  w stays in fp32 until both norms are known: 32 kChunks a thread. Nothing is rounded but k and the result.
+// Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
+//          go 3 R (4 + 2) bytes for each row.
+// FLOP     4 D R for each row, 6 D R for the diagonal complement.
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
+#include "aniso/cuda_sm90.h"
+#include "aniso/row_scales.h"
+#include "sm90_instructions.cuh"
+#include "sm90_maps.h"
+
+namespace aniso {
+namespace {
+
+using namespace sm90;
+
+enum class Result { kRows, kSums, kState };
+
+constexpr int32_t kTileRows = 64;
+constexpr int32_t kChunkColumns = 64;
+constexpr int32_t kRank = 128;  // columns of the basis past R are zero
+constexpr int32_t kWarpgroupThreads = 128;
+constexpr int32_t kSteps = kRank / 16;
+constexpr uint32_t kBasisChunkBytes = kChunkColumns * kRank * 2;
+constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
+constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
+// As many warpgroups as shared memory and registers leave room for.
+template <int kCluster, int kChunks>
+constexpr int32_t kWarpgroupsOf = kCluster == 2 ? (kChunks <= 2 ? 3 : 2) : (kChunks == 3 ? 3 : 2);
+
+struct Barriers {
+  uint64_t loaded;         // the tile is in shared memory
+  uint64_t projected;      // parts of p have come
+  uint64_t mapped;         // parts of k have come
+  uint64_t summed;         // sums for the norms have come
+  uint64_t parts_read;     // the others have read their parts of p
+  uint64_t exchange_free;  // the others have sent their last tile out
+};
+
+// What a block needs of the constants, zero past D and R.
+template <int kCluster, int kChunks>
+struct Vectors {
+  float offset[kChunks * kChunkColumns];
+  float shift[kChunks * kChunkColumns];
+  float scale[kChunks * kChunkColumns];  // of the diagonal complement
+  float input_bias[kRank / kCluster];
+  float target_coordinates[kRank / kCluster];
+  float cell_scale[kRank / kCluster / 2];
+};
+
+template <int kCluster, int kChunks>
+struct Shared {
+  static constexpr int32_t kWarpgroups = kWarpgroupsOf<kCluster, kChunks>;
+  static constexpr uint32_t kPartBytes = kTileRows * (kRank / kCluster) * 4;  // of p, for one receiver
+  static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
+  static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * 128;
+  static constexpr uint32_t kBasis = 0;
+  static constexpr uint32_t kTiles = kChunks * kBasisChunkBytes;
+  static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
+  static constexpr uint32_t kExchangeBytes = kChunks == 5 ? 28672 : 32768;
+  static constexpr uint32_t kStagingSlots = kExchangeBytes / kTileChunkBytes;
+  static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
+  static constexpr uint32_t kVectors = kExchanges + kWarpgroups * kExchangeBytes;
+  static constexpr uint32_t kBarriers = kVectors + uint32_t(sizeof(Vectors<kCluster, kChunks>));
+  static constexpr uint32_t kBytes = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers)) + 8;
+  static_assert(kNormsOffset + (kCluster - 1) * kNormsBytes <= kExchangeBytes, "the exchange overflows");
+  static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
+};
+
+template <typename S>
+struct Arguments {
+  Sm90Operands<S> in;
+  int64_t count;
+  S* state;        // kState
+  float* partial;  // kSums
+};
+
+__device__ __forceinline__ float square_root(float x) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+__device__ __forceinline__ float inverse_root(float x) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// Volatile, so that loads stay where they are used: hoisted together they would push the sums out of the registers.
+__device__ __forceinline__ float2 load_pair(const float* values) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address(values)));
+  return pair;
+}
+
+// The radius and the direction of a block, and the piece of its radius map, asked for early: all blocks of a thread wait at once.
+struct BlockLookup {
+  float a, b, inverse, rho;
+  float2 line;
+};
+
+__device__ __forceinline__ BlockLookup look_up(const float2* cells, float cell_scale, int32_t cell_count, float a, float b) {
+  const float squared = a * a + b * b;
+  BlockLookup block = {a, b, inverse_root(squared), square_root(squared + float(kRadiusEps)), {}};
+  const int32_t cell = min(int32_t(block.rho * cell_scale), cell_count);  // a NaN falls in cell 0
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(block.line.x), "=f"(block.line.y) : "l"(cells + cell));
+  return block;
+}
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float sum_over_row(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+// One value of eight for each of the eight lanes that share a column: lane row i gets the sum of values[i] over them.
+__device__ __forceinline__ float sum_over_column(const float (&values)[8], int32_t lane_row) {
+  float half[4], quarter[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool upper = lane_row & 4;
+    half[i] = (upper ? values[i + 4] : values[i]) + __shfl_xor_sync(0xffffffffu, upper ? values[i] : values[i + 4], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool upper = lane_row & 2;
+    quarter[i] = (upper ? half[i + 2] : half[i]) + __shfl_xor_sync(0xffffffffu, upper ? half[i] : half[i + 2], 8);
+  }
+  const bool upper = lane_row & 1;
+  return (upper ? quarter[1] : quarter[0]) + __shfl_xor_sync(0xffffffffu, upper ? quarter[0] : quarter[1], 4);
+}
+
+template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+__global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupThreads, 1)
+    sm90_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
+                const __grid_constant__ CUtensorMap out_map, const __grid_constant__ Arguments<S> arguments) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Layout = Shared<kCluster, kChunks>;
+  constexpr uint32_t kPartBytes = Layout::kPartBytes, kNormsOffset = Layout::kNormsOffset;
+  constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
+  constexpr int32_t kOwnGroups = kOwnColumns / 8;
+  constexpr int32_t kLookupGroups = kResult == Result::kState ? 2 : 4;  // whose pieces of the map a thread awaits at once
+  constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
+  constexpr int32_t kOwnSteps = kSteps / kCluster;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  const Sm90Operands<S>& in = arguments.in;
+  const uint32_t shared = shared_address(shared_memory);
+  // Told to be the same in a warp: the compiler overlaps products only where it knows that control flow is.
+  const int32_t warpgroup = __shfl_sync(0xffffffffu, int32_t(threadIdx.x) / kWarpgroupThreads, 0);
+  const int32_t thread = threadIdx.x % kWarpgroupThreads;
+  const int32_t warp = thread / 32, lane = thread % 32, lane_row = lane / 4, lane_pair = 2 * (lane % 4);
+  const uint32_t rank = cluster_rank();
+  const bool leader = thread == 0;
+  const uint32_t basis = shared + Layout::kBasis;
+  const uint32_t tile_memory = shared + Layout::kTiles + warpgroup * Layout::kTileBytes;
+  const uint32_t exchange = shared + Layout::kExchanges + warpgroup * Layout::kExchangeBytes;
+  auto& vectors = *reinterpret_cast<Vectors<kCluster, kChunks>*>(shared_memory + Layout::kVectors);
+  const uint32_t barriers = shared + Layout::kBarriers + warpgroup * uint32_t(sizeof(Barriers));
+  const uint32_t loaded = barriers + offsetof(Barriers, loaded), projected = barriers + offsetof(Barriers, projected);
+  const uint32_t mapped = barriers + offsetof(Barriers, mapped), summed = barriers + offsetof(Barriers, summed);
+  const uint32_t parts_read = barriers + offsetof(Barriers, parts_read);
+  const uint32_t exchange_free = barriers + offsetof(Barriers, exchange_free);
+  const uint64_t tile_operand = operand(tile_memory), basis_rows = operand(basis);
+  const uint64_t basis_columns = operand(basis, Layout::kPanelBytes);
+  const uint32_t basis_loaded = shared + Layout::kBarriers + Layout::kWarpgroups * uint32_t(sizeof(Barriers));
+  const int32_t first_column = int32_t(rank) * kChunks * kChunkColumns;
+
+  if (leader) {
+    for (const uint32_t barrier : {loaded, projected, mapped, summed}) barrier_init(barrier, 1);
+    barrier_init(parts_read, kCluster - 1);
+    barrier_init(exchange_free, kCluster - 1);
+    if (warpgroup == 0) barrier_init(basis_loaded, 1);
+    barrier_init_fence();
+  }
+  cluster_sync();
+
+  const int64_t tiles = (arguments.count + kTileRows - 1) / kTileRows;
+  const int64_t stride = int64_t(cluster_count()) * Layout::kWarpgroups;
+  int64_t tile = int64_t(cluster_index()) * Layout::kWarpgroups + warpgroup;
+
+  const auto load_tile = [&](int64_t which) {
+    arrive_expecting(loaded, Layout::kTileBytes);
+    for (int32_t c = 0; c < kChunks; ++c) {
+      load_box(tile_memory + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows),
+               loaded);
+    }
+  };
+  // Blocks name each other by distance: `to` sends to the block that many ranks on, where it lies in slot kCluster - 1 - to;
+  // what lies in slot from - 1 is from the block `from` ranks on.
+  const auto ranks_on = [&](uint32_t distance) { return (rank + distance) % kCluster; };
+  const auto tell_others = [&](uint32_t barrier) {
+#pragma unroll
+    for (uint32_t to = 1; to < kCluster; ++to) arrive_remote(remote_address(barrier, ranks_on(to)));
+  };
+
+  if (leader && warpgroup == 0) {
+    arrive_expecting(basis_loaded, kChunks * kBasisChunkBytes);
+    for (int32_t c = 0; c < kChunks; ++c) {
+      for (int32_t panel = 0; panel < kRank / 64; ++panel) {
+        load_box(basis + panel * Layout::kPanelBytes + c * kChunkColumns * 128, basis_map,
+                 (int32_t(rank) * kOwnColumns + panel * 64) % kRank, first_column + c * kChunkColumns, basis_loaded);
+      }
+    }
+  }
+  if (leader && tile < tiles) load_tile(tile);
+  const bool shifted = kResult == Result::kRows && in.shift != nullptr;
+  for (int32_t j = threadIdx.x; j < kChunks * kChunkColumns; j += blockDim.x) {
+    const int32_t column = first_column + j;
+    vectors.offset[j] = column < in.width ? in.offset[column] : 0.f;
+    vectors.shift[j] = shifted && column < in.width ? in.shift[column] : 0.f;
+    vectors.scale[j] = kDiagonal && column < in.width ? in.scale[column] : 0.f;
+  }
+  for (int32_t j = threadIdx.x; j < kRank / kCluster; j += blockDim.x) {
+    const int32_t column = int32_t(rank) * (kRank / kCluster) + j;
+    vectors.input_bias[j] = column < in.rank ? in.input_bias[column] : 0.f;
+    vectors.target_coordinates[j] = column < in.rank ? in.target_coordinates[column] : 0.f;
+    if (j % 2 == 0) vectors.cell_scale[j / 2] = column < in.rank ? in.cell_scale[column / 2] : 0.f;
+  }
+  float shift_squares = 0.f;
+  if (shifted) {
+    for (int32_t j = lane; j < in.width; j += 32) shift_squares += in.shift[j] * in.shift[j];
+    for (int32_t step = 16; step > 0; step /= 2) shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
+  }
+  const float scalar = kDiagonal ? 0.f : in.scale[0];
+  float column_sums[kChunks][2] = {};
+  const float2* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
+  __syncthreads();
+  wait_phase(basis_loaded, 0);
+
+  uint32_t parity = 0;
+  for (; tile < tiles; tile += stride, parity ^= 1) {
+    const int64_t first_row = tile * kTileRows;
+    if (leader) {
+      arrive_expecting(projected, (kCluster - 1) * kPartBytes);
+      arrive_expecting(mapped, (kCluster - 1) * kPartBytes / 2 * kKinds);
+      if (kResult != Result::kState) arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
+    }
+
+    // ---- p from this block's columns
+    float own[kOwnGroups][4];
+    {
+      float part[64] = {};  // cleared, as a product that only ignores its sums still keeps their registers from the last tile
+      wait_phase(loaded, parity);
+      products_begin();
+#pragma unroll
+      for (int32_t step = 0; step < kChunks * 4; ++step) {
+        multiply_64x128<S>(part, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
+                           basis_columns + operand_offset(step * 16 * 128));
+      }
+      products_commit();
+      if (tile >= stride) {
+        if (leader) {
+          wait_stores_read<0>();
+          tell_others(exchange_free);
+        }
+        wait_phase(exchange_free, parity ^ 1);
+      }
+      products_wait();
+      pin(part);
+
+#pragma unroll
+      for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
+#pragma unroll
+      for (uint32_t to = 1; to < kCluster; ++to) {
+        const uint32_t barrier = remote_address(projected, ranks_on(to));
+        const uint32_t target = remote_address(exchange + (kCluster - 1 - to) * kPartBytes + thread * 16, ranks_on(to));
+#pragma unroll
+        for (int32_t v = 0; v < kOwnGroups; ++v) {
+          const float* values = &part[(to * kOwnGroups + v) * 4];
+          store_remote(target + v * kWarpgroupThreads * 16, barrier, __float_as_uint(values[0]), __float_as_uint(values[1]),
+                       __float_as_uint(values[2]), __float_as_uint(values[3]));
+        }
+      }
+    }
+
+    // ---- meanwhile s y + offset into the sums, or the row itself where D (y - Q c_t) is still to come
+    const uint32_t matrix_row = warp * 16 + lane % 16, matrix_unit = lane / 16;
+    float w[kChunks][32];
+    const auto for_each_y = [&](const auto& body) {  // body(chunk, group, values of this thread, column)
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int32_t g = 0; g < 8; g += 2) {
+          uint32_t fragment[4];
+          load_matrices(tile_memory + c * kTileChunkBytes + matrix_row * 128 +
+                            (((g + matrix_unit) ^ (matrix_row & 7)) * 16),
+                        fragment);
+#pragma unroll
+          for (int32_t half = 0; half < 2; ++half) {
+            const float2 upper = unpack<S>(fragment[2 * half]), lower = unpack<S>(fragment[2 * half + 1]);
+            body(c, g + half, upper, lower, c * kChunkColumns + (g + half) * 8 + lane_pair);
+          }
+        }
+      }
+    };
+    const auto prefetch = [&] {
+      warpgroup_sync(warpgroup);  // every thread has read the tile
+      if (leader && tile + stride < tiles) load_tile(tile + stride);
+    };
+    if constexpr (!kDiagonal) {
+      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t column) {
+        const float2 offset = load_pair(vectors.offset + column);
+        w[c][4 * g] = fmaf(scalar, upper.x, offset.x);
+        w[c][4 * g + 1] = fmaf(scalar, upper.y, offset.y);
+        w[c][4 * g + 2] = fmaf(scalar, lower.x, offset.x);
+        w[c][4 * g + 3] = fmaf(scalar, lower.y, offset.y);
+      });
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+      prefetch();
+    }
+
+    // ---- the quarter of p that this block maps
+    wait_phase(projected, parity);
+#pragma unroll
+    for (uint32_t s = 0; s < kCluster - 1; ++s) {
+#pragma unroll
+      for (int32_t v = 0; v < kOwnGroups; ++v) {
+        const float4 part = load_shared(exchange + s * kPartBytes + (v * kWarpgroupThreads + thread) * 16);
+        own[v][0] += part.x;
+        own[v][1] += part.y;
+        own[v][2] += part.z;
+        own[v][3] += part.w;
+      }
+    }
+    warpgroup_sync(warpgroup);
+    if (leader) tell_others(parts_read);
+
+    uint32_t own_k[kKinds][kOwnSteps][4];
+#pragma unroll
+    for (int32_t first = 0; first < kOwnGroups; first += kLookupGroups) {
+      BlockLookup lookups[kLookupGroups][2];
+#pragma unroll
+      for (int32_t i = 0; i < kLookupGroups; ++i) {
+        const int32_t g = first + i, own_column = g * 8 + lane_pair;
+        const float2 bias = load_pair(vectors.input_bias + own_column);
+        const float2 target = load_pair(vectors.target_coordinates + own_column);
+        const float cell_scale = vectors.cell_scale[own_column / 2];
+        const float2* cells = own_cells + (4 * g) * (in.cell_count + 1);
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          own[g][2 * half] += bias.x;
+          own[g][2 * half + 1] += bias.y;
+          lookups[i][half] =
+              look_up(cells, cell_scale, in.cell_count, own[g][2 * half] + target.x, own[g][2 * half + 1] + target.y);
+        }
+      }
+#pragma unroll
+      for (int32_t i = 0; i < kLookupGroups; ++i) {
+        const int32_t g = first + i;
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          const BlockLookup& block = lookups[i][half];
+          const bool at_origin = block.inverse > 1e18f;  // a^2 + b^2 is zero or below the normal numbers
+          const float radius = fmaf(block.rho, block.line.y, block.line.x);
+          const float cos = at_origin ? 1.f : block.a * block.inverse, sin = at_origin ? 0.f : block.b * block.inverse;
+          const float a = own[g][2 * half], b = own[g][2 * half + 1];
+          float k_a = radius * cos, k_b = radius * sin;
+          if constexpr (kResult == Result::kState) {
+            k_a = k_b = 0.f;
+            const int64_t row = first_row + warp * 16 + half * 8 + lane_row;
+            const int32_t blocks = in.rank / 2, index = (int32_t(rank) * kOwnColumns + g * 8 + lane_pair) / 2;
+            if (index < blocks && row < arguments.count) {
+              uint16_t* state = reinterpret_cast<uint16_t*>(arguments.state) + row * (3 * blocks + in.width) + index;
+              const uint32_t direction = pack<S>(sin, cos), length = pack<S>(logf(radius), 0.f);
+              state[0] = uint16_t(direction);
+              state[blocks] = uint16_t(direction >> 16);
+              state[2 * blocks] = uint16_t(length);
+            }
+          }
+          if constexpr (kDiagonal) {
+            own_k[1][g / 2][g % 2 * 2 + half] = pack<S>(a, b);
+          } else {
+            k_a = fmaf(-scalar, a, k_a);
+            k_b = fmaf(-scalar, b, k_b);
+          }
+          own_k[0][g / 2][g % 2 * 2 + half] = pack<S>(k_a, k_b);
+        }
+      }
+    }
+
+    // ---- k from all blocks
+    wait_phase(parts_read, parity);
+#pragma unroll
+    for (uint32_t to = 1; to < kCluster; ++to) {
+      const uint32_t barrier = remote_address(mapped, ranks_on(to));
+      const uint32_t target =
+          remote_address(exchange + (kCluster - 1 - to) * (kPartBytes / 2 * kKinds) + thread * 16, ranks_on(to));
+#pragma unroll
+      for (int32_t i = 0; i < kKinds * kOwnSteps; ++i) {
+        const uint32_t(&k)[4] = own_k[i / kOwnSteps][i % kOwnSteps];
+        store_remote(target + i * kWarpgroupThreads * 16, barrier, k[0], k[1], k[2], k[3]);
+      }
+    }
+    wait_phase(mapped, parity);
+    // w += Q k, one group of products for each chunk. Both kinds of k do not fit the registers at once with w: they come in
+    // halves then.
+    constexpr int32_t kParts = kDiagonal ? 2 : 1;
+    const auto start_rebuild = [&](int32_t kind, int32_t part) {
+      uint32_t k[kSteps / kParts][4];
+#pragma unroll
+      for (int32_t i = 0; i < kSteps / kParts; ++i) {
+        const int32_t step = part * (kSteps / kParts) + i, from = step / kOwnSteps;
+        if (from == 0) {
+#pragma unroll
+          for (int32_t j = 0; j < 4; ++j) k[i][j] = own_k[kind][step][j];
+        } else {
+          const float4 theirs = load_shared(exchange + (from - 1) * (kPartBytes / 2 * kKinds) +
+                                            ((kind * kOwnSteps + step % kOwnSteps) * kWarpgroupThreads + thread) * 16);
+          k[i][0] = __float_as_uint(theirs.x);
+          k[i][1] = __float_as_uint(theirs.y);
+          k[i][2] = __float_as_uint(theirs.z);
+          k[i][3] = __float_as_uint(theirs.w);
+        }
+      }
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+      products_begin();
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int32_t i = 0; i < kSteps / kParts; ++i) {
+          const int32_t step = part * (kSteps / kParts) + i;
+          multiply_64x64<S>(
+              w[c], k[i],
+              basis_rows + operand_offset(step / 4 * Layout::kPanelBytes + c * kChunkColumns * 128 + step % 4 * 32));
+        }
+        products_commit();
+      }
+    };
+    const auto wait_chunk = [&](int32_t c) {
+      products_wait(kChunks - 1 - c);
+      pin(w[c]);
+    };
+    const auto wait_chunks = [&] {
+      products_wait(0);
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+    };
+
+    // ---- w
+    if constexpr (kDiagonal) {
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int32_t i = 0; i < 32; ++i) w[c][i] = 0.f;
+      }
+#pragma unroll
+      for (int32_t part = 0; part < kParts; ++part) {
+        start_rebuild(1, part);
+        wait_chunks();
+      }
+      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t column) {
+        const float2 offset = load_pair(vectors.offset + column), scale = load_pair(vectors.scale + column);
+        w[c][4 * g] = fmaf(scale.x, upper.x - w[c][4 * g], offset.x);
+        w[c][4 * g + 1] = fmaf(scale.y, upper.y - w[c][4 * g + 1], offset.y);
+        w[c][4 * g + 2] = fmaf(scale.x, lower.x - w[c][4 * g + 2], offset.x);
+        w[c][4 * g + 3] = fmaf(scale.y, lower.y - w[c][4 * g + 3], offset.y);
+      });
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+      prefetch();
+    }
+#pragma unroll
+    for (int32_t part = 0; part < kParts; ++part) {
+      if (part > 0) wait_chunks();
+      start_rebuild(0, part);
+    }
+
+    // ---- both norms
+    RowScales<float> scales[2];
+    if constexpr (kResult != Result::kState) {
+      float squares[2] = {}, dot_shift[2] = {};
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) {
+        wait_chunk(c);
+#pragma unroll
+        for (int32_t g = 0; g < 8; ++g) {
+          const float* values = &w[c][4 * g];
+          if (shifted) {
+            const float2 shift = load_pair(vectors.shift + c * kChunkColumns + g * 8 + lane_pair);
+            dot_shift[0] = fmaf(values[0], shift.x, fmaf(values[1], shift.y, dot_shift[0]));
+            dot_shift[1] = fmaf(values[2], shift.x, fmaf(values[3], shift.y, dot_shift[1]));
+          }
+          squares[0] = fmaf(values[0], values[0], fmaf(values[1], values[1], squares[0]));
+          squares[1] = fmaf(values[2], values[2], fmaf(values[3], values[3], squares[1]));
+        }
+      }
+      float sums[4] = {sum_over_row(squares[0]), sum_over_row(dot_shift[0]), sum_over_row(squares[1]),
+                       sum_over_row(dot_shift[1])};
+      const uint32_t place = exchange + kNormsOffset + (warp * 8 + lane_row) * 16;
+#pragma unroll
+      for (uint32_t to = 1; to < kCluster; ++to) {
+        if (lane % 4 != 0) continue;
+        store_remote(remote_address(place + (kCluster - 1 - to) * kNormsBytes, ranks_on(to)),
+                     remote_address(summed, ranks_on(to)), __float_as_uint(sums[0]), __float_as_uint(sums[1]),
+                     __float_as_uint(sums[2]), __float_as_uint(sums[3]));
+      }
+      wait_phase(summed, parity);
+      // In pairs, so that every block adds the same numbers in the same order and scales alike.
+      float4 others[kCluster - 1];
+#pragma unroll
+      for (uint32_t from = 1; from < kCluster; ++from) others[from - 1] = load_shared(place + (from - 1) * kNormsBytes);
+      float total[4];
+      if constexpr (kCluster == 4) {
+        total[0] = (sums[0] + others[1].x) + (others[0].x + others[2].x);
+        total[1] = (sums[1] + others[1].y) + (others[0].y + others[2].y);
+        total[2] = (sums[2] + others[1].z) + (others[0].z + others[2].z);
+        total[3] = (sums[3] + others[1].w) + (others[0].w + others[2].w);
+      } else {
+        total[0] = sums[0] + others[0].x;
+        total[1] = sums[1] + others[0].y;
+        total[2] = sums[2] + others[0].z;
+        total[3] = sums[3] + others[0].w;
+      }
+      scales[0] = row_scales(total[0], total[1], shift_squares, shifted);
+      scales[1] = row_scales(total[2], total[3], shift_squares, shifted);
+    }
+
+    // ---- out
+    if constexpr (kResult == Result::kState) {
+      wait_chunks();
+    }
+    if constexpr (kResult == Result::kSums) {
+      const int64_t row = first_row + warp * 16 + lane_row;
+      const float upper = row < arguments.count ? scales[0].inverse : 0.f;
+      const float lower = row + 8 < arguments.count ? scales[1].inverse : 0.f;
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int32_t side = 0; side < 2; ++side) {
+          float values[8];
+#pragma unroll
+          for (int32_t g = 0; g < 8; ++g) values[g] = w[c][4 * g + side] * upper + w[c][4 * g + 2 + side] * lower;
+          column_sums[c][side] += sum_over_column(values, lane_row);
+        }
+      }
+      warpgroup_sync(warpgroup);
+    } else {
+      float factor[2] = {1.f, 1.f}, shift_factor[2] = {};
+      if constexpr (kResult == Result::kRows) {
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          factor[half] = scales[half].inverse * scales[half].outer;
+          shift_factor[half] = scales[half].outer;
+        }
+      }
+      const int32_t result_column = kResult == Result::kState ? in.rank / 2 * 3 : 0;
+      const auto stage = [&](int32_t c) {
+        const uint32_t memory = exchange + c % Layout::kStagingSlots * kTileChunkBytes;
+#pragma unroll
+        for (int32_t g = 0; g < 8; g += 2) {
+          uint32_t fragment[4];
+#pragma unroll
+          for (int32_t half = 0; half < 2; ++half) {
+            const float* values = &w[c][4 * (g + half)];
+            float2 shift = make_float2(0.f, 0.f);
+            if (shifted) shift = load_pair(vectors.shift + c * kChunkColumns + (g + half) * 8 + lane_pair);
+            fragment[2 * half] = pack<S>(fmaf(values[0], factor[0], shift.x * shift_factor[0]),
+                                         fmaf(values[1], factor[0], shift.y * shift_factor[0]));
+            fragment[2 * half + 1] = pack<S>(fmaf(values[2], factor[1], shift.x * shift_factor[1]),
+                                             fmaf(values[3], factor[1], shift.y * shift_factor[1]));
+          }
+          store_matrices(memory + matrix_row * 128 + (((g + matrix_unit) ^ (matrix_row & 7)) * 16), fragment[0], fragment[1],
+                         fragment[2], fragment[3]);
+        }
+      };
+      const auto send = [&](int32_t c) {
+        store_box(out_map, result_column + first_column + c * kChunkColumns, int32_t(first_row),
+                  exchange + c % Layout::kStagingSlots * kTileChunkBytes);
+      };
+      warpgroup_sync(warpgroup);  // every thread has read what came through the exchange
+#pragma unroll
+      for (int32_t first = 0; first < kChunks; first += Layout::kStagingSlots) {
+        constexpr int32_t kSlots = Layout::kStagingSlots;
+        if (first > 0) {
+          if (leader) wait_stores_read<(2 * kSlots > kChunks ? 2 * kSlots - kChunks : 0)>();  // as many slots as are still to come
+          warpgroup_sync(warpgroup);
+        }
+#pragma unroll
+        for (int32_t c = first; c < first + kSlots && c < kChunks; ++c) stage(c);
+        copy_engine_fence();
+        warpgroup_sync(warpgroup);
+        if (leader) {
+#pragma unroll
+          for (int32_t c = first; c < first + kSlots && c < kChunks; ++c) send(c);
+        }
+      }
+    }
+  }
+
+  if (leader) wait_stores_read<0>();
+  if constexpr (kResult == Result::kSums) {
+    const int32_t slot_index = (int32_t(cluster_index()) * Layout::kWarpgroups + warpgroup) * 4 + warp;
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair;
+      if (column >= in.width) continue;
+      float* partial = arguments.partial + int64_t(slot_index) * in.width + column;
+      partial[0] = column_sums[c][0];
+      if (column + 1 < in.width) partial[1] = column_sums[c][1];
+    }
+  }
+  cluster_sync();  // no block leaves while another may still write to it
+#endif
+}
+
+// Clusters that run at a time, or 0 where the device has none.
+template <int kCluster, typename Kernel>
+int32_t resident_clusters(const Kernel& kernel, uint32_t threads, uint32_t shared_bytes) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kCluster);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {uint32_t(kCluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int count = 0;
+  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
+}
+
+template <int kCluster, int kChunks>
+int32_t sum_slots() {
+  const auto kernel = sm90_kernel<BFloat16, kCluster, kChunks, Result::kSums, false>;
+  using Layout = Shared<kCluster, kChunks>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes)) != cudaSuccess) return 0;
+  const int32_t clusters = resident_clusters<kCluster>(kernel, Layout::kWarpgroups * kWarpgroupThreads, Layout::kBytes);
+  return clusters * Layout::kWarpgroups * kWarpgroupThreads / 32;
+}
+
+template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
+                   cudaStream_t stream) {
+  using Layout = Shared<kCluster, kChunks>;
+  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
+  constexpr uint32_t kThreads = Layout::kWarpgroups * kWarpgroupThreads;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+  if (error != cudaSuccess) return error;
+  static std::atomic<int32_t> resident{0};  // the same for every device that this kernel runs on
+  if (resident == 0) resident = resident_clusters<kCluster>(kernel, kThreads, Layout::kBytes);
+  if (resident == 0) return cudaErrorNotSupported;
+
+  CUtensorMap rows_map, basis_map, out_map = {};
+  error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
+  if (error == cudaSuccess) error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
+  if (error == cudaSuccess && out != nullptr) error = matrix_map<S>(&out_map, out, y.count, out_width, out_width, kTileRows);
+  if (error != cudaSuccess) return error;
+
+  const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
+  const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(uint32_t(clusters * kCluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = Layout::kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {uint32_t(kCluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, out_map, Arguments<S>{in, y.count, out, partial});
+}
+
+// body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
+// sums of more than five chunks do not fit the registers.
+template <typename Body>
+auto by_width(int32_t width, const Body& body) {
+  using std::integral_constant;
+  if (width <= 256) return body(integral_constant<int, 2>{}, integral_constant<int, 2>{});
+  if (width <= 512) return body(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+  if (width <= 640) return body(integral_constant<int, 2>{}, integral_constant<int, 5>{});
+  if (width <= 768) return body(integral_constant<int, 4>{}, integral_constant<int, 3>{});
+  if (width <= 1024) return body(integral_constant<int, 4>{}, integral_constant<int, 4>{});
+  return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
+}
+
+template <typename S, Result kResult>
+cudaError_t launch_any(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
+                       cudaStream_t stream) {
+  if (y.count == 0 && kResult != Result::kSums) return cudaSuccess;
+  return by_width(in.width, [&](auto cluster, auto chunks) {
+    return in.diagonal ? launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream)
+                       : launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
+  });
+}
+
+}  // namespace
+
+bool sm90_serves(int32_t width, int32_t rank, int64_t row_stride) {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
+  return major == 9 && minor == 0 && width <= kSm90Width && width % 8 == 0 && rank >= 2 && rank <= kRank &&
+         row_stride % 8 == 0;
+}
+
+// One for each warp of the largest grid; both formats and complements have the same.
+int32_t sm90_sum_slots(int32_t width) {
+  return by_width(width, [](auto cluster, auto chunks) { return sum_slots<cluster, chunks>(); });
+}
+
+template <typename S>
+cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  return launch_any<S, Result::kRows>(operands, y, out, operands.width, nullptr, stream);
+}
+
+template <typename S>
+cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream) {
+  return launch_any<S, Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+}
+
+template <typename S>
+cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
+  return launch_any<S, Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
+}
+
+#define ANISO_INSTANTIATE(S)                                                                                  \
+  template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
+  template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, cudaStream_t); \
+  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);
+ANISO_INSTANTIATE(BFloat16)
+ANISO_INSTANTIATE(Float16)
+#undef ANISO_INSTANTIATE
+
+}  // namespace aniso

@@ -1,0 +1,251 @@
+// Hopper instructions that CUDA C++ has no functions for: barriers in shared memory, the bulk copy engine, stores into the
+// shared memory of a cluster, and matrix products of a warpgroup (PTX ISA 8, sm_90a).
+//
+// Addresses of shared memory are 32-bit; "remote" ones belong to another block of the cluster (remote_address).
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "aniso/storage.h"
+
+namespace aniso::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- cluster -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+
+__device__ __forceinline__ uint32_t cluster_count() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// 16 bytes into a block of the cluster; they count towards the transactions of its barrier.
+__device__ __forceinline__ void store_remote(uint32_t address, uint32_t barrier, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier)
+               : "memory");
+}
+
+// ---- barriers ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the cluster and to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Only ever tells that shared memory has been read; so it needs no fence of the whole cluster, which costs a round trip.
+__device__ __forceinline__ void arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Returns once the phase of this parity has ended. What counted towards it was written to this block's shared memory, which no
+// cache stands before: an acquire of cluster scope would throw the first-level cache away for nothing.
+__device__ __forceinline__ void wait_phase(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Waits for the 128 threads of a warpgroup; barrier 0 is that of the block.
+__device__ __forceinline__ void warpgroup_sync(uint32_t warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+
+// ---- bulk copies ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          destination),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int32_t column, int32_t row, uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(
+                   &map),
+               "r"(column), "r"(row), "r"(source)
+               : "memory");
+}
+
+// Until at most kLeft of this thread's stores still read shared memory.
+template <int kLeft>
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}
+
+// Ordinary writes of shared memory become visible to the copy engine.
+__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- fragments -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&fragment)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+template <typename S>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+template <typename S>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+  } else {
+    float2 value;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(value.x), "=f"(value.y)
+        : "r"(packed));
+    return value;
+  }
+}
+
+// ---- matrix products of a warpgroup --------------------------------------------------------------------------------
+
+// Operand in shared memory, rows of 128 bytes under the 128-byte swizzle, groups of 8 rows 1024 bytes apart. `panels` is the
+// distance of 64-column panels, read only where the columns run along the free dimension of the product.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panels = 16) {
+  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(panels >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// How far an operand moves with its address.
+__device__ __forceinline__ uint64_t operand_offset(uint32_t bytes) { return bytes >> 4; }
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `left` groups are still running; a constant once the caller's loop is unrolled.
+__device__ __forceinline__ void products_wait(int left = 0) {
+  switch (left) {
+    case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); break;
+    case 1: asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); break;
+    case 2: asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory"); break;
+    case 3: asm volatile("wgmma.wait_group.sync.aligned 3;" ::: "memory"); break;
+    default: asm volatile("wgmma.wait_group.sync.aligned 4;" ::: "memory"); break;
+  }
+}
+
+// Keeps the compiler from moving uses of sums across a wait.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+#define ANISO_SUMS_8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define ANISO_SUMS_32(d, i) ANISO_SUMS_8(d, i), ANISO_SUMS_8(d, i + 8), ANISO_SUMS_8(d, i + 16), ANISO_SUMS_8(d, i + 24)
+
+#define ANISO_PROJECT(format)                                                                                        \
+  asm volatile(                                                                                                      \
+                                                                     \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;" \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
+      : "l"(rows), "l"(weights))
+
+// sums [64, 128] += rows [64, 16] x weights [16, 128], the weights with contiguous columns.
+template <typename S>
+__device__ __forceinline__ void multiply_64x128(float (&sums)[64], uint64_t rows, uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_PROJECT("bf16");
+  } else {
+    ANISO_PROJECT("f16");
+  }
+}
+
+#define ANISO_REBUILD(format)                                                                                   \
+  asm volatile(                                                                                                 \
+                                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." format "." format                                           \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                                             \
+      : ANISO_SUMS_32(sums, 0)                                                                                  \
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
+
+// sums [64, 64] += rows [64, 16] in registers x weights [16, 64], the weights with contiguous rows.
+template <typename S>
+__device__ __forceinline__ void multiply_64x64(float (&sums)[32], const uint32_t (&rows)[4], uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_REBUILD("bf16");
+  } else {
+    ANISO_REBUILD("f16");
+  }
+}
+
+#undef ANISO_REBUILD
+#undef ANISO_PROJECT
+#undef ANISO_SUMS_32
+#undef ANISO_SUMS_8
+
+}  // namespace aniso::sm90

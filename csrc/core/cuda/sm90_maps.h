@@ -1,0 +1,39 @@
+// Descriptions of matrices for the bulk copy engine. The driver's encoder is looked up at run time, so that nothing links
+// against the driver.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "aniso/storage.h"
+
+namespace aniso {
+
+// Boxes of box_rows x 64 values of a row-major matrix, under the 128-byte swizzle; outside the matrix they read zero and
+// write nothing. `data` and the stride must be multiples of 16 bytes.
+template <typename S>
+cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t columns, int64_t row_stride, int32_t box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<S, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(S)};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, kType, 2, const_cast<S*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace aniso

@@ -1,0 +1,60 @@
+// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280 and rank up to 128, with the
+// scalar or the diagonal complement. csrc/core/cuda/sm90_correct.cu says how they work.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "aniso/block_math.h"
+#include "aniso/storage.h"
+
+namespace aniso {
+
+// The basis as the kernels want it: Q, zero columns up to 128, then the first 32 columns again, so that the 128 columns that
+// begin at any multiple of 32 are its rotation.
+constexpr int32_t kSm90BasisColumns = 160;
+constexpr int32_t kSm90Width = 1280;
+
+// Constants of the closed form; all pointers are device pointers, matrices row-major.
+template <typename S>
+struct Sm90Operands {
+  int32_t width;                   // D
+  int32_t rank;                    // R
+  int32_t cell_count;              // G
+  bool diagonal;                   // scale has D values, else one
+  const S* basis;                  // [D, kSm90BasisColumns]
+  const float* input_bias;         // [R]
+  const float* target_coordinates; // [R]
+  const float2* cells;             // [64, G + 1], intercept and slope of the radius map in each cell; zero past M
+  const float* cell_scale;         // [M], cells for each unit of radius
+  const float* scale;              // [1] or [D]
+  const float* offset;             // [D]
+  const float* shift;              // [D] or null
+};
+
+// Rows [N, D] whose elements are contiguous.
+template <typename S>
+struct Sm90Rows {
+  const S* data;
+  int64_t count;
+  int64_t stride;  // elements from one row to the next
+};
+
+// Whether the current device and these shapes are served. Rows and basis must begin at multiples of 16 bytes.
+bool sm90_serves(int32_t width, int32_t rank, int64_t row_stride);
+
+// out [N, D], contiguous.
+template <typename S>
+cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
+
+// Column sums of e' as `sm90_sum_slots()` partial sums: partial [slots, D], each summed in a fixed order.
+template <typename S>
+cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream);
+int32_t sm90_sum_slots(int32_t width);
+
+// state [N, 3M + D], contiguous.
+template <typename S>
+cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream);
+
+}  // namespace aniso
