@@ -67,6 +67,22 @@ bench: install ## the CPU benchmarks, on one thread; rewrites the CSV and the RE
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/render_readme.py build/benchmark.json
 
+.PHONY: bench-gpu
+bench-gpu: install ## the GPU benchmarks; rewrites their CSV, the README tables and, with matplotlib, the figure
+	$(BIN)/aniso bench kernels --out benchmarks/results $(BENCH_ARGS)
+	$(BIN)/python benchmarks/render_readme.py
+	$(BIN)/python -c 'import matplotlib' && $(BIN)/aniso bench figure benchmarks/results/h200_kernels.csv \
+	  --out docs/figures/roofline.png
+
+# Memory of every launch is the sanitizer's to see: no caching allocator, no torch.compile.
+SANITIZER ?= compute-sanitizer
+SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
+.PHONY: sanitize
+sanitize: install ## compute-sanitizer over the CUDA tests of the core and every kernel behind the operators
+	cmake -S . -B $(BUILD_DIR) -DCMAKE_BUILD_TYPE=Release -DANISO_CUDA=ON
+	cmake --build $(BUILD_DIR) --parallel $(MAX_JOBS)
+	benchmarks/sanitize.sh "$(SANITIZER)" "$(SANITIZER_TOOLS)" $(BUILD_DIR)/csrc/tests $(BIN)/python
+
 .PHONY: clean
 clean: ## remove build products (keeps .venv)
 	rm -rf build dist aniso_ext.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -21,7 +21,7 @@ def rounded(
     arrays: Mapping[str, np.ndarray], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Float64 arrays as tensors of one dtype on a device."""
-    return {name: torch.tensor(value).to(device=device, dtype=dtype) for name, value in arrays.items()}
+    return {name: torch.tensor(value).to(device=device, dtype=dtype).contiguous() for name, value in arrays.items()}
 
 
 def correct(y: torch.Tensor, frame: Tensors, complement: str, center: bool = False) -> torch.Tensor:

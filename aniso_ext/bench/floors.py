@@ -55,8 +55,8 @@ def work_of(case: BenchCase) -> Work:
     encode_decode  both, as the network between them meets the state       -
     ============== ======================================================= =============
 
-    Operations are those of the matrix products: 2 D R each; the diagonal complement has one more, as W_out = [Q, -D_V Q].
-    Elementwise work is left out.
+    Operations are those of the matrix products, 2 D R each; the diagonal complement has one more, as
+    W_out = [Q, -D_V Q]. Elementwise work is left out.
     """
     problem = case.problem
     width, rank, blocks = problem.width, problem.rank, problem.blocks

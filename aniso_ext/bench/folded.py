@@ -14,11 +14,10 @@ from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame
 
 
-class FoldedForm(torch.nn.Module):
-    """The operations of a frame with the ``scalar`` or the ``diagonal`` complement, for rows of one dtype."""
+class FoldedForm:
+    """The operations of a frame with the ``scalar`` or ``diagonal`` complement, for rows of one dtype and device."""
 
-    def __init__(self, frame: Frame, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, frame: Frame, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         if frame.complement == "diagonal_projected":
             raise InputError("the folded form is written for the scalar and the diagonal complement")
         basis, scale = frame.basis, frame.complement_scale
@@ -26,22 +25,21 @@ class FoldedForm(torch.nn.Module):
         self.scalar = frame.complement == "scalar"
         self.calibrated = frame.output_mean is not None
         output_mean = frame.target_mean if frame.output_mean is None else frame.output_mean
-        constants = {
-            "basis": basis,
-            "input_bias": -(frame.source_mean @ basis),
-            "target_coordinates": target_coordinates,
-            "scale": scale,
-            "offset": frame.target_mean - basis @ target_coordinates - scale * frame.source_mean,
-            "output_weight": basis if self.scalar else torch.cat((basis, -scale[:, None] * basis), dim=1),
-            "shift": frame.target_mean - output_mean,
-            "source": frame.radius_source_knots,
-            "target": frame.radius_target_knots,
-            "below": frame.radius_target_knots[:, 0] / frame.radius_source_knots[:, 0],
-            "above": frame.radius_target_knots[:, -1] / frame.radius_source_knots[:, -1],
-        }
-        for name, value in constants.items():
-            self.register_buffer(name, value.to(dtype))
-        self.register_buffer("blocks", torch.arange(frame.blocks))
+        source, target = frame.radius_source_knots, frame.radius_target_knots
+
+        def constant(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device=device, dtype=dtype).contiguous()
+
+        self.basis, self.input_bias = constant(basis), constant(-(frame.source_mean @ basis))
+        self.target_coordinates = constant(target_coordinates)
+        self.scale = constant(scale)
+        self.offset = constant(frame.target_mean - basis @ target_coordinates - scale * frame.source_mean)
+        self.output_weight = constant(basis if self.scalar else torch.cat((basis, -scale[:, None] * basis), dim=1))
+        self.shift = constant(frame.target_mean - output_mean)
+        self.source, self.target = constant(source), constant(target)
+        self.below = constant(target[:, 0] / source[:, 0])
+        self.above = constant(target[:, -1] / source[:, -1])
+        self.blocks = torch.arange(frame.blocks, device=device)
 
     def radius_map(self, radius: torch.Tensor) -> torch.Tensor:
         last = self.source.shape[1] - 1
@@ -57,10 +55,7 @@ class FoldedForm(torch.nn.Module):
         coordinates = (from_source + self.target_coordinates).unflatten(1, (-1, 2))
         radius = (coordinates.square().sum(-1) + 1e-12).sqrt()
         mapped = (coordinates * (self.radius_map(radius) / radius)[..., None]).flatten(1)
-        if self.scalar:
-            coefficients = mapped - self.scale * from_source
-        else:
-            coefficients = torch.cat((mapped, from_source), dim=1)
+        coefficients = mapped - self.scale * from_source if self.scalar else torch.cat((mapped, from_source), dim=1)
         rows = coefficients @ self.output_weight.T + self.scale * y + self.offset
         return torch.nn.functional.normalize(rows, dim=1)
 

@@ -88,6 +88,8 @@ def run_case(case: BenchCase, options: Options, ceilings: Ceilings) -> list[Meas
         times = interleaved(runs, options.device, options.rounds) if runs else {}
     for name, measured in times.items():
         _fill(rows[name], case, measured, times, ceilings)
+        if rows[name].ours and options.device.type == "cuda":
+            _judge(rows[name], case)
     del batches, checker, runs
     gc.collect()
     if options.device.type == "cuda":
@@ -106,7 +108,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _rotate(found: list[Callable[[], object]], sample: int) -> object:
+def _rotate(found: Sequence[Callable[[], object]], sample: int) -> object:
     return found[sample % len(found)]()
 
 
@@ -149,6 +151,11 @@ def _fill(row: Measurement, case: BenchCase, times: Times, all_times: dict[str, 
     eager, compiled = (all_times.get(name) for name in (EAGER, COMPILED))
     row.speedup_eager = None if eager is None else eager.median / times.median
     row.speedup_compiled = None if compiled is None else compiled.median / times.median
-    if row.ours:
-        row.goal_ns = case.goal.limit(floor)
-        row.met = case.goal.met(nanoseconds, floor, None if compiled is None else compiled.median * scale)
+
+
+def _judge(row: Measurement, case: BenchCase) -> None:
+    """The goals are those of the GPU kernels."""
+    assert row.ns_per_row is not None and row.floor_ns is not None
+    compiled = None if row.speedup_compiled is None else row.speedup_compiled * row.ns_per_row
+    row.goal_ns = case.goal.limit(row.floor_ns)
+    row.met = case.goal.met(row.ns_per_row, row.floor_ns, compiled)

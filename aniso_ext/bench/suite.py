@@ -71,7 +71,14 @@ class BenchCase:
 
 
 def _case(
-    operation: str, width: int, rank: int, format: str, goal: Goal, *, complement: str = "scalar", backward: bool = False
+    operation: str,
+    width: int,
+    rank: int,
+    format: str,
+    goal: Goal,
+    *,
+    complement: str = "scalar",
+    backward: bool = False,
 ) -> BenchCase:
     problem = Case(width, rank, knots=1024, complement=complement, calibrated=True, sampled=True)
     parts = [operation, "backward" if backward else "", f"d{width}", f"r{rank}", format]
@@ -97,7 +104,6 @@ CASES = (
     _case("decode", 1280, 128, "bf16", _BACKWARD, backward=True),
 )
 LATENCY_CASE = CASES[0]
-LATENCY_ROWS = (1, 64, 1024, 16_384)
 
 
 def select(patterns: Sequence[str]) -> tuple[BenchCase, ...]:

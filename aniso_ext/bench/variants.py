@@ -72,7 +72,7 @@ def variants(case: BenchCase, backends: Sequence[str], device: torch.device, com
     problem, dtype = case.problem, case.dtype
     found = [Variant(EAGER, problem, _step_by_step(case, problem, device))]
     if compile:
-        folded = FoldedForm(frame_of(problem), dtype).to(device)
+        folded = FoldedForm(frame_of(problem), dtype, device)
         found.append(Variant(COMPILED, problem, _compiled(_combined(case.operation, folded))))
         if case.operation == "correct" and not case.backward:
             diagonal = replace(problem, complement="diagonal")
