@@ -74,14 +74,9 @@ bench-gpu: install ## the GPU benchmarks; rewrites their CSV, the README tables 
 	$(BIN)/python -c 'import matplotlib' && $(BIN)/aniso bench figure benchmarks/results/h200_kernels.csv \
 	  --out docs/figures/roofline.png
 
-# Memory of every launch is the sanitizer's to see: no caching allocator, no torch.compile.
-SANITIZER ?= compute-sanitizer
-SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 .PHONY: sanitize
-sanitize: install ## compute-sanitizer over the CUDA tests of the core and every kernel behind the operators
-	cmake -S . -B $(BUILD_DIR) -DCMAKE_BUILD_TYPE=Release -DANISO_CUDA=ON
-	cmake --build $(BUILD_DIR) --parallel $(MAX_JOBS)
-	benchmarks/sanitize.sh "$(SANITIZER)" "$(SANITIZER_TOOLS)" $(BUILD_DIR)/csrc/tests $(BIN)/python
+sanitize: install core ## compute-sanitizer over the CUDA tests of the core and every kernel behind the operators
+	csrc/tests/sanitize.sh $(BUILD_DIR)/csrc/tests $(BIN)/python
 
 .PHONY: clean
 clean: ## remove build products (keeps .venv)
