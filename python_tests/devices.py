@@ -6,7 +6,7 @@ A test takes the fixture ``run``, parametrised by :func:`runs` or :func:`cases_a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -82,9 +82,17 @@ class Run:
         return None if reason is None else f"backend {self.backend!r} is not available: {reason}"
 
 
-def runs(backends: Sequence[str], formats: Sequence[str] = EVERY_FORMAT) -> pytest.MarkDecorator:
-    """Parametrise ``run`` over backends and the formats that each has."""
-    found = [Run(backend, format) for format in formats for backend in backends if _has(backend, format)]
+def runs(
+    backends: Sequence[str], formats: Sequence[str] = EVERY_FORMAT, fewer: Mapping[str, Sequence[str]] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrise ``run`` over backends and the formats that each has; ``fewer`` limits those of a backend."""
+    limits = {backend: formats for backend in backends} | dict(fewer or {})
+    found = [
+        Run(backend, format)
+        for format in formats
+        for backend in backends
+        if _has(backend, format) and format in limits[backend]
+    ]
     return pytest.mark.parametrize("run", [_parameter(run) for run in found], indirect=True)
 
 
@@ -115,10 +123,13 @@ def _cases_and_runs(
 
 
 def _worth_compiling(case: Case, format: str) -> bool:
-    """Triton compiles for every shape, format and branch, a second each: all formats for calibrated frames that are
-    fitted like real ones, two formats for the rest."""
-    plain = case.complement == "scalar" and not case.center and case.basis_dtype == "float64"
-    return format in ("float32", "bfloat16") or (case.calibrated and plain and case.width <= 128)
+    """Triton compiles for every shape, format and branch, a second each: two formats of every branch, each complement
+    calibrated, and all formats of frames that are fitted like real ones."""
+    scalar = case.complement == "scalar"
+    exact_basis = case.basis_dtype == "float64"
+    if format in ("float32", "bfloat16"):
+        return scalar or (case.calibrated and (exact_basis or case.complement == "diagonal_projected"))
+    return scalar and case.calibrated and case.width <= 128 and not case.center and exact_basis
 
 
 def _has(backend: str, format: str) -> bool:

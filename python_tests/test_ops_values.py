@@ -124,6 +124,22 @@ def test_decoding_an_encoded_row_without_moves_is_the_correction(case, run):
     assert torch.allclose(decoded, ops.correct(y, frame, backend=run.backend), rtol=0, atol=case.width * run.eps)
 
 
+@cases_and_runs([*BRANCHES, ENCODERS[0]], EVERY_BACKEND)
+def test_sums_are_those_of_the_uncalibrated_rows(case, run):
+    y, frame = run.rows(case, 1000), frame_of(case)
+    arrays = {name: value for name, value in arrays_of(case).items() if name != "output_mean"}
+    rows = oracle.correct(y.double().cpu().numpy(), arrays, case.complement)
+    sums = ops.correct_sums(y, frame, backend=run.backend)
+    assert sums.dtype == torch.float64 and sums.device.type == run.device.type
+    # Each row is off by sqrt(2 (1 - cos)) at most, and in the worst case all in one direction.
+    allowed = (2 * run.cosine_loss) ** 0.5
+    assert np.linalg.norm(sums.cpu().numpy() - rows.sum(axis=0)) <= allowed * len(rows)
+    parts = [ops.correct_sums(part, frame, backend=run.backend) for part in y.split((1, 998, 1))]
+    # at worst float32 sums of a tile's rows
+    assert (sum(parts) - sums).norm() <= 128 * 2.0**-24 * sums.norm()
+    assert torch.equal(sums, ops.correct_sums(y, frame.with_output_mean(None), backend=run.backend))
+
+
 @widest(EVERY_BACKEND)
 def test_bounds_move_a_row_no_further_than_they_say(run):
     """rho^/rho0 within exp(+-a_rho), phases within a_theta, |dv| within a_v sqrt(D): METHOD D12."""
