@@ -12,7 +12,7 @@ from aniso_ext.bench.suite import LATENCY_CASE
 from aniso_ext.bench.timing import latency, synchronize
 from aniso_ext.bench.variants import Function, Variant, draw, ours, variants
 
-OURS, OURS_GRAPH, EAGER, EAGER_GRAPH, COMPILED = "auto", "auto, graph", "eager", "eager, graph", "compiled"
+EAGER, COMPILED, GRAPH = "eager", "compiled", ", graph"
 _ROWS = {"cuda": (1, 64, 1024, 16_384), "cpu": (1, 64, 1024)}
 _REPEATS = {"cuda": 200, "cpu": 10}
 
@@ -27,7 +27,7 @@ def run(device: torch.device, backend: str, compile: bool) -> list[Latency]:
     found = []
     for rows in _ROWS[device.type]:
         inputs = draw(case, rows, device, seed=0).inputs
-        for name, way in _ways(default, steps.function, compiled, inputs).items():
+        for name, way in _ways(backend, default, steps.function, compiled, inputs).items():
             try:
                 times = latency(way(), device, _REPEATS[device.type])
             except Exception as error:
@@ -39,16 +39,16 @@ def run(device: torch.device, backend: str, compile: bool) -> list[Latency]:
 
 
 def _ways(
-    default: Function, steps: Function, compiled: Sequence[Variant], inputs: tuple[torch.Tensor, ...]
+    backend: str, default: Function, steps: Function, compiled: Sequence[Variant], inputs: tuple[torch.Tensor, ...]
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """How to make each call; made when its turn comes, as making one captures a graph."""
     found: dict[str, Callable[[], Callable[[], object]]] = {
-        OURS: lambda: _call(default, inputs),
+        backend: lambda: _call(default, inputs),
         EAGER: lambda: _call(steps, inputs),
     }
     if inputs[0].is_cuda:
-        found[OURS_GRAPH] = lambda: captured(default, inputs)
-        found[EAGER_GRAPH] = lambda: captured(steps, inputs)
+        found[backend + GRAPH] = lambda: captured(default, inputs)
+        found[EAGER + GRAPH] = lambda: captured(steps, inputs)
     if compiled:
         found[COMPILED] = lambda: _call(compiled[0].function, inputs)
     return found
