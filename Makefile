@@ -10,6 +10,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3.13 py
 VENV ?= .venv
 MAX_JOBS ?= 2
 TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+GPU_TEST_PROCESSES ?= 4
 BIN := $(VENV)/bin
 # --no-build-isolation: compile against the torch in $(VENV); the constraints keep that torch in place
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -43,8 +44,8 @@ test: install ## the CPU test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
-test-gpu: install ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+test-gpu: install ## the tests that need a CUDA device; several processes, as Triton compiles on the CPU
+	$(BIN)/python -m pytest -n $(GPU_TEST_PROCESSES) --dist loadfile -m gpu $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: install ## ruff and mypy
@@ -66,6 +67,17 @@ bench: install ## the CPU benchmarks, on one thread; rewrites the CSV and the RE
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/render_readme.py build/benchmark.json
+
+.PHONY: bench-gpu
+bench-gpu: install ## the GPU benchmarks; rewrites their CSV, the README tables and, with matplotlib, the figure
+	$(BIN)/aniso bench kernels --out benchmarks/results $(BENCH_ARGS)
+	$(BIN)/python benchmarks/render_readme.py
+	$(BIN)/python -c 'import matplotlib' && $(BIN)/aniso bench figure benchmarks/results/h200_kernels.csv \
+	  --out docs/figures/roofline.png
+
+.PHONY: sanitize
+sanitize: install core ## compute-sanitizer over the CUDA tests of the core and every kernel behind the operators
+	csrc/tests/sanitize.sh $(BUILD_DIR)/csrc/tests $(BIN)/python
 
 .PHONY: clean
 clean: ## remove build products (keeps .venv)

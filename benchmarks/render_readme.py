@@ -1,18 +1,26 @@
-"""Turn the record of ``make bench`` into benchmarks/results/cpu_closed_form.csv and the table in README.md."""
+"""Write measured tables into README.md.
+
+    python benchmarks/render_readme.py build/benchmark.json   the record of `make bench`: its CSV and the CPU table
+    python benchmarks/render_readme.py                        the GPU tables, from what `aniso bench kernels` wrote
+
+The GPU tables come from benchmarks/results/h200_kernels.csv and h200_latency.csv, as far as these are there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu_closed_form.csv"
+GPU_KERNELS, GPU_LATENCY = HERE / "results" / "h200_kernels.csv", HERE / "results" / "h200_latency.csv"
 README = HERE.parent / "README.md"
-OPENING, CLOSING = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
 COMMAND = "make bench"
+NO_GPU_RESULTS = "`aniso bench kernels` prints this table for the GPU at hand."
 
 
 def read_record(path: Path) -> tuple[str, list[dict[str, object]]]:
@@ -40,7 +48,7 @@ def read_record(path: Path) -> tuple[str, list[dict[str, object]]]:
     return header, rows
 
 
-def table(header: str, rows: list[dict[str, object]]) -> str:
+def cpu_table(header: str, rows: list[dict[str, object]]) -> str:
     """Markdown: one line a case, times in ns for each row; ours as a multiple of the products, the others of ours."""
     cases: dict[tuple[object, ...], dict[str, int]] = {}
     for row in rows:
@@ -59,18 +67,112 @@ def table(header: str, rows: list[dict[str, object]]) -> str:
     return f"Nanoseconds for each row, median; {header}.\n\n" + "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("record", type=Path, help="file written by pytest --benchmark-json")
-    header, rows = read_record(parser.parse_args().record)
+def gpu_tables(kernels: Path, latency: Path) -> str:
+    """Markdown of the tables that are there: kernels against stock PyTorch, and single calls of small batches."""
+    if not kernels.is_file():
+        return NO_GPU_RESULTS
+    parts = [kernel_table(kernels)]
+    if latency.is_file():
+        parts.append(latency_table(latency))
+    return "\n\n".join(parts)
+
+
+def kernel_table(path: Path) -> str:
+    """One line a case: ours as a multiple of the floor, stock PyTorch as a multiple of the better of ours."""
+    from aniso_ext.bench.records import read_table
+
+    header, rows = read_table(path)
+    facts = [f"{name} {header[name]}" for name in ("driver", "cuda", "torch", "triton", "python") if name in header]
+    copy = float(header["ceiling copy GB/s"])
+    products = [
+        f"{name.split()[1]} {float(value):.0f} TFLOP/s" for name, value in header.items() if name.endswith("TFLOP/s")
+    ]
+    lines = [
+        f"Nanoseconds for each row, median; {header['device']}, {', '.join(facts)}, {header['date']}, "
+        f"commit {header['commit']}, `aniso bench kernels`, {int(rows[0]['rows']):,} rows. "
+        f"Ceilings in the same run: copy {copy:,.0f} GB/s, products {', '.join(products)}. "
+        "Behind a time of ours its multiple of the floor; behind one of PyTorch its multiple of our better one.",
+        "",
+        "| case | floor | CUDA | Triton | torch.compile | torch.compile, diagonal | eager | goal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["variant"]: row for row in rows if row["case"] == case}
+        lines.append(f"| {case} | {' | '.join(_kernel_cells(found))} |")
+    return "\n".join(lines)
+
+
+def _kernel_cells(found: dict[str, dict[str, str]]) -> list[str]:
+    times = {name: float(row["ns_per_row"]) for name, row in found.items() if row["ns_per_row"]}
+    ours = [time for name, time in times.items() if found[name]["ours"] == "yes"]
+    best = min(ours, default=None)
+    floor = next((float(row["floor_ns"]) for row in found.values() if row["floor_ns"]), None)
+
+    def cell(name: str) -> str:
+        if name not in found:
+            return ""
+        if name not in times:
+            return "failed"
+        if found[name]["ours"] == "yes":
+            text = f"{times[name]:.2f} ({times[name] / floor:.2f} ×)" if floor else f"{times[name]:.2f}"
+            return f"**{text}**" if times[name] == best else text
+        return f"{times[name]:.2f} ({times[name] / best:.1f} ×)" if best else f"{times[name]:.2f}"
+
+    judged = [row for row in found.values() if row["goal_ns"]]
+    goal = ""
+    if judged:
+        reached = sum(row["met"] == "yes" for row in judged)
+        by = {0: "missed", len(judged): "met"}.get(reached) or "met by one"
+        goal = f"≤ {float(judged[0]['goal_ns']):.2f}: {by}"
+    stock = [cell(name) for name in ("compiled", "compiled diagonal", "eager")]
+    return ["" if floor is None else f"{floor:.2f}", cell("cuda"), cell("triton"), *stock, goal]
+
+
+def latency_table(path: Path) -> str:
+    """One line a way to call, one column a number of rows."""
+    from aniso_ext.bench.records import read_table
+
+    _, rows = read_table(path)
+    sizes = list(dict.fromkeys(row["rows"] for row in rows))
+    lines = [
+        f"Microseconds from the call to the result, median; {rows[0]['case']}, `auto` is our default.",
+        "",
+        f"| | {' | '.join(f'N = {int(size):,}' for size in sizes)} |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = {row["rows"]: float(row["us"]) for row in rows if row["variant"] == variant}
+        cells = [f"{found[size]:.1f}" if size in found else "" for size in sizes]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with what stands between the markers ``bench:NAME`` replaced."""
+    opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    before, rest = page.split(opening)
+    _, after = rest.split(closing)
+    return f"{before}{opening}\n{text}\n{closing}{after}"
+
+
+def write_cpu_results(record: Path) -> str:
+    header, rows = read_record(record)
     with RESULTS.open("w", newline="") as file:
         file.write(f"# {header}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    before, rest = README.read_text().split(OPENING)
-    _, after = rest.split(CLOSING)
-    README.write_text(f"{before}{OPENING}\n{table(header, rows)}\n{CLOSING}{after}")
+    return cpu_table(header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, nargs="?", help="file written by pytest --benchmark-json")
+    record = parser.parse_args(arguments).record
+    page = README.read_text()
+    if record is not None:
+        page = replaced(page, "cpu", write_cpu_results(record))
+    README.write_text(replaced(page, "gpu", gpu_tables(GPU_KERNELS, GPU_LATENCY)))
 
 
 if __name__ == "__main__":

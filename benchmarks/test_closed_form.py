@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import ENCODERS, Case, frame_of, rows_of
-from stock import FoldedClosedForm
 
 from aniso_ext import ops
+from aniso_ext.bench.folded import FoldedForm
 
 ROWS = 4096
 CHUNK = 256
@@ -47,7 +47,7 @@ def closed_form(variant: str, case: Case, y: torch.Tensor) -> Callable[[], torch
     if variant == "eager":
         frame = frame.to(dtype=torch.float32)
         return lambda: ops.correct(y, frame, backend="reference")
-    stock = FoldedClosedForm(frame, y.dtype)
+    stock = FoldedForm(frame, y.dtype).correct
     function = torch.compile(stock, fullgraph=True) if variant == "compiled, folded" else stock
     return lambda: function(y)
 

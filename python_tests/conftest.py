@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,3 +24,15 @@ def real_data() -> Path:
     if folder is None:
         pytest.skip("no real embeddings: set ANISO_DATA to a folder that holds fashion44k/image.npy")
     return folder
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Iterator[object]:
+    """A ``devices.Run`` that can run here, with the precision of float32 products that it names."""
+    reason = request.param.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param.precision)
+    yield request.param
+    torch.set_float32_matmul_precision(before)

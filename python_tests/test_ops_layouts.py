@@ -6,90 +6,42 @@ import math
 
 import pytest
 import torch
-from cases import BRANCHES, COMPLEMENTS, Case, calibrated, deltas_of, frame_of, named, rows_of
+from cases import BRANCHES, Case, calibrated, deltas_of, frame_of, named, rows_of
+from devices import EVERY_BACKEND, KERNELS, Run, cases_and_runs, runs, widest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, case_strategy, check_layouts, laid_out
 
 from aniso_ext import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "offset", "row stride", "column stride", "transposed", "rows expanded", "all expanded")
-# The element size times 8 is less than a vector, and 3 is odd: unaligned for every instruction set.
-OFFSET = 3
-
-
-def laid_out(rows: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another layout; whatever lies between and around them is NaN."""
-    n, d = rows.shape
-    if layout == "offset":
-        flat = rows.new_full((OFFSET + n * d + OFFSET,), math.nan)
-        view = flat[OFFSET : OFFSET + n * d].view(n, d)
-    elif layout == "row stride":
-        view = rows.new_full((2 * n + 1, d + 5), math.nan)[1::2, 2 : 2 + d]
-    elif layout == "column stride":
-        view = rows.new_full((n, 3 * d), math.nan)[:, ::3]
-    elif layout == "transposed":
-        view = rows.new_full((d, n), math.nan).T
-    elif layout == "rows expanded":
-        return rows[:1].expand(n, d) if n else rows
-    elif layout == "all expanded":
-        return rows[:1, :1].expand(n, d) if n and d else rows
-    else:
-        return rows.contiguous()
-    view.copy_(rows)
-    return view
-
-
-def case_strategy() -> st.SearchStrategy[Case]:
-    def build(width: int, half_rank: int, knots: int, complement: str, is_calibrated: bool) -> Case:
-        return Case(width, min(2 * half_rank, width // 2 * 2), knots, complement, is_calibrated)
-
-    knots = st.sampled_from([2, 3, 17])
-    return st.builds(build, st.integers(2, 37), st.integers(1, 18), knots, st.sampled_from(COMPLEMENTS), st.booleans())
+OPERATORS = ("correct", "encode", "decode")
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    case=case_strategy(),
+    case=case_strategy(37),
     rows=st.sampled_from([0, 1, 2, 3, 31, 33]),
-    dtype=st.sampled_from(DTYPES),
+    format=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
-    operator=st.sampled_from(["correct", "encode", "decode"]),
+    operator=st.sampled_from(OPERATORS),
 )
-def test_any_layout_gives_the_result_of_the_contiguous_copy(case, rows, dtype, layouts, operator):
-    frame = frame_of(case)
-    if operator == "decode":
-        first = ops.encode(rows_of(case, rows, dtype), frame, backend="reference")
-        inputs = [laid_out(first, layouts[0]), laid_out(deltas_of(case, rows, dtype), layouts[1])]
-    else:
-        inputs = [laid_out(rows_of(case, rows, dtype), layouts[0])]
-    columns = case.width + (3 * case.blocks if operator == "encode" else 0)
-    generator = torch.Generator().manual_seed(rows)
-    cotangent = laid_out(torch.randn(rows, columns, generator=generator).to(dtype), layouts[2])
-
-    def run(values: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
-        # detach keeps the strides: the kernels meet these very layouts
-        leaves = [value.detach().requires_grad_() for value in values]
-        z = getattr(ops, operator)(*leaves, frame, backend="cpu")
-        return [z.detach(), *torch.autograd.grad(z, leaves, grad)]
-
-    ours = run(inputs, cotangent)
-    plain = run([value.contiguous() for value in inputs], cotangent.contiguous())
-    assert ours[0].shape == (rows, columns)
-    for value, expected in zip(ours, plain, strict=True):
-        assert value.dtype == dtype and torch.equal(value, expected)
+def test_any_layout_gives_the_result_of_the_contiguous_copy(case, rows, format, layouts, operator):
+    check_layouts(case, rows, Run("cpu", format), layouts, operator)
 
 
-def test_summing_gives_an_expanded_gradient_that_is_read_right():
+@widest(KERNELS)
+def test_summing_gives_an_expanded_gradient_that_is_read_right(run):
     case = BRANCHES[1]
-    y = rows_of(case, 5).requires_grad_()
-    for z in (ops.correct(y, frame_of(case), backend="cpu"), ops.encode(y, frame_of(case), backend="cpu")):
+    y = run.rows(case, 5).requires_grad_()
+    for z in (getattr(ops, operator)(y, frame_of(case), backend=run.backend) for operator in ("correct", "encode")):
         (summed,) = torch.autograd.grad(z.sum(), y, retain_graph=True)
         (ones,) = torch.autograd.grad(z, y, torch.ones_like(z))
         assert torch.equal(summed, ones)
 
 
-def test_frames_of_any_layout_are_read_right():
+@widest(KERNELS)
+def test_frames_of_any_layout_are_read_right(run):
     case = BRANCHES[3]
     tensors = {
         name: laid_out(value[None], "column stride")[0] if value.dim() == 1 else laid_out(value, "transposed")
@@ -97,21 +49,23 @@ def test_frames_of_any_layout_are_read_right():
     }
     frame = ops.Frame.from_tensors(tensors, complement=case.complement)
     assert frame.fingerprint() == frame_of(case).fingerprint()
-    y = rows_of(case, 9)
-    assert torch.equal(ops.correct(y, frame, backend="cpu"), ops.correct(y, frame_of(case), backend="cpu"))
+    y = run.rows(case, 9)
+    results = [ops.correct(y, each, backend=run.backend) for each in (frame, frame_of(case))]
+    assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@widest(EVERY_BACKEND)
 @pytest.mark.parametrize("case", **named(BRANCHES[::3]))
-def test_no_rows_give_no_rows(case, backend):
-    y = rows_of(case, 0).requires_grad_()
-    frame = frame_of(case)
+def test_no_rows_give_no_rows(case, run):
+    y, frame, backend = run.rows(case, 0).requires_grad_(), frame_of(case), run.backend
     state = ops.encode(y, frame, backend=backend)
     assert state.shape == (0, 3 * case.blocks + case.width)
-    z = ops.decode(state, deltas_of(case, 0), frame, backend=backend)
+    z = ops.decode(state, run.deltas(case, 0), frame, backend=backend)
     assert z.shape == ops.correct(y, frame, backend=backend).shape == (0, case.width)
     z.sum().backward()
     assert y.grad.shape == (0, case.width)
+    sums = ops.correct_sums(y, frame, backend=backend)
+    assert torch.equal(sums, torch.zeros(case.width, dtype=torch.float64, device=run.device))
 
 
 BAD_ROWS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "zero": 0.0, "one nan": None}
@@ -126,27 +80,23 @@ def spoil(rows: torch.Tensor, kind: str, at: list[int]) -> torch.Tensor:
     return spoilt
 
 
-@pytest.mark.parametrize("kind", BAD_ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [5, 70, 300])
-@pytest.mark.parametrize("case", **named([BRANCHES[1], BRANCHES[2], BRANCHES[5]]))
-def test_bad_rows_stay_where_they_are(case, rows, dtype, kind):
-    """Bad rows at both ends and inside; 300 rows are more than one chunk, 70 more than one tile."""
+def check_bad_rows(case: Case, rows: int, kind: str, run: Run) -> None:
+    """Bad rows at both ends and inside leave all others as they are, bit for bit, forward and backward."""
     at = [0, 1, rows // 2, rows - 1]
     good = [i for i in range(rows) if i not in at]
-    frame, y, deltas = frame_of(case), rows_of(case, rows, dtype), deltas_of(case, rows, dtype)
+    frame, y, deltas = frame_of(case), run.rows(case, rows), run.deltas(case, rows)
 
-    def run(y: torch.Tensor, deltas: torch.Tensor) -> list[torch.Tensor]:
+    def results(y: torch.Tensor, deltas: torch.Tensor) -> list[torch.Tensor]:
         y = y.clone().requires_grad_()
-        z = ops.correct(y, frame, backend="cpu")
-        state = ops.encode(y, frame, backend="cpu")
-        decoded = ops.decode(state, deltas, frame, backend="cpu")
+        z = ops.correct(y, frame, backend=run.backend)
+        state = ops.encode(y, frame, backend=run.backend)
+        decoded = ops.decode(state, deltas, frame, backend=run.backend)
         grads = [
             torch.autograd.grad(value, y, torch.ones_like(value), retain_graph=True)[0] for value in (z, state, decoded)
         ]
         return [value.detach() for value in (z, state, decoded, *grads)]
 
-    clean, spoilt = run(y, deltas), run(spoil(y, kind, at), spoil(deltas, kind, at))
+    clean, spoilt = results(y, deltas), results(spoil(y, kind, at), spoil(deltas, kind, at))
     for before, after in zip(clean, spoilt, strict=True):
         assert torch.equal(before[good], after[good])
         if kind == "zero":  # an ordinary row of this affine map
@@ -155,13 +105,28 @@ def test_bad_rows_stay_where_they_are(case, rows, dtype, kind):
             assert not after[at].isfinite().all(dim=1).any()
 
 
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("rows", [5, 70, 300])  # 300 are more than one chunk, 70 more than one tile
+@cases_and_runs([BRANCHES[1], BRANCHES[2], BRANCHES[5]], ["cpu"])
+def test_bad_rows_stay_where_they_are(case, rows, run, kind):
+    check_bad_rows(case, rows, kind, run)
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("rows", [5, 300])
+@cases_and_runs([BRANCHES[1], BRANCHES[2], BRANCHES[5]], ["cuda", "triton"], ["float32", "bfloat16"])
+def test_bad_rows_stay_where_they_are_on_a_gpu(case, rows, run, kind):
+    check_bad_rows(case, rows, kind, run)
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 @pytest.mark.parametrize("operator", ["correct", "encode"])
-def test_bad_gradients_stay_where_they_are(operator, kind):
+@runs(KERNELS, ["float32"])
+def test_bad_gradients_stay_where_they_are(operator, kind, run):
     case, rows, at = BRANCHES[5], 70, [0, 33, 69]
     good = [i for i in range(rows) if i not in at]
-    y = rows_of(case, rows, torch.float32).requires_grad_()
-    z = getattr(ops, operator)(y, frame_of(case), backend="cpu")
+    y = run.rows(case, rows).requires_grad_()
+    z = getattr(ops, operator)(y, frame_of(case), backend=run.backend)
     cotangent = torch.ones_like(z)
     (clean,) = torch.autograd.grad(z, y, cotangent, retain_graph=True)
     (spoilt,) = torch.autograd.grad(z, y, spoil(cotangent, kind, at))

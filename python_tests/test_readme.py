@@ -81,9 +81,10 @@ def test_options_on_a_page_are_options_of_the_command(page: str) -> None:
 
     program = typer.main.get_command(app)
     text = re.sub(r"\\\n\s*", " ", (REPOSITORY / page).read_text(encoding="utf-8"))
-    for name, rest in re.findall(r"\baniso (fit|convert|diagnose|demo|doctor)\b([^`\n]*)", text):
-        known = {option for parameter in program.commands[name].params for option in parameter.opts}
-        known |= {option for parameter in program.commands[name].params for option in parameter.secondary_opts}
+    commands = {**program.commands, **{f"bench {name}": c for name, c in program.commands["bench"].commands.items()}}
+    for name, rest in re.findall(r"\baniso (fit|convert|diagnose|demo|doctor|bench \w+)\b([^`\n]*)", text):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        known |= {option for parameter in commands[name].params for option in parameter.secondary_opts}
         assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", rest)) <= known, (name, rest)
 
 

@@ -30,10 +30,14 @@ _WIDTH_WITHOUT_TERMINAL = 140
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found out: ``data`` for machines, ``show`` prints the same for people."""
+    """What a command found out: ``data`` for machines, ``show`` prints the same for people.
+
+    ``failure`` says in a line what went wrong although there is a result; the command then ends with exit code 1.
+    """
 
     data: Mapping[str, Any]
     show: Callable[[Console], None]
+    failure: str | None = None
 
 
 def command(body: Callable[..., Result]) -> Callable[..., None]:
@@ -60,6 +64,9 @@ def command(body: Callable[..., Result]) -> Callable[..., None]:
             typer.echo(json_module.dumps(to_jsonable(result.data), indent=2, allow_nan=False))
         else:
             result.show(output())
+        if result.failure is not None:
+            typer.echo(f"aniso: error: {result.failure}", err=True)
+            raise typer.Exit(1)
 
     return run
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aniso_ext.cli import convert, demo, diagnose, doctor, fit
+from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit
 
 app = typer.Typer(
     name="aniso",
@@ -51,6 +51,7 @@ for function, summary in (
     (doctor.doctor, "Show versions, build, backends and what is missing."),
 ):
     app.command(short_help=summary)(function)
+app.add_typer(bench.app, name="bench", short_help="Time the kernels against stock PyTorch and the machine.")
 
 
 def main() -> None:
