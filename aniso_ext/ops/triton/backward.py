@@ -23,8 +23,11 @@ from aniso_ext.ops.triton.common import (
     map_radius,
     multiply_project,
     multiply_rebuild,
+    no_sums,
     polar,
+    product_sums,
     row_gradient,
+    row_sums,
     store_rows,
     to_product,
 )
@@ -42,12 +45,12 @@ def walk_pairs(
     b = tl.zeros((BLOCK_ROWS, P), tl.float32)
     h_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
     h_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_offset = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_grad = tl.zeros((BLOCK_ROWS,), tl.float32)
-    grad_offset = tl.zeros((BLOCK_ROWS,), tl.float32)
-    grad_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    grad_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -62,15 +65,18 @@ def walk_pairs(
         h_b = tl.dot(grad, odd, h_b, input_precision=PRECISION)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
         offset = tl.load(per_column + PADDED + columns)[None, :]
-        squares += tl.sum(y * y, axis=1)
-        dot_offset += tl.sum(y * offset, axis=1)
-        dot_grad += tl.sum(y * t, axis=1)
-        grad_offset += tl.sum(t * offset, axis=1)
+        squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        dot_grad += row_sums(y * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        grad_offset += row_sums(t * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
-            dot_shift += tl.sum(y * shift, axis=1)
-            grad_shift += tl.sum(t * shift, axis=1)
-    return a, b, h_a, h_b, squares, dot_offset, dot_shift, dot_grad, grad_offset, grad_shift
+            dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    return (
+        a, b, h_a, h_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1),
+        tl.sum(dot_grad, axis=1), tl.sum(grad_offset, axis=1), tl.sum(grad_shift, axis=1),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -162,10 +168,10 @@ def split_backward_kernel(
     k_a, k_b, k_factor = to_product(k_a, k_b, PRODUCT, PRECISION)
     c_a, c_b, c_factor = to_product(a, b, PRODUCT, PRECISION)
 
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_grad = tl.zeros((BLOCK_ROWS,), tl.float32)
-    grad_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    dot_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    dot_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    grad_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
@@ -173,13 +179,16 @@ def split_backward_kernel(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
             WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
-        squares += tl.sum(w * w, axis=1)
-        dot_grad += tl.sum(w * t, axis=1)
+        squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
+        dot_grad += product_sums(w * t, BLOCK_ROWS, BLOCK_COLUMNS)
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
-            dot_shift += tl.sum(w * shift, axis=1)
-            grad_shift += tl.sum(t * shift, axis=1)
-    alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)
+            dot_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+            grad_shift += product_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+    alpha, beta, gamma = row_gradient(
+        tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1), tl.sum(dot_grad, axis=1), tl.sum(grad_shift, axis=1),
+        tl.load(scalars + 3), SHIFTED,
+    )  # fmt: skip
 
     n_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
     n_b = tl.zeros((BLOCK_ROWS, P), tl.float32)

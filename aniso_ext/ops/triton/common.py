@@ -14,6 +14,7 @@ import triton.language as tl
 RADIUS_EPS = tl.constexpr(1e-12)
 NORM_FLOOR = tl.constexpr(1e-12)
 LAST_CELL = tl.constexpr(2048)  # constants.CELLS, and operands.BUCKETS
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -83,10 +84,41 @@ def polar(a, b):
 
 
 @triton.jit
-def unpack(pair):
-    """Two float32 that were loaded as one int64: half the instructions of a gather."""
-    low = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def gather_pair(pairs, index):
+    """Two neighbouring float32 for each index.
+
+    Gathers are written out: the compiler would send a pointer for each element through shared memory to lay them out
+    for coalescing, which a gather never is, and would need two registers for each of them.
+    """
+    if INTERPRETED:
+        pair = tl.load(pairs + index)
+        low = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $3, 8, $2; ld.global.nc.v2.f32 {$0, $1}, [at]; }",
+        "=f,=f,l,r", [pairs.to(tl.int64), index], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def gather_float(values, index):
+    if INTERPRETED:
+        return tl.load(values + index)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $2, 4, $1; ld.global.nc.f32 $0, [at]; }",
+        "=f,l,r", [values.to(tl.int64), index], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def gather_short(values, index):
+    if INTERPRETED:
+        return tl.load(values + index).to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; .reg .u16 short; mad.wide.u32 at, $2, 2, $1; ld.global.nc.u16 short, [at]; "
+        "cvt.u32.u16 $0, short; }",
+        "=r,l,r", [values.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -97,16 +129,38 @@ def map_radius(rho, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECE
     if STEPS == 0:
         # compared this way around a NaN falls in the last cell instead of being cast
         cell = tl.where(position < LAST_CELL, position, LAST_CELL * 1.0).to(tl.int32)
-        intercept, slope = unpack(tl.load(cells + blocks * (LAST_CELL + 1) + cell))
+        intercept, slope = gather_pair(cells, blocks * (LAST_CELL + 1) + cell)
         return intercept + rho * slope, slope
     cell = tl.where(position < LAST_CELL - 1, position, (LAST_CELL - 1) * 1.0).to(tl.int32)
-    below = tl.load(cells + blocks * LAST_CELL + cell).to(tl.int32)
-    first = starts + blocks * (PIECES + (1 << STEPS))
+    below = gather_short(cells, blocks * LAST_CELL + cell)
+    first = blocks * (PIECES + (1 << STEPS))
     for step in tl.static_range(STEPS):
         half = 1 << (STEPS - 1 - step)
-        below += tl.where(tl.load(first + below + half) <= rho, half, 0)
-    value, slope = unpack(tl.load(pieces + blocks * PIECES + below))
-    return value + (rho - tl.load(first + below)) * slope, slope
+        below += tl.where(gather_float(starts, first + below + half) <= rho, half, 0)
+    value, slope = gather_pair(pieces, blocks * PIECES + below)
+    return value + (rho - gather_float(starts, first + below)) * slope, slope
+
+
+@triton.jit
+def no_sums(BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sums of rows in parts that no thread shares, so that a walk over the columns exchanges nothing: see row_sums."""
+    if PRODUCT == tl.float32:
+        return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 4), tl.float32)
+    return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), tl.float32)
+
+
+@triton.jit
+def row_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sums over the columns that a thread loads at once, 16 bytes."""
+    if PRODUCT == tl.float32:
+        return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 4, 4)), axis=2)
+    return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=2)
+
+
+@triton.jit
+def product_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The same for results of a product, of which a thread has two columns of every 8: [BLOCK_ROWS, 8]."""
+    return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=1)
 
 
 @triton.jit
@@ -177,7 +231,7 @@ def row_gradient(squares, dot_shift, dot_grad, grad_shift, shift_squares, SHIFTE
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
     """tanh to 2^-23 of 1, or, for steps of half-precision rows, to 2^-11 with two values an instruction."""
-    if FAST:
+    if FAST and not INTERPRETED:
         return tl.inline_asm_elementwise(
             "tanh.approx.f16x2 $0, $1;", "=r,r", [x.to(tl.float16)], dtype=tl.float16, is_pure=True, pack=2
         ).to(tl.float32)

@@ -17,8 +17,11 @@ from aniso_ext.ops.triton.common import (
     multiply_project,
     multiply_rebuild,
     multiply_rebuild_two,
+    no_sums,
+    product_sums,
     row_gradient,
     row_scales,
+    row_sums,
     sine_cosine,
     store_rows,
     tanh,
@@ -85,8 +88,8 @@ def decode_kernel(
     u_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
     step_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
     step_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         _, step = step_tile(moves, columns, a_v, WIDTH, BLOCK_COLUMNS, PRODUCT, FAST)
@@ -100,12 +103,14 @@ def decode_kernel(
             if not PROJECT:
                 v0 = u.to(PRODUCT)
             u_a, u_b = multiply_project(v0, project, columns, u_a, u_b, P, PADDED, PRODUCT, PRECISION)
-            squares += tl.sum(u * u, axis=1)
+            squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
-                dot_shift += tl.sum(u * tl.load(per_column + 2 * PADDED + columns)[None, :], axis=1)
+                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
     a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
     if ORTHONORMAL:
+        squares, dot_shift = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1)
         k_a = a.to(tl.float32) * factor[:, None]
         k_b = b.to(tl.float32) * factor[:, None]
         cross = k_a * (k_a + 2.0 * (u_a + step_a)) + k_b * (k_b + 2.0 * (u_b + step_b))
@@ -114,14 +119,18 @@ def decode_kernel(
             shift_a, shift_b = block_pair(per_block, 7, P)
             dot_shift += tl.sum(k_a * shift_a + k_b * shift_b, axis=1)
     else:
+        rebuilt_squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+        rebuilt_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             w = updated_tile(
                 state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH, P, BLOCK_COLUMNS, PRODUCT, PRECISION, FAST
             )
-            squares += tl.sum(w * w, axis=1)
+            rebuilt_squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
             if SHIFTED:
-                dot_shift += tl.sum(w * tl.load(per_column + 2 * PADDED + columns)[None, :], axis=1)
+                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                rebuilt_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+        squares, dot_shift = tl.sum(rebuilt_squares, axis=1), tl.sum(rebuilt_shift, axis=1)
     inverse, outer, _, _ = row_scales(squares, dot_shift, tl.load(scalars + 3), SHIFTED)
     row_factor = inverse * outer
     target = out + rows * WIDTH
@@ -162,10 +171,10 @@ def decode_backward_kernel(
     w_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
     h_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
     h_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_grad = tl.zeros((BLOCK_ROWS,), tl.float32)
-    grad_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -178,24 +187,26 @@ def decode_backward_kernel(
         t = tile.to(tl.float32)
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
-            grad_shift += tl.sum(t * shift, axis=1)
+            grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         if ORTHONORMAL:
             v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             u = v0.to(tl.float32) + step
             if not PROJECT:
                 v0 = u.to(PRODUCT)
             w_a, w_b = multiply_project(v0, project, columns, w_a, w_b, P, PADDED, PRODUCT, PRECISION)
-            squares += tl.sum(u * u, axis=1)
-            dot_grad += tl.sum(u * t, axis=1)
+            squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
-                dot_shift += tl.sum(u * shift, axis=1)
+                dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(
         state, deltas, a_theta, a_rho, BLOCKS, P
     )
     k_a = radius * cos - step_a
     k_b = radius * sin - step_b
     shift_a, shift_b = block_pair(per_block, 7, P)
+    grad_shift = tl.sum(grad_shift, axis=1)
     if ORTHONORMAL:
+        squares, dot_shift, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1), tl.sum(dot_grad, axis=1)
         w_a += step_a
         w_b += step_b
         squares += tl.sum(k_a * (k_a + 2.0 * w_a) + k_b * (k_b + 2.0 * w_b), axis=1)
@@ -206,16 +217,23 @@ def decode_backward_kernel(
         w_b += k_b
     else:
         a, b, factor = to_product(k_a, k_b, PRODUCT, PRECISION)
+        rebuilt_squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+        rebuilt_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+        rebuilt_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             w = updated_tile(
                 state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH, P, BLOCK_COLUMNS, PRODUCT, PRECISION, FAST
             )
-            squares += tl.sum(w * w, axis=1)
-            dot_grad += tl.sum(w * load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32), axis=1)
+            rebuilt_squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
+            t = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+            rebuilt_grad += product_sums(w * t, BLOCK_ROWS, BLOCK_COLUMNS)
             if SHIFTED:
-                dot_shift += tl.sum(w * tl.load(per_column + 2 * PADDED + columns)[None, :], axis=1)
+                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                rebuilt_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
             w_a, w_b = multiply_project(w.to(PRODUCT), project, columns, w_a, w_b, P, PADDED, PRODUCT, PRECISION)
+        squares, dot_shift = tl.sum(rebuilt_squares, axis=1), tl.sum(rebuilt_shift, axis=1)
+        dot_grad = tl.sum(rebuilt_grad, axis=1)
     alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)
     h_a = alpha[:, None] * h_a - beta[:, None] * w_a - gamma[:, None] * shift_a
     h_b = alpha[:, None] * h_b - beta[:, None] * w_b - gamma[:, None] * shift_b

@@ -17,14 +17,17 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    RADIUS_EPS,
     block_pair,
     load_rows,
     map_radius,
     multiply_project,
     multiply_rebuild,
     multiply_rebuild_two,
-    polar,
+    no_sums,
+    product_sums,
     row_scales,
+    row_sums,
     store_rows,
     to_product,
 )
@@ -55,9 +58,9 @@ def coordinates(
     if LEAK:
         leak_a = tl.zeros((BLOCK_ROWS, P), tl.float32) + leak_a
         leak_b = tl.zeros((BLOCK_ROWS, P), tl.float32) + leak_b
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_offset = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -68,11 +71,13 @@ def coordinates(
             )
         if SUMS:
             wide = tile.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            dot_offset += tl.sum(wide * tl.load(per_column + PADDED + columns)[None, :], axis=1)
+            squares += row_sums(wide * wide, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            offset = tl.load(per_column + PADDED + columns)[None, :]
+            dot_offset += row_sums(wide * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
-                dot_shift += tl.sum(wide * tl.load(per_column + 2 * PADDED + columns)[None, :], axis=1)
-    return a, b, leak_a, leak_b, squares, dot_offset, dot_shift
+                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    return a, b, leak_a, leak_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
 
 
 @triton.jit
@@ -82,10 +87,16 @@ def corrected(
     """c_t and c^ from p."""
     bias_a, bias_b = block_pair(per_block, 0, P)
     target_a, target_b = block_pair(per_block, 2, P)
-    centred_a, centred_b = a + bias_a, b + bias_b
-    rho, _, cos, sin = polar(centred_a + target_a, centred_b + target_b)
+    a += bias_a
+    b += bias_b
+    # T(rho) (cos, sin) = T(rho)/length (a, b), without directions, which would need registers of their own
+    turned_a, turned_b = a + target_a, b + target_b
+    squared = turned_a * turned_a + turned_b * turned_b
+    rho = tl.sqrt(squared + RADIUS_EPS)
     mapped, _ = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
-    return centred_a, centred_b, mapped * cos, mapped * sin
+    at_origin = squared == 0
+    ratio = mapped / tl.sqrt(tl.where(at_origin, 1.0, squared))
+    return a, b, tl.where(at_origin, mapped, turned_a * ratio), turned_b * ratio
 
 
 @triton.jit
@@ -95,18 +106,19 @@ def rebuilt_sums(
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """|w|^2 and w.g of rebuilt rows."""
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    dot_shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    dot_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         w = split_rows(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
             WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
-        squares += tl.sum(w * w, axis=1)
+        squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
         if SHIFTED:
-            dot_shift += tl.sum(w * tl.load(per_column + 2 * PADDED + columns)[None, :], axis=1)
-    return squares, dot_shift
+            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+            dot_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+    return tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1)
 
 
 @triton.jit

@@ -213,7 +213,7 @@ class Update(NamedTuple):
             "ORTHONORMAL": self.orthonormal,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
-            "FAST": dtype != torch.float32 and not INTERPRETED,
+            "FAST": dtype != torch.float32,
             **formats(dtype, self.tf32),
         }
 
