@@ -18,6 +18,7 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     block_pair,
+    load_ahead,
     load_rows,
     map_backward,
     map_radius,
@@ -126,13 +127,18 @@ def correct_backward_kernel(
     d_b -= scale * h_b + beta[:, None] * k_b
     product_a, product_b, factor = to_product(d_a, d_b, PRODUCT, PRECISION)
     target = grad_y + rows * WIDTH
+    first = tl.arange(0, BLOCK_COLUMNS)
+    tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
-        result = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32) * (scale * alpha)[:, None]
+        ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-        result += moved * factor[:, None]
-        result -= beta[:, None] * (scale * tile + tl.load(per_column + PADDED + columns)[None, :])
+        result = moved * factor[:, None] + grad_tile.to(tl.float32) * (scale * alpha)[:, None]
+        result -= beta[:, None] * (scale * tile.to(tl.float32) + tl.load(per_column + PADDED + columns)[None, :])
+        tile = ahead
+        grad_tile = grad_ahead
         if SHIFTED:
             result -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
         store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)

@@ -27,6 +27,16 @@ def load_rows(base, columns, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, P
 
 
 @triton.jit
+def load_ahead(base, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """The tile after that at ``start``; after the last one the first again, which nobody reads.
+
+    Loads that no product reads are not pipelined by the compiler: rebuilding walks ask for them one tile ahead.
+    """
+    following = tl.where(start + BLOCK_COLUMNS < WIDTH, start + BLOCK_COLUMNS, 0)
+    return load_rows(base, following + tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+
+
+@triton.jit
 def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     pointers = base[:, None] + columns[None, :]
     mask = inside[:, None]
@@ -146,7 +156,8 @@ def no_sums(BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.c
     """Sums of rows in parts that no thread shares, so that a walk over the columns exchanges nothing: see row_sums."""
     if PRODUCT == tl.float32:
         return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 4), tl.float32)
-    return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), tl.float32)
+    else:  # a second return of another type would be compiled as well
+        return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), tl.float32)
 
 
 @triton.jit
@@ -154,7 +165,8 @@ def row_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PROD
     """Sums over the columns that a thread loads at once, 16 bytes."""
     if PRODUCT == tl.float32:
         return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 4, 4)), axis=2)
-    return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=2)
+    else:
+        return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=2)
 
 
 @triton.jit
@@ -188,11 +200,14 @@ def to_product(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
         usual = (bits > 0x0C000000) & (bits < 0x73000000)
         factor = tl.where(usual, bits, 0x3F800000).to(tl.float32, bitcast=True)
         inverse = (1.0 / factor)[:, None]
-        return (a * inverse).to(PRODUCT), (b * inverse).to(PRODUCT), factor
-    ones = tl.full((a.shape[0],), 1.0, tl.float32)
+        a *= inverse
+        b *= inverse
+    else:
+        factor = tl.full((a.shape[0],), 1.0, tl.float32)
     if PRECISION == "tf32":
-        return round_tf32(a), round_tf32(b), ones
-    return a.to(PRODUCT), b.to(PRODUCT), ones
+        a = round_tf32(a)
+        b = round_tf32(b)
+    return a.to(PRODUCT), b.to(PRODUCT), factor
 
 
 @triton.jit

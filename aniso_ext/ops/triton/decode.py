@@ -13,6 +13,7 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     block_pair,
+    load_ahead,
     load_rows,
     multiply_project,
     multiply_rebuild,
@@ -49,23 +50,13 @@ def turned_blocks(
 
 
 @triton.jit
-def step_tile(
-    moves, columns, a_v, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, FAST: tl.constexpr
-):
-    """tanh(dv) and a_v tanh(dv) of a tile of columns."""
-    slope = tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
-    return slope, a_v * slope
-
-
-@triton.jit
 def updated_tile(
-    state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH: tl.constexpr, P: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    v0, move, columns, a_v, a, b, factor, rebuild, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w."""
-    _, step = step_tile(moves, columns, a_v, WIDTH, BLOCK_COLUMNS, PRODUCT, FAST)
-    u = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32) + step
-    return multiply_rebuild(a, b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None] + u
+    """A tile of w from tiles of v0 and dv."""
+    moved = multiply_rebuild(a, b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
+    return moved + (v0.to(tl.float32) + a_v * tanh(move, FAST))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -92,7 +83,7 @@ def decode_kernel(
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        _, step = step_tile(moves, columns, a_v, WIDTH, BLOCK_COLUMNS, PRODUCT, FAST)
+        step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
         if PROJECT:
             step_a, step_b = multiply_project(
                 step.to(PRODUCT), project, columns, step_a, step_b, P, PADDED, PRODUCT, PRECISION
@@ -123,9 +114,9 @@ def decode_kernel(
         rebuilt_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
-            w = updated_tile(
-                state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH, P, BLOCK_COLUMNS, PRODUCT, PRECISION, FAST
-            )
+            v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            move = load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            w = updated_tile(v0, move, columns, a_v, a, b, factor, rebuild, P, PRODUCT, PRECISION, FAST)
             rebuilt_squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
             if SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
@@ -134,11 +125,17 @@ def decode_kernel(
     inverse, outer, _, _ = row_scales(squares, dot_shift, tl.load(scalars + 3), SHIFTED)
     row_factor = inverse * outer
     target = out + rows * WIDTH
+    first = tl.arange(0, BLOCK_COLUMNS)
+    v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        e = row_factor[:, None] * updated_tile(
-            state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH, P, BLOCK_COLUMNS, PRODUCT, PRECISION, FAST
-        )
+        v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        w = updated_tile(v0, move, columns, a_v, a, b, factor, rebuild, P, PRODUCT, PRECISION, FAST)
+        v0 = v0_ahead
+        move = move_ahead
+        e = row_factor[:, None] * w
         if SHIFTED:
             e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
         store_rows(target, columns, inside, e, WIDTH, BLOCK_COLUMNS)
@@ -179,7 +176,7 @@ def decode_backward_kernel(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         h_a, h_b = multiply_project(tile, project, columns, h_a, h_b, P, PADDED, PRODUCT, PRECISION)
-        _, step = step_tile(moves, columns, a_v, WIDTH, BLOCK_COLUMNS, PRODUCT, FAST)
+        step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
         if PROJECT:
             step_a, step_b = multiply_project(
                 step.to(PRODUCT), project, columns, step_a, step_b, P, PADDED, PRODUCT, PRECISION
@@ -222,9 +219,9 @@ def decode_backward_kernel(
         rebuilt_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
-            w = updated_tile(
-                state_v, moves, columns, a_v, a, b, factor, rebuild, WIDTH, P, BLOCK_COLUMNS, PRODUCT, PRECISION, FAST
-            )
+            v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            move = load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            w = updated_tile(v0, move, columns, a_v, a, b, factor, rebuild, P, PRODUCT, PRECISION, FAST)
             rebuilt_squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
             t = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
             rebuilt_grad += product_sums(w * t, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -253,13 +250,22 @@ def decode_backward_kernel(
     k_a, k_b, k_factor = to_product(k_a, k_b, PRODUCT, PRECISION)
     h_a, h_b, h_factor = to_product(h_a, h_b, PRODUCT, PRECISION)
     k_factor *= beta
+    first = tl.arange(0, BLOCK_COLUMNS)
+    v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    t = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
+        v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        t_ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         # 1 - tanh^2 doubles the error of a fast tanh, which bfloat16 alone would not show
-        slope, step = step_tile(moves, columns, a_v, WIDTH, BLOCK_COLUMNS, PRODUCT, FAST and PRODUCT == tl.bfloat16)
-        u = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32) + step
-        t = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
-        result = alpha[:, None] * t - beta[:, None] * u
+        slope = tanh(move, FAST and PRODUCT == tl.bfloat16)
+        u = v0.to(tl.float32) + a_v * slope
+        result = alpha[:, None] * t.to(tl.float32) - beta[:, None] * u
+        v0 = v0_ahead
+        move = move_ahead
+        t = t_ahead
         if SHIFTED:
             result -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
         if PROJECT:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     block_pair,
+    load_ahead,
     load_rows,
     map_radius,
     multiply_project,
@@ -56,11 +57,13 @@ def encode_kernel(
     c_a, c_b, c_factor = to_product(a, b, PRODUCT, PRECISION)
     if LEAK:
         leak_a, leak_b, leak_factor = to_product(leak_a, leak_b, PRODUCT, PRECISION)
+    tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+        ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         along = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
-        v = (tile - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
+        v = (tile.to(tl.float32) - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
+        tile = ahead
         v += tl.load(per_column + PADDED + columns)[None, :]
         if LEAK:
             v -= multiply_rebuild(leak_a, leak_b, rebuild, columns, P, PRODUCT, PRECISION) * leak_factor[:, None]
@@ -118,11 +121,13 @@ def encode_backward_kernel(
     if LEAK:
         leak_a, leak_b, leak_factor = to_product(-leak_a, -leak_b, PRODUCT, PRECISION)
     target = grad_y + rows * WIDTH
+    tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+        ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
-        result += tile * tl.load(per_column + columns)[None, :]
+        result += tile.to(tl.float32) * tl.load(per_column + columns)[None, :]
+        tile = ahead
         if LEAK:
             leak = multiply_rebuild(leak_a, leak_b, leak_rebuild, columns, P, PRODUCT, PRECISION)
             result += leak * leak_factor[:, None]

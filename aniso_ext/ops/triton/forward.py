@@ -19,6 +19,7 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     RADIUS_EPS,
     block_pair,
+    load_ahead,
     load_rows,
     map_radius,
     multiply_project,
@@ -202,6 +203,7 @@ def correct_kernel(
     else:
         row_factor = inverse * outer
         target = out + rows * WIDTH
+        tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             if SPLIT:
@@ -210,9 +212,10 @@ def correct_kernel(
                     WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
                 )  # fmt: skip
             else:
-                tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+                ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
                 moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-                e = moved * (factor * row_factor)[:, None] + tile * (scale * row_factor)[:, None]
+                e = moved * (factor * row_factor)[:, None] + tile.to(tl.float32) * (scale * row_factor)[:, None]
+                tile = ahead
                 e += tl.load(per_column + PADDED + columns)[None, :] * row_factor[:, None]
             if SHIFTED:
                 e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
