@@ -64,6 +64,13 @@ def walk_pairs(
         odd = tl.load(pointers + P * PADDED).to(PRODUCT)
         b = tl.dot(tile, odd, b, input_precision=PRECISION)
         h_b = tl.dot(grad, odd, h_b, input_precision=PRECISION)
+        if PRODUCT == tl.float16:  # the rounding errors of the basis
+            even = tl.load(pointers + 2 * P * PADDED)
+            a = tl.dot(tile, even, a, input_precision=PRECISION)
+            h_a = tl.dot(grad, even, h_a, input_precision=PRECISION)
+            odd = tl.load(pointers + 3 * P * PADDED)
+            b = tl.dot(tile, odd, b, input_precision=PRECISION)
+            h_b = tl.dot(grad, odd, h_b, input_precision=PRECISION)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
         offset = tl.load(per_column + PADDED + columns)[None, :]
         squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)

@@ -49,11 +49,17 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
 def multiply_project(
     tile, weights, columns, a, b, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """a += tile Qa, b += tile Qb for one tile of columns; weights are [2P, PADDED], K-major as TF32 products need."""
+    """a += tile Qa, b += tile Qb for one tile of columns; weights are [2P, PADDED], K-major as TF32 products need.
+
+    For float16 they are [4P, PADDED], the rounding errors of the basis after the basis.
+    """
     blocks = tl.arange(0, P)
     pointers = weights + columns[:, None] + blocks[None, :] * PADDED
     a = tl.dot(tile, tl.load(pointers).to(PRODUCT), a, input_precision=PRECISION)
     b = tl.dot(tile, tl.load(pointers + P * PADDED).to(PRODUCT), b, input_precision=PRECISION)
+    if PRODUCT == tl.float16:
+        a = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), a, input_precision=PRECISION)
+        b = tl.dot(tile, tl.load(pointers + 3 * P * PADDED), b, input_precision=PRECISION)
     return a, b
 
 

@@ -25,16 +25,19 @@ class Configuration(NamedTuple):
 
 _override: list[Configuration] = []
 
-# Pairs of sums [rows, P] that a program of each kernel keeps while it walks over the columns.
-ACCUMULATORS = {
-    "correct": 1,
-    "correct_sums": 1,
-    "encode": 1,
-    "decode": 2,
-    "correct_backward": 2,
-    "encode_backward": 2,
-    "decode_backward": 3,
+# By the padded number of blocks of a rank: block rows, block columns, warps, stages. As many rows as the sums leave
+# registers for, since the basis is streamed from the cache once or twice for each block of rows.
+_HALF = {
+    "correct": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "correct_sums": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "encode": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "decode": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "correct_backward": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "split_backward": {64: (64, 32, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "encode_backward": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "decode_backward": {64: (64, 32, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
 }
+OPERATIONS = tuple(_HALF)
 
 
 @contextmanager
@@ -53,19 +56,10 @@ def configuration(operation: str, dtype: torch.dtype, width: int, rank: int) -> 
         return _override[-1]
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
-    blocks, pairs = padded_blocks(rank // 2), ACCUMULATORS[operation]
-    # a basis tile is streamed from the cache for each block of rows: as many rows as the sums leave registers for,
-    # 64 of 8 x 32 threads' 255
-    rows = 128
-    while rows > 16 and rows * 2 * blocks * pairs > (64 if rows > 64 else 96) * 256:
-        rows //= 2
-    warps = 8 if rows * blocks >= 64 * 32 else 4
-    columns = 64 if blocks <= 64 else 32
+    rows, columns, warps, stages = _HALF[operation][max(padded_blocks(rank // 2), 64)]
     if dtype == torch.float32:
-        columns //= 2
-    if blocks >= 512:
-        columns = 16
-    return Configuration(rows, columns, warps, 3 if blocks <= 128 else 2)
+        columns = max(columns // 2, 16)
+    return Configuration(rows, columns, warps, stages)
 
 
 def smaller(choice: Configuration) -> Iterator[Configuration]:

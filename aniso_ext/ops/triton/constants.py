@@ -4,9 +4,12 @@ Block k of the basis is columns 2k and 2k + 1. They are kept apart, all even col
 two coordinates of a block are the same element of two accumulators and no value changes its thread. Blocks are padded
 to a power of two and columns to a multiple of PADDING with zeros: a padded block has radius 0 and coefficient 0.
 
-The basis is rounded to the storage format of the rows (float32: to TF32 where that is allowed, since tensor cores
-would truncate it). What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is computed from the
-rounded basis: it describes the rows that are really built.
+The basis is rounded to the format that is multiplied: the storage format of the rows, float32 for rows of less than
+LEAST_WIDTH columns, whose few roundings do not average out; float32 itself is rounded to TF32 where that is allowed,
+since tensor cores would truncate it. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is
+computed from the rounded basis: it describes the rows that are really built. float16 rows are projected with the
+rounding errors of the basis as well, in a product of their own: their contract leaves no room for coordinates that are
+off by more than float32 makes them, and near the origin a phase enlarges that.
 
 Radius maps come in two forms, see :class:`Lookup`.
 """
@@ -23,6 +26,7 @@ from aniso_ext.ops.operands import BUCKETS, fold, radius_segments
 
 PADDING = 128
 CELLS = 2048
+LEAST_WIDTH = 64
 LEAST_BLOCKS = 16  # a side of the smallest matrix that tensor cores multiply
 LARGEST_RANK = 1024
 PRECISIONS = ("ieee", "tf32")
@@ -63,9 +67,9 @@ class Constants:
     """Arrays of a frame for rows of one dtype; P is M padded, W is D padded.
 
     ============= ============================ =====================================================================
-    project       [2P, W]                      rows: even columns of Q, then odd ones
+    project       [2P, W], float16 [4P, W]     rows: even columns of Q, then odd ones; then their rounding errors
     rebuild       [W, 2P]                      the same, transposed
-    leak_project  [2P, W] or [0]               ((I - QQ^T) D_V Q)^T, projected diagonal complements only
+    leak_project  like project, or [0]         ((I - QQ^T) D_V Q)^T, projected diagonal complements only
     leak_rebuild  [W, 2P] or [0]               the same, transposed
     per_block     [BLOCK_CONSTANTS, P] float32 bias, target, bucket scale, Q^T o, Q^T g, bias of the leak
     per_column    [3, W] float32               scale, offset, shift
@@ -193,26 +197,35 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     exact = frame.to(device=device, dtype=torch.float64)
     operands = fold(exact, torch.float64, torch.float64, device)
     blocks, width = padded_blocks(frame.blocks), -(-frame.width // PADDING) * PADDING
+    product = torch.float32 if frame.width < LEAST_WIDTH else dtype
     tf32 = dtype == torch.float32 and precision == "tf32"
-    rounding = rounding_of(dtype, precision)
+    rounding = rounding_of(product, precision)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
-        return round_to_tf32(value.float()) if tf32 else value.to(dtype)
+        return round_to_tf32(value.float()) if tf32 else value.to(product)
 
-    basis = rounded(operands.basis)
-    project, rebuild = _both_ways(basis, blocks, width)
-    leak_project = leak_rebuild = basis.new_empty(0)
-    used = basis.double()
+    def prepared(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """To project with, to rebuild with, and in float64 what both multiply with."""
+        main = rounded(value)
+        project, rebuild = _both_ways(main, blocks, width)
+        projected = main.double()
+        if product == torch.float16:
+            rest = rounded(value - projected)
+            project = torch.cat((project, _both_ways(rest, blocks, width)[0]))
+            projected = projected + rest.double()
+        return project, rebuild, projected, main.double()
+
+    project, rebuild, projecting, used = prepared(operands.basis)
+    leak_project = leak_rebuild = project.new_empty(0)
     leak_bias = used.new_zeros(frame.rank)
     if frame.complement == "diagonal_projected":
-        leak = rounded(operands.input_weight[frame.rank :].T)
-        leak_project, leak_rebuild = _both_ways(leak, blocks, width)
-        leak_bias = -exact.source_mean @ leak.double()
+        leak_project, leak_rebuild, leak, _ = prepared(operands.input_weight[frame.rank :].T)
+        leak_bias = -exact.source_mean @ leak
 
     offset = operands.offset
     shift = torch.zeros_like(offset) if operands.shift is None else operands.shift
     pairs = {
-        BIAS: -exact.source_mean @ used,
+        BIAS: -exact.source_mean @ projecting,
         TARGET: operands.target_coordinates,
         OFFSET: offset @ used,
         SHIFT: shift @ used,

@@ -196,7 +196,9 @@ def correct_kernel(
             tl.store(sums + columns, tl.sum(tile * weight[:, None], axis=0))
         tl.store(sums + PADDED + blocks, tl.sum(k_a * weight[:, None], axis=0))
         tl.store(sums + PADDED + P + blocks, tl.sum(k_b * weight[:, None], axis=0))
-        tl.store(sums + PADDED + 2 * P + blocks, tl.zeros((P,), tl.float32) + tl.sum(weight, axis=0))
+        # summed as P equal columns: Triton 3.6 cannot compile the sum of a vector for tensor memory (sm_100)
+        weights = tl.zeros((BLOCK_ROWS, P), tl.float32) + weight[:, None]
+        tl.store(sums + PADDED + 2 * P + blocks, tl.sum(weights, axis=0))
         if SPLIT:
             tl.store(sums + PADDED + 3 * P + blocks, tl.sum(c_a * weight[:, None], axis=0))
             tl.store(sums + PADDED + 4 * P + blocks, tl.sum(c_b * weight[:, None], axis=0))

@@ -114,7 +114,7 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             forward.correct_kernel, "correct", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
-            **folded.meta(), **formats(y.dtype, folded.tf32),
+            **folded.meta(), **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -136,7 +136,7 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
-            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(), **formats(y.dtype, folded.tf32),
+            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(), **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
         sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
@@ -158,7 +158,7 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=width, BLOCKS=blocks, **folded.meta(), **formats(y.dtype, folded.tf32),
+            WIDTH=width, BLOCKS=blocks, **folded.meta(), **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -170,7 +170,7 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
         _launch(
             encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True), **formats(y.dtype, folded.tf32),
+            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True), **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -181,9 +181,9 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
         _launch(
-            kernel, "correct_backward", y, len(y), folded.rank,
+            kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True), **formats(y.dtype, folded.tf32),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True), **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -205,7 +205,7 @@ class Update(NamedTuple):
     a_v: float
     project_step: bool
 
-    def meta(self, dtype: torch.dtype) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:
         return {
             "PADDED": self.per_column.shape[1],
             "P": self.per_block.shape[1],
@@ -213,8 +213,8 @@ class Update(NamedTuple):
             "ORTHONORMAL": self.orthonormal,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
-            "FAST": dtype != torch.float32,
-            **formats(dtype, self.tf32),
+            "FAST": self.project.dtype != torch.float32,
+            **formats(self.project.dtype, self.tf32),
         }
 
 
@@ -226,7 +226,7 @@ def decode_rows(state: torch.Tensor, deltas: torch.Tensor, *constants: Any) -> t
         _launch(
             decode.decode_kernel, "decode", state, len(state), update.rank,
             states, moves, out, *update[:5], len(state), states.stride(0), moves.stride(0), *update[9:12],
-            WIDTH=width, **update.meta(state.dtype),
+            WIDTH=width, **update.meta(),
         )  # fmt: skip
     return out
 
@@ -242,6 +242,6 @@ def decode_backward(
             decode.decode_backward_kernel, "decode_backward", state, len(state), update.rank,
             grads, states, moves, grad_state, grad_deltas, *update[:5], len(state),
             grads.stride(0), states.stride(0), moves.stride(0), *update[9:12],
-            WIDTH=state.shape[1] - update.rank // 2 * 3, **update.meta(state.dtype),
+            WIDTH=state.shape[1] - update.rank // 2 * 3, **update.meta(),
         )  # fmt: skip
     return grad_state, grad_deltas
