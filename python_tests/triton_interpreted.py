@@ -112,8 +112,8 @@ def test_layouts_give_the_same_rows(layout):
         plain = tuple(x.detach().clone().contiguous().requires_grad_() for x in changed)
         ours, theirs = (function(*x, frame, backend="triton") for x in (changed, plain))
         assert torch.equal(ours, theirs)
-        for a, b in zip(*(torch.autograd.grad(z.sin().sum(), x) for z, x in ((ours, changed), (theirs, plain)))):
-            assert torch.equal(a, b)
+        grads = (torch.autograd.grad(z.sin().sum(), x) for z, x in ((ours, changed), (theirs, plain)))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_expanded_rows_and_gradients():
@@ -172,7 +172,7 @@ def test_float64_and_large_ranks_are_refused_with_the_way_out():
     case = BRANCHES[0]
     with pytest.raises(InputError, match="backend 'triton' has no float64 kernels: use backend='reference'"):
         ops.correct(rows_of(case, 2), frame_of(case), backend="triton")
-    assert "1024 at most, got rank 1026" in (backend.supports(torch.float32, 1026) or "")
+    assert "1024 of a row at most, got rank 1026" in (backend.supports(torch.float32, 1026) or "")
 
 
 def test_operators_pass_opcheck_and_trace_without_breaks():
@@ -184,7 +184,8 @@ def test_operators_pass_opcheck_and_trace_without_breaks():
     torch.library.opcheck(torch.ops.aniso_ext.triton_correct_sums.default, (y, *arguments))
     c = backend.constants(frame, y)
     state, deltas = ops.encode(y, frame, backend="triton"), deltas_of(case, 5, torch.float32)
-    update = (c.project, c.rebuild, c.per_block, c.per_column, c.scalars, c.rank, True, True, False, 0.1, 0.1, 0.01, True)
+    arrays = (c.project, c.rebuild, c.per_block, c.per_column, c.scalars)
+    update = (*arrays, c.rank, True, True, False, 0.1, 0.1, 0.01, True)
     inputs = (state.detach().requires_grad_(), deltas.requires_grad_())
     torch.library.opcheck(torch.ops.aniso_ext.triton_decode.default, (*inputs, *update))
     compiled = torch.compile(lambda y: ops.correct(y, frame, backend="triton"), fullgraph=True, backend="aot_eager")

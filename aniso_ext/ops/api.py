@@ -54,7 +54,8 @@ def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> tor
         backend: as for :func:`correct`.
 
     Returns:
-        float64 [D] on the device of ``y``; zeros for N = 0. A non-finite row makes the sums non-finite. Not differentiable.
+        float64 [D] on the device of ``y``; zeros for N = 0. A non-finite row makes the sums non-finite.
+        Not differentiable.
 
     Raises:
         InputError, BackendUnavailableError: as for :func:`correct`.

@@ -154,9 +154,7 @@ def resolve(name: str, rows: torch.Tensor, frame: Frame, operation: str = "corre
 
 
 @constant_while_tracing  # torch.compile cannot trace the probe, and must not repeat it
-def _choose(
-    name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
-) -> str:
+def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
     if name == "auto":
         name = os.environ.get("ANISO_BACKEND", "auto")
     if name == "auto":
@@ -176,9 +174,7 @@ def _choose(
     return name
 
 
-def _automatic(
-    device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
-) -> str:
+def _automatic(device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
     for name in ranking(device.type, operation, dtype, width, rank, complement):
         works = _IMPLEMENTED[name].accepts(device) and available()[name] is None
         if works and _unsupported(name, dtype, rank) is None:

@@ -1,1 +1,1 @@
-"""The Triton kernels; nothing here is imported before a GPU asks for it, so that importing the package loads no Triton."""
+"""The Triton kernels. Nothing here is imported before rows on a GPU need it: importing the package loads no Triton."""

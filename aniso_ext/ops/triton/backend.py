@@ -6,6 +6,7 @@ differentiable in their rows alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,7 @@ _UPDATE = (
     "Tensor state, Tensor deltas, Tensor project, Tensor rebuild, Tensor per_block, Tensor per_column, Tensor scalars, "
     "int rank, bool orthonormal, bool shifted, bool tf32, float a_theta, float a_rho, float a_v, bool project_step"
 )
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "triton_correct": (f"(Tensor y, {_FOLDED}) -> Tensor", launch.correct),
     "triton_correct_backward": (f"(Tensor grad, Tensor y, {_FOLDED}) -> Tensor", launch.correct_backward),
     "triton_correct_sums": (f"(Tensor y, {_FOLDED}) -> Tensor", launch.correct_sums),
@@ -66,7 +67,7 @@ def _like_both(
     return state.new_empty(state.shape), deltas.new_empty(deltas.shape)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "triton_correct": _like_rows,
     "triton_correct_backward": _like_second,
     "triton_correct_sums": _like_sums,
@@ -101,7 +102,7 @@ def _register_gradient(name: str, rows: int) -> None:
 
 def _register() -> None:
     # the interpreter runs on the CPU and is as good there as on a GPU
-    keys = ("CUDA", "CPU") if launch.INTERPRETED else ("CUDA",)
+    keys = ("cuda", "cpu") if launch.INTERPRETED else ("cuda",)
     for name, (schema, function) in _OPERATORS.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
         for key in keys:
@@ -120,7 +121,9 @@ def supports(dtype: torch.dtype, rank: int) -> str | None:
     if dtype == torch.float64:
         return "has no float64 kernels: use backend='reference', or float32 rows"
     if rank > LARGEST_RANK:
-        return f"keeps a row's coefficients on the chip, {LARGEST_RANK} at most, got rank {rank}: use backend='reference'"
+        return (
+            f"keeps coefficients on the chip, {LARGEST_RANK} of a row at most, got rank {rank}: use backend='reference'"
+        )
     return None
 
 
@@ -137,7 +140,8 @@ def constants(frame: Frame, rows: torch.Tensor) -> Constants:
     precision = _precision() if rows.dtype == torch.float32 else "ieee"
     key = ("triton", rows.dtype, precision, str(rows.device))
     frame._prepare_triton(*key[1:])
-    return frame._operands[key]  # type: ignore[return-value]
+    folded: Constants = frame._operands[key]
+    return folded
 
 
 def _initialisation(frame: Frame, rows: torch.Tensor, *, norms: bool) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Gradients of ``correct``, with t the gradient at a row e and grad_w = alpha t - beta w - gamma g (common.row_gradient).
+"""Gradients of ``correct``: t is the gradient at a row e, grad_w = alpha t - beta w - gamma g (common.row_gradient).
 
 SPLIT false (forward.py): with h = Q^T t, w.t = k.h + s y.t + o.t, so that everything happens in the coordinates of Q,
 
@@ -89,8 +89,8 @@ def walk_pairs(
 
 @triton.jit(do_not_specialize=["count"])
 def correct_backward_kernel(
-    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts, pieces,
-    count, grad_stride, row_stride,
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
+    pieces, count, grad_stride, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
     SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,8 +153,8 @@ def correct_backward_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def split_backward_kernel(
-    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts, pieces,
-    count, grad_stride, row_stride,
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
+    pieces, count, grad_stride, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
     SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,

@@ -1,7 +1,7 @@
 """Pieces that the kernels share: tiles of rows, projection, the radius map, elementary functions, norms.
 
-Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. Blocks are P
-wide, M padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
+Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. P is M
+padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
 Everything is widened right after it is loaded when PRODUCT is float32: Triton's interpreter computes wrongly with
 bfloat16.
 """

@@ -238,8 +238,8 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     per_block[CELL_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
     per_column = used.new_zeros(3, width)
     per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
-    # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. A rounded orthonormal basis
-    # has |E| of about one rounding, and k.E k is smaller by the root of R; one orthonormal to a coarser format has more.
+    # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. For a rounded orthonormal
+    # basis |E| is about one rounding, and k.E k smaller by the root of R; of one to a coarser format |E| is larger.
     gram = used.T @ used - torch.eye(frame.rank, dtype=used.dtype, device=device)
     suffices = _table_suffices(segments, rounding)
     table = _table(segments, blocks) if suffices else None

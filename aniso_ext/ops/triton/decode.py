@@ -31,9 +31,7 @@ from aniso_ext.ops.triton.common import (
 
 
 @triton.jit
-def turned_blocks(
-    state, deltas, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.constexpr
-):
+def turned_blocks(state, deltas, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.constexpr):
     """What moves the blocks of a row: rho^, cos and sin of theta^ and of the increment, both tanh."""
     blocks = tl.arange(0, P)
     sin0 = load_rows(state, blocks, BLOCKS, P, tl.float32)
@@ -195,9 +193,7 @@ def decode_backward_kernel(
             dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-    radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(
-        state, deltas, a_theta, a_rho, BLOCKS, P
-    )
+    radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
     k_a = radius * cos - step_a
     k_b = radius * sin - step_b
     shift_a, shift_b = block_pair(per_block, 7, P)
@@ -276,6 +272,4 @@ def decode_backward_kernel(
             result -= multiply_rebuild(k_a, k_b, rebuild, columns, P, PRODUCT, PRECISION) * k_factor[:, None]
             kept = result
         store_rows(state_out + 3 * BLOCKS, columns, inside, result, WIDTH, BLOCK_COLUMNS)
-        store_rows(
-            deltas_out + 2 * BLOCKS, columns, inside, a_v * (1.0 - slope * slope) * kept, WIDTH, BLOCK_COLUMNS
-        )
+        store_rows(deltas_out + 2 * BLOCKS, columns, inside, a_v * (1.0 - slope * slope) * kept, WIDTH, BLOCK_COLUMNS)

@@ -72,8 +72,8 @@ def encode_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def encode_backward_kernel(
-    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts, pieces,
-    count, grad_stride, row_stride,
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
+    pieces, count, grad_stride, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
     PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,

@@ -6,8 +6,8 @@ SPLIT false, a scalar complement s:   w = Q k + s y + o,  k = c^ - s c_t, and wi
 
     |w|^2 = k.k + 2 k.(s p + Q^T o) + s^2 y.y + 2 s y.o + o.o        w.g = k.Q^T g + s y.g + o.g
 
-so that both norms are known before the row is rebuilt: D R multiplications twice, the row read once from memory and once
-more from the cache, one write. SPLIT true:   w = Q k + D_V (y - Q c_t) + o,  k = c^ minus the leak p' of
+so that both norms are known before the row is rebuilt: D R multiplications twice, the row read once from memory and
+once more from the cache, one write. SPLIT true:   w = Q k + D_V (y - Q c_t) + o,  k = c^ minus the leak p' of
 diagonal_projected; the row is rebuilt twice, once for its norms.
 """
 
@@ -82,9 +82,7 @@ def coordinates(
 
 
 @triton.jit
-def corrected(
-    a, b, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr
-):
+def corrected(a, b, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr):
     """c_t and c^ from p."""
     bias_a, bias_b = block_pair(per_block, 0, P)
     target_a, target_b = block_pair(per_block, 2, P)

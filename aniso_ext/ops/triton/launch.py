@@ -17,6 +17,7 @@ INTERPRETED = not isinstance(forward.correct_kernel, triton.JITFunction)
 SUMMED_AT_ONCE = 1 << 20  # rows of one launch of correct_sums, whose partial sums are kept
 _PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _fitting: dict[Any, Configuration] = {}
+_last: list[Configuration] = []
 
 
 class Folded(NamedTuple):
@@ -48,9 +49,7 @@ class Folded(NamedTuple):
         return (*self[:7], _pairs(cells), starts, _pairs(pieces))
 
     def meta(self, *, gradient: bool = False) -> dict[str, Any]:
-        starts, steps = (
-            (self.gradient_starts, self.gradient_steps) if gradient else (self.starts, self.steps)
-        )
+        starts, steps = (self.gradient_starts, self.gradient_steps) if gradient else (self.starts, self.steps)
         return {
             "PADDED": self.per_column.shape[1],
             "P": self.per_block.shape[1],
@@ -77,7 +76,14 @@ def formats(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {"PRODUCT": product, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def _launch(kernel: Any, operation: str, like: torch.Tensor, count: int, rank: int, *arguments: Any, **meta: Any) -> None:
+def last_configuration() -> Configuration | None:
+    """What the last launch used; None before one."""
+    return _last[0] if _last else None
+
+
+def _launch(
+    kernel: Any, operation: str, like: torch.Tensor, count: int, rank: int, *arguments: Any, **meta: Any
+) -> None:
     """Launch over blocks of rows, in the first configuration that the device has room for.
 
     An argument may be a function of the number of programs.
@@ -103,6 +109,7 @@ def _launch(kernel: Any, operation: str, like: torch.Tensor, count: int, rank: i
                     raise
             else:
                 _fitting[key] = candidate
+                _last[:] = [candidate]
                 return
 
 
@@ -114,7 +121,8 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             forward.correct_kernel, "correct", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
-            **folded.meta(), **formats(folded.project.dtype, folded.tf32),
+            **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -136,7 +144,8 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
-            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(), **formats(folded.project.dtype, folded.tf32),
+            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
         sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
@@ -158,7 +167,8 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=width, BLOCKS=blocks, **folded.meta(), **formats(folded.project.dtype, folded.tf32),
+            WIDTH=width, BLOCKS=blocks, **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -170,7 +180,8 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
         _launch(
             encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True), **formats(folded.project.dtype, folded.tf32),
+            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True),
+            **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -183,7 +194,8 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True), **formats(folded.project.dtype, folded.tf32),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
+            **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
 
