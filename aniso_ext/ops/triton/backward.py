@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    apart,
     block_pair,
     load_ahead,
     load_rows,
@@ -42,10 +43,8 @@ def walk_pairs(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q^T y, Q^T t and the six dot products of y, t, o and g."""
-    a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    h_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    h_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
+    pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    h_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -56,21 +55,14 @@ def walk_pairs(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        blocks = tl.arange(0, P)
-        pointers = project + columns[:, None] + blocks[None, :] * PADDED
-        even = tl.load(pointers).to(PRODUCT)
-        a = tl.dot(tile, even, a, input_precision=PRECISION)
-        h_a = tl.dot(grad, even, h_a, input_precision=PRECISION)
-        odd = tl.load(pointers + P * PADDED).to(PRODUCT)
-        b = tl.dot(tile, odd, b, input_precision=PRECISION)
-        h_b = tl.dot(grad, odd, h_b, input_precision=PRECISION)
+        pointers = project + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
+        weights = tl.load(pointers).to(PRODUCT)
+        pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
+        h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
         if PRODUCT == tl.float16:  # the rounding errors of the basis
-            even = tl.load(pointers + 2 * P * PADDED)
-            a = tl.dot(tile, even, a, input_precision=PRECISION)
-            h_a = tl.dot(grad, even, h_a, input_precision=PRECISION)
-            odd = tl.load(pointers + 3 * P * PADDED)
-            b = tl.dot(tile, odd, b, input_precision=PRECISION)
-            h_b = tl.dot(grad, odd, h_b, input_precision=PRECISION)
+            weights = tl.load(pointers + 2 * P * PADDED)
+            pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
+            h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
         offset = tl.load(per_column + PADDED + columns)[None, :]
         squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -81,6 +73,8 @@ def walk_pairs(
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    a, b = apart(pair, BLOCK_ROWS, P)
+    h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
     return (
         a, b, h_a, h_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1),
         tl.sum(dot_grad, axis=1), tl.sum(grad_offset, axis=1), tl.sum(grad_shift, axis=1),
@@ -142,7 +136,8 @@ def correct_backward_kernel(
         ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-        result = moved * factor[:, None] + grad_tile.to(tl.float32) * (scale * alpha)[:, None]
+        # factors of a row come last: what is exchanged between threads are then the tiles as they were loaded
+        result = moved * factor[:, None] + alpha[:, None] * (scale * grad_tile.to(tl.float32))
         result -= beta[:, None] * (scale * tile.to(tl.float32) + tl.load(per_column + PADDED + columns)[None, :])
         tile = ahead
         grad_tile = grad_ahead
@@ -203,10 +198,8 @@ def split_backward_kernel(
         tl.load(scalars + 3), SHIFTED,
     )  # fmt: skip
 
-    n_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    n_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    m_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    m_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
+    n_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    m_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
@@ -217,9 +210,11 @@ def split_backward_kernel(
         grad_w = alpha[:, None] * t - beta[:, None] * w
         if SHIFTED:
             grad_w -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
-        n_a, n_b = multiply_project(grad_w.to(PRODUCT), project, columns, n_a, n_b, P, PADDED, PRODUCT, PRECISION)
+        n_pair = multiply_project(grad_w.to(PRODUCT), project, columns, n_pair, P, PADDED, PRODUCT, PRECISION)
         scaled = (grad_w * tl.load(per_column + columns)[None, :]).to(PRODUCT)
-        m_a, m_b = multiply_project(scaled, project, columns, m_a, m_b, P, PADDED, PRODUCT, PRECISION)
+        m_pair = multiply_project(scaled, project, columns, m_pair, P, PADDED, PRODUCT, PRECISION)
+    n_a, n_b = apart(n_pair, BLOCK_ROWS, P)
+    m_a, m_b = apart(m_pair, BLOCK_ROWS, P)
     d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, n_a, n_b)
     d_a, d_b, d_factor = to_product(d_a - m_a, d_b - m_b, PRODUCT, PRECISION)
     if LEAK:

@@ -47,20 +47,24 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
 
 @triton.jit
 def multiply_project(
-    tile, weights, columns, a, b, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
+    tile, weights, columns, pair, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """a += tile Qa, b += tile Qb for one tile of columns; weights are [2P, PADDED], K-major as TF32 products need.
+    """pair += tile [Qa, Qb] for one tile of columns, [BLOCK_ROWS, 2P]; see :func:`apart`.
 
-    For float16 they are [4P, PADDED], the rounding errors of the basis after the basis.
+    Weights are [2P, PADDED], K-major as TF32 products need; for float16 [4P, PADDED], the rounding errors of the basis
+    after the basis.
     """
-    blocks = tl.arange(0, P)
-    pointers = weights + columns[:, None] + blocks[None, :] * PADDED
-    a = tl.dot(tile, tl.load(pointers).to(PRODUCT), a, input_precision=PRECISION)
-    b = tl.dot(tile, tl.load(pointers + P * PADDED).to(PRODUCT), b, input_precision=PRECISION)
+    pointers = weights + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
+    pair = tl.dot(tile, tl.load(pointers).to(PRODUCT), pair, input_precision=PRECISION)
     if PRODUCT == tl.float16:
-        a = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), a, input_precision=PRECISION)
-        b = tl.dot(tile, tl.load(pointers + 3 * P * PADDED), b, input_precision=PRECISION)
-    return a, b
+        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
+    return pair
+
+
+@triton.jit
+def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
+    """The two coordinates of the blocks from one product: halves that each thread already holds side by side."""
+    return tl.split(tl.permute(tl.reshape(pair, (BLOCK_ROWS, 2, P)), (0, 2, 1)))
 
 
 @triton.jit

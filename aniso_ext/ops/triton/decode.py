@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    apart,
     block_pair,
     load_ahead,
     load_rows,
@@ -73,29 +74,27 @@ def decode_kernel(
     state_v = state + 3 * BLOCKS
     moves = deltas + 2 * BLOCKS
     # without the projection of the step, one pair of sums has Q^T u
-    u_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    u_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    step_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    step_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
+    u_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    step_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
         if PROJECT:
-            step_a, step_b = multiply_project(
-                step.to(PRODUCT), project, columns, step_a, step_b, P, PADDED, PRODUCT, PRECISION
-            )
+            step_pair = multiply_project(step.to(PRODUCT), project, columns, step_pair, P, PADDED, PRODUCT, PRECISION)
         if ORTHONORMAL:
             v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             u = v0.to(tl.float32) + step
             if not PROJECT:
                 v0 = u.to(PRODUCT)
-            u_a, u_b = multiply_project(v0, project, columns, u_a, u_b, P, PADDED, PRODUCT, PRECISION)
+            u_pair = multiply_project(v0, project, columns, u_pair, P, PADDED, PRODUCT, PRECISION)
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    u_a, u_b = apart(u_pair, BLOCK_ROWS, P)
+    step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
     a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
     if ORTHONORMAL:
@@ -159,13 +158,10 @@ def decode_backward_kernel(
     deltas += read * deltas_stride
     state_v = state + 3 * BLOCKS
     moves = deltas + 2 * BLOCKS
-    step_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    step_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    # Q^T u, with `step` added where that has sums of its own; in the end Q^T w
-    w_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    w_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    h_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    h_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
+    step_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    # Q^T u, less the step that has sums of its own; in the end Q^T w
+    w_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    h_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -173,12 +169,10 @@ def decode_backward_kernel(
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        h_a, h_b = multiply_project(tile, project, columns, h_a, h_b, P, PADDED, PRODUCT, PRECISION)
+        h_pair = multiply_project(tile, project, columns, h_pair, P, PADDED, PRODUCT, PRECISION)
         step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
         if PROJECT:
-            step_a, step_b = multiply_project(
-                step.to(PRODUCT), project, columns, step_a, step_b, P, PADDED, PRODUCT, PRECISION
-            )
+            step_pair = multiply_project(step.to(PRODUCT), project, columns, step_pair, P, PADDED, PRODUCT, PRECISION)
         t = tile.to(tl.float32)
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
@@ -188,11 +182,13 @@ def decode_backward_kernel(
             u = v0.to(tl.float32) + step
             if not PROJECT:
                 v0 = u.to(PRODUCT)
-            w_a, w_b = multiply_project(v0, project, columns, w_a, w_b, P, PADDED, PRODUCT, PRECISION)
+            w_pair = multiply_project(v0, project, columns, w_pair, P, PADDED, PRODUCT, PRECISION)
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
+    h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
     radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
     k_a = radius * cos - step_a
     k_b = radius * sin - step_b
@@ -200,6 +196,7 @@ def decode_backward_kernel(
     grad_shift = tl.sum(grad_shift, axis=1)
     if ORTHONORMAL:
         squares, dot_shift, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1), tl.sum(dot_grad, axis=1)
+        w_a, w_b = apart(w_pair, BLOCK_ROWS, P)
         w_a += step_a
         w_b += step_b
         squares += tl.sum(k_a * (k_a + 2.0 * w_a) + k_b * (k_b + 2.0 * w_b), axis=1)
@@ -224,7 +221,8 @@ def decode_backward_kernel(
             if SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 rebuilt_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
-            w_a, w_b = multiply_project(w.to(PRODUCT), project, columns, w_a, w_b, P, PADDED, PRODUCT, PRECISION)
+            w_pair = multiply_project(w.to(PRODUCT), project, columns, w_pair, P, PADDED, PRODUCT, PRECISION)
+        w_a, w_b = apart(w_pair, BLOCK_ROWS, P)
         squares, dot_shift = tl.sum(rebuilt_squares, axis=1), tl.sum(rebuilt_shift, axis=1)
         dot_grad = tl.sum(rebuilt_grad, axis=1)
     alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    apart,
     block_pair,
     load_ahead,
     load_rows,
@@ -85,22 +86,21 @@ def encode_backward_kernel(
     grad_polar = grad + read * grad_stride
     grad_base = grad_polar + 3 * BLOCKS
     scale = tl.load(scalars)
-    a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    q_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    q_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    leak_a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    leak_b = tl.zeros((BLOCK_ROWS, P), tl.float32)
+    pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    q_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    leak_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        a, b = multiply_project(tile, project, columns, a, b, P, PADDED, PRODUCT, PRECISION)
+        pair = multiply_project(tile, project, columns, pair, P, PADDED, PRODUCT, PRECISION)
         tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         if LEAK:
-            leak_a, leak_b = multiply_project(tile, project, columns, leak_a, leak_b, P, PADDED, PRODUCT, PRECISION)
+            leak_pair = multiply_project(tile, project, columns, leak_pair, P, PADDED, PRODUCT, PRECISION)
         if SPLIT:
             tile = (tile.to(tl.float32) * tl.load(per_column + columns)[None, :]).to(PRODUCT)
-        q_a, q_b = multiply_project(tile, project, columns, q_a, q_b, P, PADDED, PRODUCT, PRECISION)
+        q_pair = multiply_project(tile, project, columns, q_pair, P, PADDED, PRODUCT, PRECISION)
+    a, b = apart(pair, BLOCK_ROWS, P)
+    q_a, q_b = apart(q_pair, BLOCK_ROWS, P)
     if not SPLIT:
         q_a *= scale
         q_b *= scale
@@ -119,6 +119,7 @@ def encode_backward_kernel(
         cos * stretch - sin * across - q_a, sin * stretch + cos * across - q_b, PRODUCT, PRECISION
     )
     if LEAK:
+        leak_a, leak_b = apart(leak_pair, BLOCK_ROWS, P)
         leak_a, leak_b, leak_factor = to_product(-leak_a, -leak_b, PRODUCT, PRECISION)
     target = grad_y + rows * WIDTH
     tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     RADIUS_EPS,
+    apart,
     block_pair,
     load_ahead,
     load_rows,
@@ -53,23 +54,17 @@ def coordinates(
     PRECISION: tl.constexpr,
 ):
     """p, the leak p', and y.y, y.o, y.g of a block of rows in one walk over them."""
-    a = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    b = tl.zeros((BLOCK_ROWS, P), tl.float32)
-    leak_a, leak_b = block_pair(per_block, 9, P)
-    if LEAK:
-        leak_a = tl.zeros((BLOCK_ROWS, P), tl.float32) + leak_a
-        leak_b = tl.zeros((BLOCK_ROWS, P), tl.float32) + leak_b
+    pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    leak_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        a, b = multiply_project(tile, project, columns, a, b, P, PADDED, PRODUCT, PRECISION)
+        pair = multiply_project(tile, project, columns, pair, P, PADDED, PRODUCT, PRECISION)
         if LEAK:
-            leak_a, leak_b = multiply_project(
-                tile, leak_project, columns, leak_a, leak_b, P, PADDED, PRODUCT, PRECISION
-            )
+            leak_pair = multiply_project(tile, leak_project, columns, leak_pair, P, PADDED, PRODUCT, PRECISION)
         if SUMS:
             wide = tile.to(tl.float32)
             squares += row_sums(wide * wide, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -78,6 +73,12 @@ def coordinates(
             if SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    a, b = apart(pair, BLOCK_ROWS, P)
+    leak_a, leak_b = block_pair(per_block, 9, P)
+    if LEAK:
+        more_a, more_b = apart(leak_pair, BLOCK_ROWS, P)
+        leak_a = more_a + leak_a
+        leak_b = more_b + leak_b
     return a, b, leak_a, leak_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
 
 
@@ -214,9 +215,10 @@ def correct_kernel(
             else:
                 ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
                 moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-                e = moved * (factor * row_factor)[:, None] + tile.to(tl.float32) * (scale * row_factor)[:, None]
+                # factors of a row come last: what is exchanged between threads is then the tile as it was loaded
+                w = moved * factor[:, None] + tile.to(tl.float32) * scale
+                e = row_factor[:, None] * (w + tl.load(per_column + PADDED + columns)[None, :])
                 tile = ahead
-                e += tl.load(per_column + PADDED + columns)[None, :] * row_factor[:, None]
             if SHIFTED:
                 e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
             store_rows(target, columns, inside, e, WIDTH, BLOCK_COLUMNS)
