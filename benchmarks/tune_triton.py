@@ -54,7 +54,7 @@ def prepare(
     y = rows_like(rows, case.width, dtype)
     direct = backend._initialisation(frame, y, norms=not operation.startswith("encode"))
     bounds = {"a_theta": A_THETA, "a_rho": A_RHO, "a_v": A_V}
-    forward = operation.removesuffix("_backward").replace("split", "correct")
+    forward = "correct" if operation in ("correct_leak", "split_backward") else operation.removesuffix("_backward")
     inputs: tuple[torch.Tensor, ...] = (y,)
     if forward == "decode":
         state = launch.encode_rows(y, *backend._initialisation(frame, y, norms=False))
@@ -118,8 +118,8 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 def tune(operation: str, arguments: argparse.Namespace) -> None:
     dtype = DTYPES[arguments.dtype]
     torch.set_float32_matmul_precision("high" if arguments.dtype == "tf32" else "highest")
-    split = operation == "split_backward" and arguments.complement == "scalar"
-    complement = "diagonal" if split else arguments.complement
+    needed = {"split_backward": "diagonal", "correct_leak": "diagonal_projected"}
+    complement = needed.get(operation, arguments.complement)
     case = Case(arguments.width, arguments.rank, knots=arguments.knots, complement=complement, calibrated=True)
     call, error = prepare(operation, case, dtype, arguments.rows)
     present = configuration(operation, dtype, case.width, case.rank)

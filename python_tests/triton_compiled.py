@@ -106,7 +106,7 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        table = {"correct_split": "correct", "correct_leak": "correct"}.get(operation, operation)
+        table = "correct" if operation == "correct_split" else operation
         choice = configuration(table, DTYPES[name], int(width), int(rank))
         if shape:
             choice = Configuration(*(int(value) for value in shape))

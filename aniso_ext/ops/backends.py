@@ -90,7 +90,7 @@ def _cuda_reason() -> str:
     except ImportError:
         built = False
     have = "the CUDA kernels of this version" if built else "no CUDA kernels were built, and those of this version"
-    return f"{have} cover only the forward of `correct`; the reference runs on that device"
+    return f"{have} cover only the forward of `correct`"
 
 
 def _triton_reason() -> str | None:

@@ -117,8 +117,9 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
     folded, rows = Folded(*constants), _rows(y)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
+        operation = "correct_leak" if folded.leak_project.numel() else "correct"
         _launch(
-            forward.correct_kernel, "correct", y, len(y), folded.rank,
+            forward.correct_kernel, operation, y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
             **folded.meta(),
