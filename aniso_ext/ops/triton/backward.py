@@ -136,13 +136,14 @@ def correct_backward_kernel(
         ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
         moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-        # factors of a row come last: what is exchanged between threads are then the tiles as they were loaded
-        result = moved * factor[:, None] + alpha[:, None] * (scale * grad_tile.to(tl.float32))
-        result -= beta[:, None] * (scale * tile.to(tl.float32) + tl.load(per_column + PADDED + columns)[None, :])
+        # one tile of float32 to exchange between threads, where y and t apart would be two
+        rest = (scale * alpha)[:, None] * grad_tile.to(tl.float32) - (scale * beta)[:, None] * tile.to(tl.float32)
+        rest -= beta[:, None] * tl.load(per_column + PADDED + columns)[None, :]
+        if SHIFTED:
+            rest -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
+        result = moved * factor[:, None] + rest
         tile = ahead
         grad_tile = grad_ahead
-        if SHIFTED:
-            result -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
         store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)
 
 

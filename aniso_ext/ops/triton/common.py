@@ -68,23 +68,25 @@ def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def together(a, b, P: tl.constexpr):
+    """The inverse of :func:`apart`: [BLOCK_ROWS, 2P]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * P))
+
+
+@triton.jit
 def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """a Qa^T + b Qb^T for one tile of columns; weights are [PADDED, 2P]."""
-    blocks = tl.arange(0, P)
-    pointers = weights + blocks[:, None] + columns[None, :] * (2 * P)
-    tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
-    return tl.dot(b, tl.load(pointers + P).to(PRODUCT), tile, input_precision=PRECISION)
+    pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+    return tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
 
 
 @triton.jit
 def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """a Qa^T + b Qb^T and c Qa^T + d Qb^T with one load of the weights."""
-    blocks = tl.arange(0, P)
-    pointers = weights + blocks[:, None] + columns[None, :] * (2 * P)
-    even = tl.load(pointers).to(PRODUCT)
-    first, second = tl.dot(a, even, input_precision=PRECISION), tl.dot(c, even, input_precision=PRECISION)
-    odd = tl.load(pointers + P).to(PRODUCT)
-    return tl.dot(b, odd, first, input_precision=PRECISION), tl.dot(d, odd, second, input_precision=PRECISION)
+    pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+    tile = tl.load(pointers).to(PRODUCT)
+    first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
+    return first, tl.dot(together(c, d, P), tile, input_precision=PRECISION)
 
 
 @triton.jit
