@@ -30,8 +30,14 @@ CASES = (
     replace(BRANCHES[1], center=True, sampled=True),
     Case(48, 48, knots=2, calibrated=True),
     Case(9, 2, complement="diagonal_projected", calibrated=True),
+    Case(140, 130, calibrated=True),  # products of half of the coordinates, as for every rank above 128
 )
-GRADIENT_CASES = (*BRANCHES[1::2], replace(BRANCHES[0], basis_dtype="bfloat16"), replace(BRANCHES[3], center=True))
+GRADIENT_CASES = (
+    *BRANCHES[1::2],
+    CASES[-1],
+    replace(BRANCHES[0], basis_dtype="bfloat16"),
+    replace(BRANCHES[3], center=True),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

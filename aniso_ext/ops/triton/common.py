@@ -75,18 +75,37 @@ def together(a, b, P: tl.constexpr):
 
 @triton.jit
 def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """a Qa^T + b Qb^T for one tile of columns; weights are [PADDED, 2P]."""
-    pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-    return tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+    """a Qa^T + b Qb^T for one tile of columns; weights are [PADDED, 2P].
+
+    One product where both coordinates of all blocks fit the registers as its operand, two otherwise.
+    """
+    if P < 128:
+        pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+    else:
+        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = tl.dot(b, tl.load(pointers + P).to(PRODUCT), tile, input_precision=PRECISION)
+    return tile
 
 
 @triton.jit
 def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """a Qa^T + b Qb^T and c Qa^T + d Qb^T with one load of the weights."""
-    pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-    tile = tl.load(pointers).to(PRODUCT)
-    first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
-    return first, tl.dot(together(c, d, P), tile, input_precision=PRECISION)
+    if P < 128:
+        pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.load(pointers).to(PRODUCT)
+        first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
+        second = tl.dot(together(c, d, P), tile, input_precision=PRECISION)
+    else:
+        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        even = tl.load(pointers).to(PRODUCT)
+        first = tl.dot(a, even, input_precision=PRECISION)
+        second = tl.dot(c, even, input_precision=PRECISION)
+        odd = tl.load(pointers + P).to(PRODUCT)
+        first = tl.dot(b, odd, first, input_precision=PRECISION)
+        second = tl.dot(d, odd, second, input_precision=PRECISION)
+    return first, second
 
 
 @triton.jit

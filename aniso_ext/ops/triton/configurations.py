@@ -32,7 +32,7 @@ _HALF = {
     "correct_sums": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_leak": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "encode": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
-    "decode": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "decode": {64: (128, 32, 8, 3), 128: (64, 32, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_backward": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "split_backward": {64: (32, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "encode_backward": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
@@ -57,9 +57,13 @@ def configuration(operation: str, dtype: torch.dtype, width: int, rank: int) -> 
         return _override[-1]
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
-    rows, columns, warps, stages = _HALF[operation][max(padded_blocks(rank // 2), 64)]
+    blocks = max(padded_blocks(rank // 2), 64)
+    rows, columns, warps, stages = _HALF[operation][blocks]
     if dtype == torch.float32:
+        # rows as long in bytes
         columns = max(columns // 2, 16)
+        if operation == "decode" and blocks == 64:
+            rows, columns = 64, 32
     return Configuration(rows, columns, warps, stages)
 
 
