@@ -39,7 +39,7 @@ def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Te
         tensor([[0.6000, 0.0000, 0.8000, 0.0000]])
     """
     _check("y", y, frame.width, "D")
-    return backends.resolve(backend, y, frame).correct(y, frame)
+    return backends.resolve(backend, y, frame, "correct").correct(y, frame)
 
 
 def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
@@ -54,7 +54,8 @@ def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> tor
         backend: as for :func:`correct`.
 
     Returns:
-        float64 [D] on the device of ``y``; zeros for N = 0. A non-finite row makes the sums non-finite. Not differentiable.
+        float64 [D] on the device of ``y``; zeros for N = 0. A non-finite row makes the sums non-finite.
+        Not differentiable.
 
     Raises:
         InputError, BackendUnavailableError: as for :func:`correct`.
@@ -67,7 +68,7 @@ def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> tor
         tensor([1., 1.], dtype=torch.float64)
     """
     _check("y", y, frame.width, "D")
-    return backends.resolve(backend, y, frame).correct_sums(y.detach(), frame)
+    return backends.resolve(backend, y, frame, "correct_sums").correct_sums(y.detach(), frame)
 
 
 def encode(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
@@ -92,7 +93,7 @@ def encode(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Ten
         tensor([[0.0000, 1.0000, 0.0000, 0.0000, 0.0000, 0.5000, 0.0000]])
     """
     _check("y", y, frame.width, "D")
-    return backends.resolve(backend, y, frame).encode(y, frame)
+    return backends.resolve(backend, y, frame, "encode").encode(y, frame)
 
 
 def decode(
@@ -150,7 +151,7 @@ def decode(
     for name, bound in (("a_theta", a_theta), ("a_rho", a_rho), ("a_v", a_v)):
         if not (math.isfinite(bound) and bound >= 0):
             raise InputError(f"{name} must be finite and not negative, got {bound}")
-    chosen = backends.resolve(backend, state, frame)
+    chosen = backends.resolve(backend, state, frame, "decode")
     return chosen.decode(state, deltas, frame, a_theta=a_theta, a_rho=a_rho, a_v=a_v, literal=literal)
 
 

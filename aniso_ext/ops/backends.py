@@ -50,9 +50,35 @@ REFERENCE = Backend(
     _on_device(reference.decode),
 )
 CPU = Backend("cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode)
-_IMPLEMENTED = {backend.name: backend for backend in (CPU, REFERENCE)}
 
-_NO_TRITON = "this version has no Triton kernels; the reference runs on that device"
+
+def _triton(name: str) -> Callable[..., torch.Tensor]:
+    """A function of the Triton backend, which is imported when it is first called."""
+
+    def run(*arguments: Any, **options: Any) -> torch.Tensor:
+        function: Callable[..., torch.Tensor] = getattr(_triton_backend(), name)
+        return function(*arguments, **options)
+
+    return run
+
+
+def _triton_backend() -> Any:
+    from aniso_ext.ops.triton import backend
+
+    return backend
+
+
+# Triton's interpreter runs the kernels on the CPU.
+_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = Backend(
+    "triton",
+    "cpu" if _INTERPRETER else "cuda",
+    _triton("correct"),
+    _triton("correct_sums"),
+    _triton("encode"),
+    _triton("decode"),
+)
+_IMPLEMENTED = {backend.name: backend for backend in (TRITON, CPU, REFERENCE)}
 
 
 def _cuda_reason() -> str:
@@ -64,7 +90,35 @@ def _cuda_reason() -> str:
     except ImportError:
         built = False
     have = "the CUDA kernels of this version" if built else "no CUDA kernels were built, and those of this version"
-    return f"{have} cover only the forward of `correct`; the reference runs on that device"
+    return f"{have} cover only the forward of `correct`"
+
+
+def _triton_reason() -> str | None:
+    """Why the Triton kernels cannot serve as a backend, or None after a first launch of one."""
+    if not _INTERPRETER and not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    try:
+        reason: str | None = _triton_backend().probe()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install the one that belongs to torch {torch.__version__}"
+    return reason
+
+
+def _unsupported(name: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None, or why a backend that works here cannot serve these rows."""
+    if name != "triton":
+        return None
+    reason: str | None = _triton_backend().supports(dtype, rank)
+    return reason
+
+
+def ranking(
+    device_type: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
+) -> tuple[str, ...]:
+    """Names of the backends that ``auto`` tries in turn for an operation on rows of a kind."""
+    if device_type == "cpu":
+        return ("cpu", "reference")
+    return ("triton", "reference")
 
 
 @cache
@@ -72,49 +126,57 @@ def available() -> dict[str, str | None]:
     """Every backend with None if it can run here, else the reason why not."""
     reasons: dict[str, str | None] = {}
     reasons["cuda"] = _cuda_reason()
-    reasons["triton"] = _NO_TRITON
+    reasons["triton"] = _triton_reason()
     reasons["cpu"] = native.probe()
     reasons["reference"] = None
     return reasons
 
 
 def explain(device: torch.device | str = "cpu") -> str:
-    """In one line, which backend ``auto`` takes for tensors on a device, and why not a faster one."""
+    """In one line, which backend ``auto`` takes for ``correct`` on a device, and why not another one."""
     device = torch.device(device)
-    chosen = _automatic(device)
+    chosen = _automatic(device, "correct", torch.float32, 1280, 128, "scalar")
     rejected = [f"{name}: {reason}" for name, reason in available().items() if reason is not None]
-    return f"auto on {device.type} takes {chosen.name}" + (f" ({'; '.join(rejected)})" if rejected else "")
+    return f"auto on {device.type} takes {chosen}" + (f" ({'; '.join(rejected)})" if rejected else "")
 
 
-def resolve(name: str, rows: torch.Tensor, frame: Frame) -> Backend:
+def resolve(name: str, rows: torch.Tensor, frame: Frame, operation: str = "correct") -> Backend:
     """The backend for these rows.
 
     ``auto`` can be overridden by the environment variable ``ANISO_BACKEND``.
 
     Raises:
-        InputError: the name is unknown, or the named backend does not run on the rows' device.
+        InputError: the name is unknown, or the named backend does not run on the rows' device or dtype.
         BackendUnavailableError: the named backend is not there; the message says why.
     """
-    return _IMPLEMENTED[_choose(name, str(rows.device))]
+    kind = (operation, rows.dtype, frame.width, frame.rank, frame.complement)
+    return _IMPLEMENTED[_choose(name, str(rows.device), *kind)]
 
 
 @constant_while_tracing  # torch.compile cannot trace the probe, and must not repeat it
-def _choose(name: str, device: str) -> str:
+def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
     if name == "auto":
         name = os.environ.get("ANISO_BACKEND", "auto")
     if name == "auto":
-        return _automatic(torch.device(device)).name
+        return _automatic(torch.device(device), operation, dtype, width, rank, complement)
     reasons = available()
     if name not in reasons:
         raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(reasons)}")
     if reasons[name] is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reasons[name]}")
-    if not _IMPLEMENTED[name].accepts(torch.device(device)):
-        raise InputError(f"backend {name!r} runs on cpu tensors, got {device}: move them, or use backend='auto'")
+    backend = _IMPLEMENTED[name]
+    if not backend.accepts(torch.device(device)):
+        raise InputError(
+            f"backend {name!r} runs on {backend.device_type} tensors, got {device}: move them, or use backend='auto'"
+        )
+    if (reason := _unsupported(name, dtype, rank)) is not None:
+        raise InputError(f"backend {name!r} {reason}")
     return name
 
 
-def _automatic(device: torch.device) -> Backend:
-    if CPU.accepts(device) and available()["cpu"] is None:
-        return CPU
-    return REFERENCE
+def _automatic(device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
+    for name in ranking(device.type, operation, dtype, width, rank, complement):
+        works = _IMPLEMENTED[name].accepts(device) and available()[name] is None
+        if works and _unsupported(name, dtype, rank) is None:
+            return name
+    return REFERENCE.name

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aniso_ext.errors import InputError
 from aniso_ext.ops.tracing import constant_while_tracing
-
-if TYPE_CHECKING:
-    from aniso_ext.ops.operands import Operands
 
 TENSOR_FIELDS = (
     "source_mean",
@@ -70,7 +67,7 @@ class Frame:
     output_mean: torch.Tensor | None = None
     complement: str = "scalar"
     center: bool = False
-    _operands: dict[Any, Operands] = field(default_factory=dict, init=False, repr=False)
+    _operands: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in TENSOR_FIELDS:
@@ -187,6 +184,16 @@ class Frame:
             # autograd refuses tensors made in inference mode, and the first use may be in it
             with torch.inference_mode(False):
                 self._operands[key] = fold(self, product, working, torch.device(device))
+
+    @constant_while_tracing
+    def _prepare_triton(self, storage: torch.dtype, precision: str, device: str) -> None:
+        """Keep the constants of the Triton kernels for rows of a dtype in ``_operands``."""
+        from aniso_ext.ops.triton.constants import fold_constants
+
+        key = ("triton", storage, precision, device)
+        if key not in self._operands:
+            with torch.inference_mode(False):
+                self._operands[key] = fold_constants(self, storage, precision, torch.device(device))
 
     def validate(self) -> Frame:
         """Check the values and return the frame.

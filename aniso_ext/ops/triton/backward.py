@@ -1,0 +1,240 @@
+"""Gradients of ``correct``: t is the gradient at a row e, grad_w = alpha t - beta w - gamma g (common.row_gradient).
+
+SPLIT false (forward.py): with h = Q^T t, w.t = k.h + s y.t + o.t, so that everything happens in the coordinates of Q,
+
+    grad_k = alpha h - beta (k + s p + Q^T o) - gamma Q^T g        d = map_backward(grad_k) - s grad_k
+    grad_y = Q (d - s beta k) + s alpha t - s^2 beta y - s (beta o + gamma g)
+
+two projections in one walk and one product to rebuild; y and t are read, grad_y is written. SPLIT true: rows are
+rebuilt for their norms, again for n = Q^T grad_w and m = Q^T D_V grad_w, and once more for
+
+    grad_y = Q (map_backward(n) - m) + D_V grad_w,   with Q' (-n) added for the leak's projection Q'
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aniso_ext.ops.triton.common import (
+    apart,
+    block_pair,
+    load_ahead,
+    load_rows,
+    map_backward,
+    map_radius,
+    multiply_project,
+    multiply_rebuild,
+    no_sums,
+    polar,
+    product_sums,
+    row_gradient,
+    row_sums,
+    store_rows,
+    to_product,
+)
+from aniso_ext.ops.triton.forward import coordinates, split_rows
+
+
+@triton.jit
+def walk_pairs(
+    base, grad_base, project, per_column, WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr,
+    SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q^T y, Q^T t and the six dot products of y, t, o and g."""
+    pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    h_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    grad_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        grad = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        pointers = project + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
+        weights = tl.load(pointers).to(PRODUCT)
+        pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
+        h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
+        if PRODUCT == tl.float16:  # the rounding errors of the basis
+            weights = tl.load(pointers + 2 * P * PADDED)
+            pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
+            h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
+        y, t = tile.to(tl.float32), grad.to(tl.float32)
+        offset = tl.load(per_column + PADDED + columns)[None, :]
+        squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        dot_grad += row_sums(y * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        grad_offset += row_sums(t * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        if SHIFTED:
+            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+            dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    a, b = apart(pair, BLOCK_ROWS, P)
+    h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
+    return (
+        a, b, h_a, h_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1),
+        tl.sum(dot_grad, axis=1), tl.sum(grad_offset, axis=1), tl.sum(grad_shift, axis=1),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def correct_backward_kernel(
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
+    pieces, count, grad_stride, row_stride,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
+    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < count
+    read = tl.minimum(rows, count - 1)
+    base = y + read * row_stride
+    grad_base = grad + read * grad_stride
+    a, b, h_a, h_b, squares, dot_offset, dot_shift, dot_grad, grad_offset, grad_shift = walk_pairs(
+        base, grad_base, project, per_column, WIDTH, PADDED, P, SHIFTED, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION
+    )
+    scale = tl.load(scalars)
+    bias_a, bias_b = block_pair(per_block, 0, P)
+    target_a, target_b = block_pair(per_block, 2, P)
+    offset_a, offset_b = block_pair(per_block, 5, P)
+    shift_a, shift_b = block_pair(per_block, 7, P)
+    rho, inverse, cos, sin = polar(a + bias_a + target_a, b + bias_b + target_b)
+    mapped, slope = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
+    k_a = mapped * cos - scale * (a + bias_a)
+    k_b = mapped * sin - scale * (b + bias_b)
+    # s p + Q^T o, and then Q^T w
+    a = scale * a + offset_a
+    b = scale * b + offset_b
+    squares = tl.sum(k_a * (k_a + 2.0 * a) + k_b * (k_b + 2.0 * b), axis=1) + scale * (
+        scale * squares + 2.0 * dot_offset
+    )
+    squares += tl.load(scalars + 1)
+    a += k_a
+    b += k_b
+    dot_grad = tl.sum(k_a * h_a + k_b * h_b, axis=1) + scale * dot_grad + grad_offset
+    if SHIFTED:
+        dot_shift = tl.sum(k_a * shift_a + k_b * shift_b, axis=1) + scale * dot_shift + tl.load(scalars + 2)
+    alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)
+    h_a = alpha[:, None] * h_a - beta[:, None] * a - gamma[:, None] * shift_a
+    h_b = alpha[:, None] * h_b - beta[:, None] * b - gamma[:, None] * shift_b
+    d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, h_a, h_b)
+    beta *= scale
+    gamma *= scale
+    d_a -= scale * h_a + beta[:, None] * k_a
+    d_b -= scale * h_b + beta[:, None] * k_b
+    product_a, product_b, factor = to_product(d_a, d_b, PRODUCT, PRECISION)
+    target = grad_y + rows * WIDTH
+    first = tl.arange(0, BLOCK_COLUMNS)
+    tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
+        # one tile of float32 to exchange between threads, where y and t apart would be two
+        rest = (scale * alpha)[:, None] * grad_tile.to(tl.float32) - (scale * beta)[:, None] * tile.to(tl.float32)
+        rest -= beta[:, None] * tl.load(per_column + PADDED + columns)[None, :]
+        if SHIFTED:
+            rest -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
+        result = moved * factor[:, None] + rest
+        tile = ahead
+        grad_tile = grad_ahead
+        store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)
+
+
+@triton.jit(do_not_specialize=["count"])
+def split_backward_kernel(
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
+    pieces, count, grad_stride, row_stride,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
+    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < count
+    read = tl.minimum(rows, count - 1)
+    base = y + read * row_stride
+    grad_base = grad + read * grad_stride
+    a, b, leak_a, leak_b, _, _, _ = coordinates(
+        base, project, leak_project, per_block, per_column, WIDTH, PADDED, P, False, LEAK, False,
+        BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION,
+    )  # fmt: skip
+    bias_a, bias_b = block_pair(per_block, 0, P)
+    target_a, target_b = block_pair(per_block, 2, P)
+    a += bias_a
+    b += bias_b
+    rho, inverse, cos, sin = polar(a + target_a, b + target_b)
+    mapped, slope = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
+    k_a, k_b = mapped * cos, mapped * sin
+    if LEAK:
+        k_a -= leak_a
+        k_b -= leak_b
+    k_a, k_b, k_factor = to_product(k_a, k_b, PRODUCT, PRECISION)
+    c_a, c_b, c_factor = to_product(a, b, PRODUCT, PRECISION)
+
+    squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    dot_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    dot_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    grad_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+        w = split_rows(
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
+            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+        )  # fmt: skip
+        squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
+        dot_grad += product_sums(w * t, BLOCK_ROWS, BLOCK_COLUMNS)
+        if SHIFTED:
+            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+            dot_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+            grad_shift += product_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS)
+    alpha, beta, gamma = row_gradient(
+        tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1), tl.sum(dot_grad, axis=1), tl.sum(grad_shift, axis=1),
+        tl.load(scalars + 3), SHIFTED,
+    )  # fmt: skip
+
+    n_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    m_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+        w = split_rows(
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
+            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+        )  # fmt: skip
+        grad_w = alpha[:, None] * t - beta[:, None] * w
+        if SHIFTED:
+            grad_w -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
+        n_pair = multiply_project(grad_w.to(PRODUCT), project, columns, n_pair, P, PADDED, PRODUCT, PRECISION)
+        scaled = (grad_w * tl.load(per_column + columns)[None, :]).to(PRODUCT)
+        m_pair = multiply_project(scaled, project, columns, m_pair, P, PADDED, PRODUCT, PRECISION)
+    n_a, n_b = apart(n_pair, BLOCK_ROWS, P)
+    m_a, m_b = apart(m_pair, BLOCK_ROWS, P)
+    d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, n_a, n_b)
+    d_a, d_b, d_factor = to_product(d_a - m_a, d_b - m_b, PRODUCT, PRECISION)
+    if LEAK:
+        n_a, n_b, n_factor = to_product(-n_a, -n_b, PRODUCT, PRECISION)
+
+    target = grad_y + rows * WIDTH
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
+        w = split_rows(
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
+            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+        )  # fmt: skip
+        grad_w = alpha[:, None] * t - beta[:, None] * w
+        if SHIFTED:
+            grad_w -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
+        result = grad_w * tl.load(per_column + columns)[None, :]
+        result += multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * d_factor[:, None]
+        if LEAK:
+            leak = multiply_rebuild(n_a, n_b, leak_rebuild, columns, P, PRODUCT, PRECISION)
+            result += leak * n_factor[:, None]
+        store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)

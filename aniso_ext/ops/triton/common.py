@@ -1,0 +1,303 @@
+"""Pieces that the kernels share: tiles of rows, projection, the radius map, elementary functions, norms.
+
+Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. P is M
+padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
+Everything is widened right after it is loaded when PRODUCT is float32: Triton's interpreter computes wrongly with
+bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+RADIUS_EPS = tl.constexpr(1e-12)
+NORM_FLOOR = tl.constexpr(1e-12)
+LAST_CELL = tl.constexpr(2048)  # constants.CELLS, and operands.BUCKETS
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def load_rows(base, columns, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """A tile of rows; ``base`` points at the first column of each, in 64 bits."""
+    pointers = base[:, None] + columns[None, :]
+    if WIDTH % BLOCK_COLUMNS == 0:
+        return tl.load(pointers).to(PRODUCT)
+    return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0).to(PRODUCT)
+
+
+@triton.jit
+def load_ahead(base, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """The tile after that at ``start``; after the last one the first again, which nobody reads.
+
+    Loads that no product reads are not pipelined by the compiler: rebuilding walks ask for them one tile ahead.
+    """
+    following = tl.where(start + BLOCK_COLUMNS < WIDTH, start + BLOCK_COLUMNS, 0)
+    return load_rows(base, following + tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+
+
+@triton.jit
+def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    pointers = base[:, None] + columns[None, :]
+    mask = inside[:, None]
+    if WIDTH % BLOCK_COLUMNS != 0:
+        mask = mask & (columns < WIDTH)[None, :]
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def multiply_project(
+    tile, weights, columns, pair, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """pair += tile [Qa, Qb] for one tile of columns, [BLOCK_ROWS, 2P]; see :func:`apart`.
+
+    Weights are [2P, PADDED], K-major as TF32 products need; for float16 [4P, PADDED], the rounding errors of the basis
+    after the basis.
+    """
+    pointers = weights + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
+    pair = tl.dot(tile, tl.load(pointers).to(PRODUCT), pair, input_precision=PRECISION)
+    if PRODUCT == tl.float16:
+        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
+    return pair
+
+
+@triton.jit
+def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
+    """The two coordinates of the blocks from one product: halves that each thread already holds side by side."""
+    return tl.split(tl.permute(tl.reshape(pair, (BLOCK_ROWS, 2, P)), (0, 2, 1)))
+
+
+@triton.jit
+def together(a, b, P: tl.constexpr):
+    """The inverse of :func:`apart`: [BLOCK_ROWS, 2P]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * P))
+
+
+@triton.jit
+def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """a Qa^T + b Qb^T for one tile of columns; weights are [PADDED, 2P].
+
+    One product where both coordinates of all blocks fit the registers as its operand, two otherwise.
+    """
+    if P < 128:
+        pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+    else:
+        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = tl.dot(b, tl.load(pointers + P).to(PRODUCT), tile, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """a Qa^T + b Qb^T and c Qa^T + d Qb^T with one load of the weights."""
+    if P < 128:
+        pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        tile = tl.load(pointers).to(PRODUCT)
+        first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
+        second = tl.dot(together(c, d, P), tile, input_precision=PRECISION)
+    else:
+        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        even = tl.load(pointers).to(PRODUCT)
+        first = tl.dot(a, even, input_precision=PRECISION)
+        second = tl.dot(c, even, input_precision=PRECISION)
+        odd = tl.load(pointers + P).to(PRODUCT)
+        first = tl.dot(b, odd, first, input_precision=PRECISION)
+        second = tl.dot(d, odd, second, input_precision=PRECISION)
+    return first, second
+
+
+@triton.jit
+def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
+    """Constants of the blocks, [1, P] for each coordinate."""
+    pointers = per_block + row * P + tl.arange(0, P)
+    return tl.load(pointers)[None, :], tl.load(pointers + P)[None, :]
+
+
+@triton.jit
+def polar(a, b):
+    """rho, 1/length (0 at the origin), cos, sin."""
+    squared = a * a + b * b
+    at_origin = squared == 0
+    inverse = tl.where(at_origin, 0.0, 1.0 / tl.sqrt(tl.where(at_origin, 1.0, squared)))
+    return tl.sqrt(squared + RADIUS_EPS), inverse, tl.where(at_origin, 1.0, a * inverse), b * inverse
+
+
+@triton.jit
+def gather_pair(pairs, index):
+    """Two neighbouring float32 for each index.
+
+    Gathers are written out: the compiler would send a pointer for each element through shared memory to lay them out
+    for coalescing, which a gather never is, and would need two registers for each of them.
+    """
+    if INTERPRETED:
+        pair = tl.load(pairs + index)
+        low = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $3, 8, $2; ld.global.nc.v2.f32 {$0, $1}, [at]; }",
+        "=f,=f,l,r", [pairs.to(tl.int64), index], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def gather_float(values, index):
+    if INTERPRETED:
+        return tl.load(values + index)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $2, 4, $1; ld.global.nc.f32 $0, [at]; }",
+        "=f,l,r", [values.to(tl.int64), index], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def gather_short(values, index):
+    if INTERPRETED:
+        return tl.load(values + index).to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; .reg .u16 short; mad.wide.u32 at, $2, 2, $1; ld.global.nc.u16 short, [at]; "
+        "cvt.u32.u16 $0, short; }",
+        "=r,l,r", [values.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def map_radius(rho, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr):
+    """(T(rho), slope) of [BLOCK_ROWS, P] radii; STEPS 0 means a table, see constants.Lookup."""
+    blocks = tl.arange(0, P)[None, :]
+    position = rho * tl.load(per_block + 4 * P + blocks)
+    if STEPS == 0:
+        # compared this way around a NaN falls in the last cell instead of being cast
+        cell = tl.where(position < LAST_CELL, position, LAST_CELL * 1.0).to(tl.int32)
+        intercept, slope = gather_pair(cells, blocks * (LAST_CELL + 1) + cell)
+        return intercept + rho * slope, slope
+    cell = tl.where(position < LAST_CELL - 1, position, (LAST_CELL - 1) * 1.0).to(tl.int32)
+    below = gather_short(cells, blocks * LAST_CELL + cell)
+    first = blocks * (PIECES + (1 << STEPS))
+    for step in tl.static_range(STEPS):
+        half = 1 << (STEPS - 1 - step)
+        below += tl.where(gather_float(starts, first + below + half) <= rho, half, 0)
+    value, slope = gather_pair(pieces, blocks * PIECES + below)
+    return value + (rho - gather_float(starts, first + below)) * slope, slope
+
+
+@triton.jit
+def no_sums(BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sums of rows in parts that no thread shares, so that a walk over the columns exchanges nothing: see row_sums."""
+    if PRODUCT == tl.float32:
+        return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 4), tl.float32)
+    else:  # a second return of another type would be compiled as well
+        return tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), tl.float32)
+
+
+@triton.jit
+def row_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sums over the columns that a thread loads at once, 16 bytes."""
+    if PRODUCT == tl.float32:
+        return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 4, 4)), axis=2)
+    else:
+        return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=2)
+
+
+@triton.jit
+def product_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The same for results of a product, of which a thread has two columns of every 8: [BLOCK_ROWS, 8]."""
+    return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=1)
+
+
+@triton.jit
+def map_backward(rho, inverse, cos, sin, mapped, slope, grad_a, grad_b):
+    """Gradient at (a, b) from that at T(rho) (cos, sin); aniso/block_math.h."""
+    radial = grad_a * cos + grad_b * sin
+    tangential = grad_b * cos - grad_a * sin
+    at_origin = inverse == 0
+    along = tl.where(at_origin, 0.0, radial * slope / tl.where(at_origin, 1.0, rho * inverse))
+    across = tangential * mapped * inverse
+    return cos * along - sin * across, sin * along + cos * across
+
+
+@triton.jit
+def to_product(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """Coefficients rounded for the rebuild, and a factor for each row that the product has to be multiplied with.
+
+    float16 has few exponents: coefficients are divided by a power of two so that none overflows, and gradients, which
+    loss scaling may leave anywhere in its range, keep their bits. TF32 would be truncated by tensor cores.
+    """
+    if PRODUCT == tl.float16:
+        largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1)
+        # the exponent alone; zero, subnormal and non-finite rows are left as they are
+        bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        usual = (bits > 0x0C000000) & (bits < 0x73000000)
+        factor = tl.where(usual, bits, 0x3F800000).to(tl.float32, bitcast=True)
+        inverse = (1.0 / factor)[:, None]
+        a *= inverse
+        b *= inverse
+    else:
+        factor = tl.full((a.shape[0],), 1.0, tl.float32)
+    if PRECISION == "tf32":
+        a = round_tf32(a)
+        b = round_tf32(b)
+    return a.to(PRODUCT), b.to(PRODUCT), factor
+
+
+@triton.jit
+def round_tf32(value):
+    rounded = ((value.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(value) < 3e38, rounded, value)
+
+
+@triton.jit
+def row_scales(squares, dot_shift, shift_squares, SHIFTED: tl.constexpr):
+    """(1/n, 1/|h|, |e'|^2, e'.g) from |w|^2, w.g and |g|^2; aniso/row_norms.h."""
+    # rounding can take the sum of a quadratic form below zero; a NaN stays
+    norm = tl.sqrt(tl.where(squares < 0, 0.0, squares))
+    inverse = 1.0 / tl.where(norm < NORM_FLOOR, NORM_FLOOR, norm)
+    unit_squared = norm * norm * inverse * inverse
+    unit_dot_shift = dot_shift * inverse
+    outer = tl.full((squares.shape[0],), 1.0, tl.float32)
+    if SHIFTED:
+        length = tl.sqrt(unit_squared + 2.0 * unit_dot_shift + shift_squares)
+        outer = 1.0 / tl.where(length < NORM_FLOOR, NORM_FLOOR, length)
+    return inverse, outer, unit_squared, unit_dot_shift
+
+
+@triton.jit
+def row_gradient(squares, dot_shift, dot_grad, grad_shift, shift_squares, SHIFTED: tl.constexpr):
+    """alpha, beta, gamma of grad_w = alpha t - beta w - gamma g; finish_row_backward of core/cpu/row_norms.h."""
+    inverse, outer, unit_squared, unit_dot_shift = row_scales(squares, dot_shift, shift_squares, SHIFTED)
+    unit_dot_grad = dot_grad * inverse
+    radial = tl.zeros_like(squares)
+    if SHIFTED:
+        radial = (unit_dot_grad + grad_shift) * outer * outer * outer
+    along = outer * unit_dot_grad - radial * (unit_squared + unit_dot_shift)
+    return inverse * outer, inverse * inverse * (radial + along), inverse * radial
+
+
+@triton.jit
+def tanh(x, FAST: tl.constexpr):
+    """tanh to 2^-23 of 1, or, for steps of half-precision rows, to 2^-11 with two values an instruction."""
+    if FAST and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f16x2 $0, $1;", "=r,r", [x.to(tl.float16)], dtype=tl.float16, is_pure=True, pack=2
+        ).to(tl.float32)
+    x = x.to(tl.float32)
+    small = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def sine_cosine(x):
+    """sin and cos as in aniso/elementary.h: the library's have a slow path that needs local memory."""
+    quadrant = tl.floor(tl.where(x == x, x * 0.63661977236758134, 0.0) + 0.5)
+    r = x - quadrant * 1.5703125
+    r = r - quadrant * 4.837512969970703125e-4
+    r = r - quadrant * 7.54978995489188216e-8
+    z = r * r
+    s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * r + r
+    c = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    q = quadrant.to(tl.int32) & 3
+    swapped = (q & 1) == 1
+    sine, cosine = tl.where(swapped, c, s), tl.where(swapped, s, c)
+    return tl.where(q >= 2, -sine, sine), tl.where((q == 1) | (q == 2), -cosine, cosine)

@@ -1,0 +1,267 @@
+"""What the Triton kernels read: the constants of a frame in the order and the precision of tensor cores.
+
+Block k of the basis is columns 2k and 2k + 1. They are kept apart, all even columns and then all odd ones, so that the
+two coordinates of a block are the same element of two accumulators and no value changes its thread. Blocks are padded
+to a power of two and columns to a multiple of PADDING with zeros: a padded block has radius 0 and coefficient 0.
+
+The basis is rounded to the format that is multiplied: the storage format of the rows, float32 for rows of less than
+LEAST_WIDTH columns, whose few roundings do not average out; float32 itself is rounded to TF32 where that is allowed,
+since tensor cores would truncate it. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is
+computed from the rounded basis: it describes the rows that are really built. float16 rows are projected with the
+rounding errors of the basis as well, in a product of their own: their contract leaves no room for coordinates that are
+off by more than float32 makes them, and near the origin a phase enlarges that.
+
+Radius maps come in two forms, see :class:`Lookup`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from aniso_ext.ops.frame import Frame
+from aniso_ext.ops.operands import BUCKETS, fold, radius_segments
+
+PADDING = 128
+CELLS = 2048
+LEAST_WIDTH = 64
+LEAST_BLOCKS = 16  # a side of the smallest matrix that tensor cores multiply
+LARGEST_RANK = 1024
+PRECISIONS = ("ieee", "tf32")
+
+# rows of `per_block`
+BIAS, TARGET, CELL_SCALE, OFFSET, SHIFT, LEAK_BIAS = 0, 2, 4, 5, 7, 9
+BLOCK_CONSTANTS = 11
+
+
+class Lookup(NamedTuple):
+    """Radius maps for one gather a lookup (table) or for an exact search.
+
+    Table: T(rho) = intercept + rho * slope in CELLS equal cells of [0, last knot], the secant of the map over the cell,
+    and one more cell that keeps the ratio from there on. In a cell of width h whose pieces have slopes from s0 to s1
+    the secant is off by at most h (s1 - s0)/4, as the furthest point is a knot inside; :func:`table_error` measures it
+    at the knots, and :func:`_table_suffices` takes it only where that is below the rounding of the coefficients.
+
+    Search: ``cells`` has the knots below each bucket of radii (see operands.knot_buckets); from there 2^steps - 1 knots
+    are halved. ``starts`` ends with NaN, which is below nothing, so that the search may reach past the last knot.
+
+    =========== =================================== ============================
+    field       table                               search
+    =========== =================================== ============================
+    cells       [M, CELLS + 1, 2] float32           [M, BUCKETS] int16
+    starts      [0]                                 [M, K + 1 + 2^steps] float32
+    pieces      [0]                                 [M, K + 1, 2] value and slope
+    =========== =================================== ============================
+    """
+
+    cells: torch.Tensor
+    starts: torch.Tensor
+    pieces: torch.Tensor
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """Arrays of a frame for rows of one dtype; P is M padded, W is D padded.
+
+    ============= ============================ =====================================================================
+    project       [2P, W], float16 [4P, W]     rows: even columns of Q, then odd ones; then their rounding errors
+    rebuild       [W, 2P]                      the same, transposed
+    leak_project  like project, or [0]         ((I - QQ^T) D_V Q)^T, projected diagonal complements only
+    leak_rebuild  [W, 2P] or [0]               the same, transposed
+    per_block     [BLOCK_CONSTANTS, P] float32 bias, target, bucket scale, Q^T o, Q^T g, bias of the leak
+    per_column    [3, W] float32               scale, offset, shift
+    scalars       [4] float32                  scale, o.o, o.g, g.g
+    forward       Lookup                       radius maps of the forward operators
+    backward      Lookup                       and of their gradients
+    orthonormal                                whether Q^T Q = I to the precision of the rows
+    diagonal                                   whether the complement is not a scalar one
+    ============= ============================ =====================================================================
+    """
+
+    project: torch.Tensor
+    rebuild: torch.Tensor
+    leak_project: torch.Tensor
+    leak_rebuild: torch.Tensor
+    per_block: torch.Tensor
+    per_column: torch.Tensor
+    scalars: torch.Tensor
+    forward: Lookup
+    backward: Lookup
+    rank: int
+    shifted: bool
+    orthonormal: bool
+    diagonal: bool
+    tf32: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether a row is Q c^ + D_V (y - Q c_t) + o with two products, norms by rebuilding it twice.
+
+        A scalar complement needs one product, and gets its norms from quadratic forms when Q^T Q = I.
+        """
+        return self.diagonal or not self.orthonormal
+
+
+def rounding_of(dtype: torch.dtype, precision: str) -> float:
+    """Largest relative error of rounding to the format that tensor cores multiply."""
+    return 2.0**-11 if precision == "tf32" and dtype == torch.float32 else float(torch.finfo(dtype).eps) / 2
+
+
+def round_to_tf32(value: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 10 bits of TF32, to nearest."""
+    bits = value.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def padded_blocks(blocks: int) -> int:
+    return max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length())
+
+
+def _apart(basis: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Columns [D, R] as [D, 2P]: even ones, padding, odd ones, padding."""
+    width, rank = basis.shape
+    apart = basis.new_zeros(width, 2, blocks)
+    apart[:, 0, : rank // 2], apart[:, 1, : rank // 2] = basis[:, 0::2], basis[:, 1::2]
+    return apart.flatten(1)
+
+
+def _both_ways(basis: torch.Tensor, blocks: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    apart = basis.new_zeros(width, 2 * blocks)
+    apart[: len(basis)] = _apart(basis, blocks)
+    return apart.T.contiguous(), apart
+
+
+def secant_table(segments: torch.Tensor) -> torch.Tensor:
+    """Segments [M, K + 1, 3] as [M, CELLS + 1, 2], intercept and slope of each cell, in the dtype of the segments."""
+    start, value, slope = segments.unbind(2)
+    last = start[:, -1:]
+    edges = torch.linspace(0, 1, CELLS + 1, dtype=start.dtype, device=start.device) * last
+    piece = torch.searchsorted(start[:, 1:].contiguous(), edges.contiguous(), right=True)
+    at_edges = value.gather(1, piece) + (edges - start.gather(1, piece)) * slope.gather(1, piece)
+    steepness = at_edges.diff(dim=1) / edges.diff(dim=1)
+    intercept = at_edges[:, :-1] - edges[:, :-1] * steepness
+    beyond = torch.stack((torch.zeros_like(last), slope[:, -1:]), dim=2)
+    return torch.cat((torch.stack((intercept, steepness), dim=2), beyond), dim=1)
+
+
+def table_error(segments: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """|T - secant| at every knot [M, K]: between knots it is smaller, and what knots are quantiles of weighs it."""
+    start, value = segments[:, 1:, 0], segments[:, 1:, 1]
+    cell = (start * (CELLS / start[:, -1:])).long().clamp_max(CELLS - 1)
+    intercept, slope = (table[:, :, i].gather(1, cell) for i in (0, 1))
+    return (value - intercept - start * slope).abs()
+
+
+def _table_suffices(segments: torch.Tensor, rounding: float) -> bool:
+    """Whether the table is off by less than coefficients are rounded by, in the root of the mean square over a row."""
+    error = table_error(segments, secant_table(segments))
+    size = segments[:, 1:, 1].square().mean().sqrt()
+    return bool(error.square().mean().sqrt() <= rounding * size and error.max() <= 16 * rounding * size)
+
+
+def _padded(value: torch.Tensor, blocks: int, fill: float = 0) -> torch.Tensor:
+    padding = value.new_full((blocks - len(value), *value.shape[1:]), fill)
+    return torch.cat((value, padding)).contiguous()
+
+
+def _table(segments: torch.Tensor, blocks: int) -> Lookup:
+    empty = torch.empty(0, device=segments.device)
+    return Lookup(_padded(secant_table(segments).float(), blocks), empty, empty, 0)
+
+
+def _search(segments: torch.Tensor, blocks: int) -> Lookup:
+    segments = segments.float()
+    knots = segments[:, 1:, 0].contiguous()
+    # rounded as the kernels round it: a radius and its bucket never disagree then
+    of_knot = (knots * (BUCKETS / knots[:, -1:])).to(torch.int32).clamp_max(BUCKETS - 1)
+    every = torch.arange(BUCKETS, dtype=torch.int32, device=knots.device).expand(len(knots), -1).contiguous()
+    below = torch.searchsorted(of_knot, every)
+    window = int((torch.searchsorted(of_knot, every, right=True) - below).max())
+    steps = window.bit_length()
+    beyond = torch.full((len(knots), 1 << steps), float("nan"), device=knots.device)
+    starts = _padded(torch.cat((segments[:, :, 0], beyond), dim=1), blocks, float("nan"))
+    starts[:, 0] = 0  # also of blocks that only pad
+    return Lookup(
+        _padded(below.to(torch.int16), blocks),
+        starts,
+        _padded(segments[:, :, 1:].contiguous(), blocks),
+        steps,
+    )
+
+
+def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: torch.device) -> Constants:
+    """Fold a frame in float64 for rows of a dtype, then round once."""
+    exact = frame.to(device=device, dtype=torch.float64)
+    operands = fold(exact, torch.float64, torch.float64, device)
+    blocks, width = padded_blocks(frame.blocks), -(-frame.width // PADDING) * PADDING
+    product = torch.float32 if frame.width < LEAST_WIDTH else dtype
+    tf32 = dtype == torch.float32 and precision == "tf32"
+    rounding = rounding_of(product, precision)
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return round_to_tf32(value.float()) if tf32 else value.to(product)
+
+    def prepared(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """To project with, to rebuild with, and in float64 what both multiply with."""
+        main = rounded(value)
+        project, rebuild = _both_ways(main, blocks, width)
+        projected = main.double()
+        if product == torch.float16:
+            rest = rounded(value - projected)
+            project = torch.cat((project, _both_ways(rest, blocks, width)[0]))
+            projected = projected + rest.double()
+        return project, rebuild, projected, main.double()
+
+    project, rebuild, projecting, used = prepared(operands.basis)
+    leak_project = leak_rebuild = project.new_empty(0)
+    leak_bias = used.new_zeros(frame.rank)
+    if frame.complement == "diagonal_projected":
+        leak_project, leak_rebuild, leak, _ = prepared(operands.input_weight[frame.rank :].T)
+        leak_bias = -exact.source_mean @ leak
+
+    offset = operands.offset
+    shift = torch.zeros_like(offset) if operands.shift is None else operands.shift
+    pairs = {
+        BIAS: -exact.source_mean @ projecting,
+        TARGET: operands.target_coordinates,
+        OFFSET: offset @ used,
+        SHIFT: shift @ used,
+        LEAK_BIAS: leak_bias,
+    }
+    per_block = used.new_zeros(BLOCK_CONSTANTS, blocks)
+    for row, value in pairs.items():
+        per_block[row, : frame.blocks], per_block[row + 1, : frame.blocks] = value[0::2], value[1::2]
+    segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
+    per_block[CELL_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
+    per_column = used.new_zeros(3, width)
+    per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
+    # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. For a rounded orthonormal
+    # basis |E| is about one rounding, and k.E k smaller by the root of R; of one to a coarser format |E| is larger.
+    gram = used.T @ used - torch.eye(frame.rank, dtype=used.dtype, device=device)
+    suffices = _table_suffices(segments, rounding)
+    table = _table(segments, blocks) if suffices else None
+    # A gradient has the slope of the map itself. Rounded to bfloat16, knots say nothing better than a secant.
+    exact_slopes = not suffices or dtype != torch.bfloat16
+    search = _search(segments, blocks) if exact_slopes else None
+    forward = table or search
+    backward = search or table
+    assert forward is not None and backward is not None
+    return Constants(
+        project=project,
+        rebuild=rebuild,
+        leak_project=leak_project,
+        leak_rebuild=leak_rebuild,
+        per_block=per_block.float(),
+        per_column=per_column.float(),
+        scalars=torch.stack((operands.scale[0], offset @ offset, offset @ shift, shift @ shift)).float(),
+        forward=forward,
+        backward=backward,
+        rank=frame.rank,
+        shifted=operands.shift is not None,
+        orthonormal=float(torch.linalg.matrix_norm(gram, 2)) <= 4 * rounding,
+        diagonal=frame.complement != "scalar",
+        tf32=tf32,
+    )

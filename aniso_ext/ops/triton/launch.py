@@ -1,0 +1,260 @@
+"""From tensors to launches: layouts, formats, grids. No arithmetic on rows."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from aniso_ext.ops.triton import backward, decode, encode, forward
+from aniso_ext.ops.triton.configurations import Configuration, configuration, smaller
+
+INTERPRETED = not isinstance(forward.correct_kernel, triton.JITFunction)
+SUMMED_AT_ONCE = 1 << 20  # rows of one launch of correct_sums, whose partial sums are kept
+_PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_fitting: dict[Any, Configuration] = {}
+_last: list[Configuration] = []
+
+
+class Folded(NamedTuple):
+    """Constants of a frame in the order of the operators' schemas; fields as in constants.Constants and Lookup."""
+
+    project: torch.Tensor
+    rebuild: torch.Tensor
+    leak_project: torch.Tensor
+    leak_rebuild: torch.Tensor
+    per_block: torch.Tensor
+    per_column: torch.Tensor
+    scalars: torch.Tensor
+    cells: torch.Tensor
+    starts: torch.Tensor
+    pieces: torch.Tensor
+    gradient_cells: torch.Tensor
+    gradient_starts: torch.Tensor
+    gradient_pieces: torch.Tensor
+    steps: int
+    gradient_steps: int
+    rank: int
+    split: bool
+    shifted: bool
+    tf32: bool
+
+    def arrays(self, *, gradient: bool = False) -> tuple[torch.Tensor, ...]:
+        lookup = self[10:13] if gradient else self[7:10]
+        cells, starts, pieces = lookup
+        return (*self[:7], _pairs(cells), starts, _pairs(pieces))
+
+    def meta(self, *, gradient: bool = False) -> dict[str, Any]:
+        starts, steps = (self.gradient_starts, self.gradient_steps) if gradient else (self.starts, self.steps)
+        return {
+            "PADDED": self.per_column.shape[1],
+            "P": self.per_block.shape[1],
+            "STEPS": steps,
+            "PIECES": starts.shape[1] - (1 << steps) if steps else 0,
+            "SPLIT": self.split,
+            "LEAK": self.leak_project.numel() > 0,
+        }
+
+
+def _pairs(value: torch.Tensor) -> torch.Tensor:
+    """Two neighbouring float32 as one int64, which a kernel gathers at once."""
+    return value if value.dtype != torch.float32 or value.dim() < 3 else value.view(torch.int64)
+
+
+def _rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows whose columns lie side by side; any distance from row to row will do."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def formats(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+    # the interpreter has no bfloat16 of its own
+    product = tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _PRODUCTS[dtype]
+    return {"PRODUCT": product, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def last_configuration() -> Configuration | None:
+    """What the last launch used; None before one."""
+    return _last[0] if _last else None
+
+
+def _launch(
+    kernel: Any, operation: str, like: torch.Tensor, count: int, rank: int, *arguments: Any, **meta: Any
+) -> None:
+    """Launch over blocks of rows, in the first configuration that the device has room for.
+
+    An argument may be a function of the number of programs.
+    """
+    width = meta["WIDTH"]
+    choice = configuration(operation, like.dtype, width, rank)
+    key = (operation, like.dtype, width, rank, kernel, choice, like.device)
+    candidates = [_fitting[key]] if key in _fitting else list(smaller(choice))
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        for candidate in candidates:
+            programs = triton.cdiv(count, candidate.block_rows)
+            try:
+                kernel[(programs,)](
+                    *(argument(programs) if callable(argument) else argument for argument in arguments),
+                    **meta,
+                    BLOCK_ROWS=candidate.block_rows,
+                    BLOCK_COLUMNS=candidate.block_columns,
+                    num_warps=candidate.num_warps,
+                    num_stages=candidate.num_stages,
+                )
+            except OutOfResources:
+                if candidate == candidates[-1]:
+                    raise
+            else:
+                _fitting[key] = candidate
+                _last[:] = [candidate]
+                return
+
+
+def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
+    folded, rows = Folded(*constants), _rows(y)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if len(y):
+        operation = "correct_leak" if folded.leak_project.numel() else "correct"
+        _launch(
+            forward.correct_kernel, operation, y, len(y), folded.rank,
+            rows, out, *folded.arrays(), len(y), rows.stride(0),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
+            **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
+        )  # fmt: skip
+    return out
+
+
+def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
+    folded, rows, width = Folded(*constants), _rows(y), y.shape[1]
+    padded, blocks = folded.per_column.shape[1], folded.per_block.shape[1]
+    parts = 5 if folded.split else 3
+    sums = torch.zeros(padded + parts * blocks, dtype=torch.float64, device=y.device)
+    for part in rows.split(SUMMED_AT_ONCE):
+        if len(part) == 0:
+            continue
+        partials: list[torch.Tensor] = []
+
+        def partial_sums(programs: int, partials: list[torch.Tensor] = partials) -> torch.Tensor:
+            partials.append(torch.empty(programs, padded + parts * blocks, dtype=torch.float32, device=y.device))
+            return partials[-1]
+
+        _launch(
+            forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
+            part, partial_sums, *folded.arrays(), len(part), part.stride(0),
+            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
+        )  # fmt: skip
+        partial = partials[-1]
+        sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
+        sums[padded:] += partial[:, padded:].sum(dim=0, dtype=torch.float64)
+    k_a, k_b, weight, *inner = sums[padded:].view(parts, blocks)
+    basis = folded.rebuild[:width].double()
+    moved, rest = basis @ torch.cat((k_a, k_b)), sums[:width]
+    if folded.split:
+        rest = rest - basis @ torch.cat(tuple(inner))
+    scale, offset, _ = folded.per_column[:, :width].double()
+    return moved + scale * rest + offset * weight[0]
+
+
+def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
+    folded, rows = Folded(*constants), _rows(y)
+    blocks, width = folded.rank // 2, y.shape[1]
+    out = torch.empty((len(y), 3 * blocks + width), dtype=y.dtype, device=y.device)
+    if len(y):
+        _launch(
+            encode.encode_kernel, "encode", y, len(y), folded.rank,
+            rows, out, *folded.arrays(), len(y), rows.stride(0),
+            WIDTH=width, BLOCKS=blocks, **folded.meta(),
+            **formats(folded.project.dtype, folded.tf32),
+        )  # fmt: skip
+    return out
+
+
+def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
+    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if len(y):
+        _launch(
+            encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
+            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True),
+            **formats(folded.project.dtype, folded.tf32),
+        )  # fmt: skip
+    return out
+
+
+def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
+    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if len(y):
+        kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
+        _launch(
+            kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
+            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
+            **formats(folded.project.dtype, folded.tf32),
+        )  # fmt: skip
+    return out
+
+
+class Update(NamedTuple):
+    """Constants of ``decode`` in the order of its schema."""
+
+    project: torch.Tensor
+    rebuild: torch.Tensor
+    per_block: torch.Tensor
+    per_column: torch.Tensor
+    scalars: torch.Tensor
+    rank: int
+    orthonormal: bool
+    shifted: bool
+    tf32: bool
+    a_theta: float
+    a_rho: float
+    a_v: float
+    project_step: bool
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "PADDED": self.per_column.shape[1],
+            "P": self.per_block.shape[1],
+            "BLOCKS": self.rank // 2,
+            "ORTHONORMAL": self.orthonormal,
+            "SHIFTED": self.shifted,
+            "PROJECT": self.project_step,
+            "FAST": self.project.dtype != torch.float32,
+            **formats(self.project.dtype, self.tf32),
+        }
+
+
+def decode_rows(state: torch.Tensor, deltas: torch.Tensor, *constants: Any) -> torch.Tensor:
+    update, states, moves = Update(*constants), _rows(state), _rows(deltas)
+    width = state.shape[1] - update.rank // 2 * 3
+    out = torch.empty((len(state), width), dtype=state.dtype, device=state.device)
+    if len(state):
+        _launch(
+            decode.decode_kernel, "decode", state, len(state), update.rank,
+            states, moves, out, *update[:5], len(state), states.stride(0), moves.stride(0), *update[9:12],
+            WIDTH=width, **update.meta(),
+        )  # fmt: skip
+    return out
+
+
+def decode_backward(
+    grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *constants: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    update, grads, states, moves = Update(*constants), _rows(grad), _rows(state), _rows(deltas)
+    grad_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
+    if len(state):
+        _launch(
+            decode.decode_backward_kernel, "decode_backward", state, len(state), update.rank,
+            grads, states, moves, grad_state, grad_deltas, *update[:5], len(state),
+            grads.stride(0), states.stride(0), moves.stride(0), *update[9:12],
+            WIDTH=state.shape[1] - update.rank // 2 * 3, **update.meta(),
+        )  # fmt: skip
+    return grad_state, grad_deltas
