@@ -23,9 +23,9 @@ import torch
 
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import BUCKETS, fold, radius_segments
+from aniso_ext.ops.radius_table import secant_table, table_suffices
 
 PADDING = 128
-CELLS = 2048
 LEAST_WIDTH = 64
 LEAST_BLOCKS = 16  # a side of the smallest matrix that tensor cores multiply
 LARGEST_RANK = 1024
@@ -39,10 +39,7 @@ BLOCK_CONSTANTS = 11
 class Lookup(NamedTuple):
     """Radius maps for one gather a lookup (table) or for an exact search.
 
-    Table: T(rho) = intercept + rho * slope in CELLS equal cells of [0, last knot], the secant of the map over the cell,
-    and one more cell that keeps the ratio from there on. In a cell of width h whose pieces have slopes from s0 to s1
-    the secant is off by at most h (s1 - s0)/4, as the furthest point is a knot inside; :func:`table_error` measures it
-    at the knots, and :func:`_table_suffices` takes it only where that is below the rounding of the coefficients.
+    Table: the secants of :mod:`aniso_ext.ops.radius_table`, where they are off by less than coefficients are rounded by.
 
     Search: ``cells`` has the knots below each bucket of radii (see operands.knot_buckets); from there 2^steps - 1 knots
     are halved. ``starts`` ends with NaN, which is below nothing, so that the search may reach past the last knot.
@@ -134,34 +131,6 @@ def _both_ways(basis: torch.Tensor, blocks: int, width: int) -> tuple[torch.Tens
     return apart.T.contiguous(), apart
 
 
-def secant_table(segments: torch.Tensor) -> torch.Tensor:
-    """Segments [M, K + 1, 3] as [M, CELLS + 1, 2], intercept and slope of each cell, in the dtype of the segments."""
-    start, value, slope = segments.unbind(2)
-    last = start[:, -1:]
-    edges = torch.linspace(0, 1, CELLS + 1, dtype=start.dtype, device=start.device) * last
-    piece = torch.searchsorted(start[:, 1:].contiguous(), edges.contiguous(), right=True)
-    at_edges = value.gather(1, piece) + (edges - start.gather(1, piece)) * slope.gather(1, piece)
-    steepness = at_edges.diff(dim=1) / edges.diff(dim=1)
-    intercept = at_edges[:, :-1] - edges[:, :-1] * steepness
-    beyond = torch.stack((torch.zeros_like(last), slope[:, -1:]), dim=2)
-    return torch.cat((torch.stack((intercept, steepness), dim=2), beyond), dim=1)
-
-
-def table_error(segments: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """|T - secant| at every knot [M, K]: between knots it is smaller, and what knots are quantiles of weighs it."""
-    start, value = segments[:, 1:, 0], segments[:, 1:, 1]
-    cell = (start * (CELLS / start[:, -1:])).long().clamp_max(CELLS - 1)
-    intercept, slope = (table[:, :, i].gather(1, cell) for i in (0, 1))
-    return (value - intercept - start * slope).abs()
-
-
-def _table_suffices(segments: torch.Tensor, rounding: float) -> bool:
-    """Whether the table is off by less than coefficients are rounded by, in the root of the mean square over a row."""
-    error = table_error(segments, secant_table(segments))
-    size = segments[:, 1:, 1].square().mean().sqrt()
-    return bool(error.square().mean().sqrt() <= rounding * size and error.max() <= 16 * rounding * size)
-
-
 def _padded(value: torch.Tensor, blocks: int, fill: float = 0) -> torch.Tensor:
     padding = value.new_full((blocks - len(value), *value.shape[1:]), fill)
     return torch.cat((value, padding)).contiguous()
@@ -241,7 +210,7 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. For a rounded orthonormal
     # basis |E| is about one rounding, and k.E k smaller by the root of R; of one to a coarser format |E| is larger.
     gram = used.T @ used - torch.eye(frame.rank, dtype=used.dtype, device=device)
-    suffices = _table_suffices(segments, rounding)
+    suffices = table_suffices(segments, rounding)
     table = _table(segments, blocks) if suffices else None
     # A gradient has the slope of the map itself. Rounded to bfloat16, knots say nothing better than a secant.
     exact_slopes = not suffices or dtype != torch.bfloat16

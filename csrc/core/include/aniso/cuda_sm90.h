@@ -1,5 +1,5 @@
-// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280 and rank up to 128, with the
-// scalar or the diagonal complement. csrc/core/cuda/sm90_correct.cu says how they work.
+// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128.
+// csrc/core/cuda/sm90_correct.cuh says how they work. They never wait for the device and allocate nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,7 +33,7 @@ struct Sm90Operands {
   const float* shift;              // [D] or null
 };
 
-// Rows [N, D] whose elements are contiguous.
+// Rows [N, D] whose elements are contiguous; they begin, and follow each other, at multiples of 16 bytes.
 template <typename S>
 struct Sm90Rows {
   const S* data;
@@ -41,19 +41,20 @@ struct Sm90Rows {
   int64_t stride;  // elements from one row to the next
 };
 
-// Whether the current device and these shapes are served. Rows and basis must begin at multiples of 16 bytes.
-bool sm90_serves(int32_t width, int32_t rank, int64_t row_stride);
+// Whether the current device is one that these kernels are for. Launchers return cudaErrorInvalidValue for a width or a rank
+// that they have no kernel for.
+bool sm90_present();
 
 // out [N, D], contiguous.
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
 
-// Column sums of e' as `sm90_sum_slots()` partial sums: partial [slots, D], each summed in a fixed order.
+// Column sums of e' in parts, partial [sm90_sum_slots(D), D], each added up in a fixed order. Scalar complement.
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream);
 int32_t sm90_sum_slots(int32_t width);
 
-// state [N, 3M + D], contiguous.
+// state [N, 3M + D], contiguous, 3M and D multiples of 8. Scalar complement.
 template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream);
 

@@ -16,6 +16,8 @@
 // Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          go 3 R (4 + 2) bytes for each row.
 // FLOP     4 D R for each row, 6 D R for the diagonal complement.
+#pragma once
+
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
@@ -25,10 +27,7 @@
 #include "sm90_instructions.cuh"
 #include "sm90_maps.h"
 
-namespace aniso {
-namespace {
-
-using namespace sm90;
+namespace aniso::sm90 {
 
 enum class Result { kRows, kSums, kState };
 
@@ -697,50 +696,39 @@ auto by_width(int32_t width, const Body& body) {
 template <typename S, Result kResult>
 cudaError_t launch_any(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
                        cudaStream_t stream) {
+  if (in.width < 1 || in.width > kSm90Width || in.rank < 2 || in.rank > kRank || y.count < 0) return cudaErrorInvalidValue;
   if (y.count == 0 && kResult != Result::kSums) return cudaSuccess;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    return in.diagonal ? launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream)
-                       : launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
+    if constexpr (kResult == Result::kRows) {
+      if (in.diagonal) return launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream);
+    }
+    if (in.diagonal) return cudaErrorInvalidValue;
+    return launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
   });
 }
 
-}  // namespace
+}  // namespace aniso::sm90
 
-bool sm90_serves(int32_t width, int32_t rank, int64_t row_stride) {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-  return major == 9 && minor == 0 && width <= kSm90Width && width % 8 == 0 && rank >= 2 && rank <= kRank &&
-         row_stride % 8 == 0;
-}
-
-// One for each warp of the largest grid; both formats and complements have the same.
-int32_t sm90_sum_slots(int32_t width) {
-  return by_width(width, [](auto cluster, auto chunks) { return sum_slots<cluster, chunks>(); });
-}
+namespace aniso {
 
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
-  return launch_any<S, Result::kRows>(operands, y, out, operands.width, nullptr, stream);
+  return sm90::launch_any<S, sm90::Result::kRows>(operands, y, out, operands.width, nullptr, stream);
 }
 
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream) {
-  return launch_any<S, Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+  return sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
 }
 
 template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
-  return launch_any<S, Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
+  return sm90::launch_any<S, sm90::Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
 }
 
-#define ANISO_INSTANTIATE(S)                                                                                  \
+#define ANISO_INSTANTIATE_SM90(S)                                                                             \
   template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
   template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, cudaStream_t); \
-  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);
-ANISO_INSTANTIATE(BFloat16)
-ANISO_INSTANTIATE(Float16)
-#undef ANISO_INSTANTIATE
+  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
 
 }  // namespace aniso
