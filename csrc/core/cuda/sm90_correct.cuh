@@ -33,7 +33,7 @@ enum class Result { kRows, kSums, kState };
 
 constexpr int32_t kTileRows = 64;
 constexpr int32_t kChunkColumns = 64;
-constexpr int32_t kRank = 128;  // columns of the basis past R are zero
+constexpr int32_t kRank = kSm90Rank;  // columns of the basis past R are zero
 constexpr int32_t kWarpgroupThreads = 128;
 constexpr int32_t kSteps = kRank / 16;
 constexpr uint32_t kBasisChunkBytes = kChunkColumns * kRank * 2;
@@ -622,62 +622,89 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
 }
 
 // Clusters that run at a time, or 0 where the device has none.
-template <int kCluster, typename Kernel>
-int32_t resident_clusters(const Kernel& kernel, uint32_t threads, uint32_t shared_bytes) {
+constexpr int32_t kSumLanes = 16;
+
+// sums[column] over the rows of partial [slots, width], in fp64 and always in the same order.
+static __global__ void add_parts(const float* partial, int32_t slots, int32_t width, double* sums) {
+  __shared__ double lanes[kSumLanes][32];
+  const int32_t column = blockIdx.x * 32 + threadIdx.x;
+  double sum = 0;
+  for (int32_t slot = threadIdx.y; slot < slots && column < width; slot += kSumLanes) {
+    sum += double(partial[int64_t(slot) * width + column]);
+  }
+  lanes[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && column < width) {
+    for (int32_t lane = 1; lane < kSumLanes; ++lane) sum += lanes[lane][threadIdx.x];
+    sums[column] = sum;
+  }
+}
+
+inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32_t shared_bytes, int32_t cluster_blocks,
+                                        cudaLaunchAttribute* cluster, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kCluster);
+  config.gridDim = dim3(uint32_t(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {uint32_t(kCluster), 1, 1};
-  config.attrs = &cluster;
+  config.stream = stream;
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim = {uint32_t(cluster_blocks), 1, 1};
+  config.attrs = cluster;
   config.numAttrs = 1;
-  int count = 0;
-  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
+  return config;
+}
+
+// Readies a kernel for the current device; how many clusters run at a time.
+template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+cudaError_t prepare(int32_t* resident) {
+  using Layout = Shared<kCluster, kChunks>;
+  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+  if (error != cudaSuccess) return error;
+  static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
+  if (known == 0) {
+    cudaLaunchAttribute cluster;
+    const cudaLaunchConfig_t config =
+        configuration(kCluster, Layout::kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+    int count = 0;
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (error != cudaSuccess) return error;
+    known = count;
+  }
+  *resident = known;
+  return *resident > 0 ? cudaSuccess : cudaErrorNotSupported;
 }
 
 template <int kCluster, int kChunks>
 int32_t sum_slots() {
-  const auto kernel = sm90_kernel<BFloat16, kCluster, kChunks, Result::kSums, false>;
-  using Layout = Shared<kCluster, kChunks>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes)) != cudaSuccess) return 0;
-  const int32_t clusters = resident_clusters<kCluster>(kernel, Layout::kWarpgroups * kWarpgroupThreads, Layout::kBytes);
-  return clusters * Layout::kWarpgroups * kWarpgroupThreads / 32;
+  int32_t resident = 0;
+  if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
+  return resident * Shared<kCluster, kChunks>::kWarpgroups * kWarpgroupThreads / 32;
 }
 
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
 cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
                    cudaStream_t stream) {
   using Layout = Shared<kCluster, kChunks>;
-  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
-  constexpr uint32_t kThreads = Layout::kWarpgroups * kWarpgroupThreads;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
-  if (error != cudaSuccess) return error;
-  static std::atomic<int32_t> resident{0};  // the same for every device that this kernel runs on
-  if (resident == 0) resident = resident_clusters<kCluster>(kernel, kThreads, Layout::kBytes);
-  if (resident == 0) return cudaErrorNotSupported;
-
+  int32_t resident = 0;
+  cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
   CUtensorMap rows_map, basis_map, out_map = {};
-  error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
-  if (error == cudaSuccess) error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
+  if (error == cudaSuccess) error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
+  if (error == cudaSuccess) {
+    error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
+  }
   if (error == cudaSuccess && out != nullptr) error = matrix_map<S>(&out_map, out, y.count, out_width, out_width, kTileRows);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
   const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  // Every warp of the largest grid has its slot of sums to fill.
   const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(uint32_t(clusters * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = Layout::kBytes;
-  config.stream = stream;
   cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {uint32_t(kCluster), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, out_map, Arguments<S>{in, y.count, out, partial});
+  const cudaLaunchConfig_t config = configuration(clusters * kCluster, Layout::kWarpgroups * kWarpgroupThreads,
+                                                  Layout::kBytes, kCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map, out_map,
+                            Arguments<S>{in, y.count, out, partial});
 }
 
 // body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
@@ -717,8 +744,15 @@ cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, 
 }
 
 template <typename S>
-cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream) {
-  return sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
+                              cudaStream_t stream) {
+  const cudaError_t error =
+      sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 threads(32, sm90::kSumLanes);
+  sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.width,
+                                                                      sums);
+  return cudaGetLastError();
 }
 
 template <typename S>
@@ -728,7 +762,8 @@ cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S
 
 #define ANISO_INSTANTIATE_SM90(S)                                                                             \
   template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
-  template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, cudaStream_t); \
+  template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
+                                              cudaStream_t);                                                    \
   template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
 
 }  // namespace aniso

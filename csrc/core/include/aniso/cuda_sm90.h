@@ -15,6 +15,7 @@ namespace aniso {
 // begin at any multiple of 32 are its rotation.
 constexpr int32_t kSm90BasisColumns = 160;
 constexpr int32_t kSm90Width = 1280;
+constexpr int32_t kSm90Rank = 128;
 
 // Constants of the closed form; all pointers are device pointers, matrices row-major.
 template <typename S>
@@ -49,9 +50,11 @@ bool sm90_present();
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
 
-// Column sums of e' in parts, partial [sm90_sum_slots(D), D], each added up in a fixed order. Scalar complement.
+// sums [D]: of e' over all rows, at least one, without calibration. Scalar complement. `partial` is memory for the launch,
+// [sm90_sum_slots(D), D]; everything is added up in a fixed order.
 template <typename S>
-cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, cudaStream_t stream);
+cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
+                              cudaStream_t stream);
 int32_t sm90_sum_slots(int32_t width);
 
 // state [N, 3M + D], contiguous, 3M and D multiples of 8. Scalar complement.

@@ -1,0 +1,41 @@
+// Registration of the Hopper operators; the schemas are defined in aniso_ext/ops/schemas.py. Compiled in CUDA builds only.
+#include <torch/csrc/stable/library.h>
+
+#include "hopper_ops.h"
+
+namespace aniso_torch {
+namespace {
+
+Tensor correct(Tensor y, Tensor basis, Tensor bias, Tensor cells, Tensor cell_scale, Tensor input_weight, Tensor input_bias,
+               Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale,
+               Tensor offset, std::optional<Tensor> shift) {
+  return hopper_correct(y, {basis, bias, cells, cell_scale},
+                        {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset,
+                         shift});
+}
+
+Tensor correct_sums(Tensor y, Tensor basis, Tensor bias, Tensor cells, Tensor cell_scale, Tensor input_weight,
+                    Tensor input_bias, Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows,
+                    Tensor output_weight, Tensor scale, Tensor offset) {
+  return hopper_correct_sums(y, {basis, bias, cells, cell_scale},
+                             {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale,
+                              offset, std::nullopt});
+}
+
+Tensor encode(Tensor y, Tensor basis, Tensor bias, Tensor cells, Tensor cell_scale, Tensor input_weight, Tensor input_bias,
+              Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale,
+              Tensor offset) {
+  return hopper_encode(y, {basis, bias, cells, cell_scale},
+                       {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset,
+                        std::nullopt});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aniso_ext, CUDA, m) {
+  m.impl("hopper_correct", TORCH_BOX(&correct));
+  m.impl("hopper_correct_sums", TORCH_BOX(&correct_sums));
+  m.impl("hopper_encode", TORCH_BOX(&encode));
+}
+
+}  // namespace aniso_torch

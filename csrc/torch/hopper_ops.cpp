@@ -1,0 +1,114 @@
+// The Hopper kernels: check -> parameters -> launch on the current stream of the rows' device. Operators of their own, because
+// they read other constants (aniso_ext/ops/hopper.py).
+#include "hopper_ops.h"
+
+#include "aniso/cuda_sm90.h"
+#include "cuda_arguments.h"
+
+namespace aniso_torch {
+namespace {
+
+// Rows as the copy engine wants them; anything else is copied.
+Tensor aligned_rows(const Tensor& y) {
+  constexpr int64_t kElements = 8;
+  const bool aligned = reinterpret_cast<uintptr_t>(y.const_data_ptr()) % (kElements * 2) == 0;
+  if (aligned && y.stride(1) == 1 && y.stride(0) % kElements == 0 && y.stride(0) >= y.size(1)) return y;
+  return y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
+}
+
+template <typename S>
+aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(in.output_weight.dim() == 2, "output_weight must be a matrix");
+  const int64_t width = in.output_weight.size(0), rank = in.target_coordinates.numel();
+  check(width >= 8 && width <= aniso::kSm90Width && width % 8 == 0, "no Hopper kernel for width ", width);
+  check(rank >= 2 && rank % 2 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel for rank ", rank);
+  check(y.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", y.size(0));
+  check_rows(y, "y", y, width);
+  const bool diagonal = in.scale.numel() != 1;
+  const int64_t cells = hopper.cells.dim() == 3 ? hopper.cells.size(1) : 0;
+  check(cells >= 2, "cells must be [64, cells + 1, 2]");
+  check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90BasisColumns);
+  check_constant(hopper.input_bias, "input_bias", y, ScalarType::Float, rank);
+  check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
+  check_constant(hopper.cells, "cells", y, ScalarType::Float, aniso::kSm90Rank / 2 * cells * 2);
+  check_constant(hopper.cell_scale, "cell_scale", y, ScalarType::Float, aniso::kSm90Rank / 2);
+  check_constant(in.scale, "scale", y, ScalarType::Float, diagonal ? width : 1);
+  check_constant(in.offset, "offset", y, ScalarType::Float, width);
+  if (in.shift) check_constant(*in.shift, "shift", y, ScalarType::Float, width);
+  return {int32_t(width),
+          int32_t(rank),
+          int32_t(cells - 1),
+          diagonal,
+          data<S>(hopper.basis),
+          data<float>(hopper.input_bias),
+          data<float>(in.target_coordinates),
+          reinterpret_cast<const float2*>(data<float>(hopper.cells)),
+          data<float>(hopper.cell_scale),
+          data<float>(in.scale),
+          data<float>(in.offset),
+          in.shift ? data<float>(*in.shift) : nullptr};
+}
+
+// Calls run(S{}) for half-precision rows on a Hopper GPU.
+template <typename Run>
+void dispatch_half(const Tensor& y, const Run& run) {
+  check(aniso::sm90_present(), "the Hopper kernels need a GPU of compute capability 9.0");
+  if (y.scalar_type() == ScalarType::BFloat16) return run(aniso::BFloat16{});
+  check(y.scalar_type() == ScalarType::Half, "the Hopper kernels are for bfloat16 and float16 rows");
+  run(aniso::Float16{});
+}
+
+template <typename S>
+aniso::Sm90Rows<S> hopper_rows(const Tensor& y) {
+  return {data<S>(y), y.size(0), y.stride(0)};
+}
+
+}  // namespace
+
+Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  dispatch_half(y, [&](auto storage) {
+    using S = decltype(storage);
+    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    const Tensor rows = aligned_rows(y);
+    check_launch(aniso::sm90_correct(operands, hopper_rows<S>(rows), mutable_data<S>(out), stream_of(y)), "hopper_correct");
+  });
+  return out;
+}
+
+Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  Tensor sums = torch::stable::new_zeros(y, {y.size(1)}, ScalarType::Double);
+  dispatch_half(y, [&](auto storage) {
+    using S = decltype(storage);
+    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    if (y.size(0) == 0) return;
+    const Tensor rows = aligned_rows(y);
+    const int64_t slots = aniso::sm90_sum_slots(operands.width);
+    Tensor parts = torch::stable::new_empty(y, {slots, y.size(1)}, ScalarType::Float);
+    check_launch(aniso::sm90_correct_sums(operands, hopper_rows<S>(rows), mutable_data<float>(parts), mutable_data<double>(sums),
+                                          stream_of(y)),
+                 "hopper_correct_sums");
+  });
+  return sums;
+}
+
+Tensor hopper_encode(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  Tensor state;
+  dispatch_half(y, [&](auto storage) {
+    using S = decltype(storage);
+    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    check(operands.rank % 16 == 0, "hopper_encode needs a rank that is a multiple of 16, got ", operands.rank);
+    const Tensor rows = aligned_rows(y);
+    state = torch::stable::new_empty(y, {y.size(0), int64_t(operands.rank) / 2 * 3 + operands.width});
+    check_launch(aniso::sm90_encode(operands, hopper_rows<S>(rows), mutable_data<S>(state), stream_of(y)), "hopper_encode");
+  });
+  return state;
+}
+
+}  // namespace aniso_torch
