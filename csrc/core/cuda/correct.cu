@@ -22,7 +22,9 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   const Lines<E> coefficients = take_lines<E>(memory, tile_rows, in.rank_out);
   const Weights<T, false> input_weight{in.input_weight, in.rank_in, in.width};
   const Weights<T, false> output_weight{in.output_weight, in.width, in.rank_out};
-  for_each_tile(y.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(y.count, tile_rows, [&](const Tile& at) {
+    const int64_t first_row = at.first_row();
+    const int32_t rows = at.rows;
     const TileRows<S> tile(y, first_row);
     S* result = result_row(out, first_row, in.width);
     const KeptRows<T> kept = kept_rows(result, in.width, workspace, tile_rows, in.width);

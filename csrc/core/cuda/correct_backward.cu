@@ -27,20 +27,20 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   const Weights<T, true> gather{in.output_weight, in.rank_out, in.width};
   const Weights<T, true> spread{in.input_weight, in.width, in.rank_in};
 
-  for_each_tile(y.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(y.count, tile_rows, [&](const Tile& at) {
+    const int32_t rows = at.rows;
     const auto kept_in = [&](int64_t row) {
       return kept_rows(result_row(grad_y, row, in.width), in.width, workspace, tile_rows, in.width);
     };
     {
-      const TileRows<S> tile(y, first_row);
-      const KeptRows<T> kept = kept_in(first_row);
+      const TileRows<S> tile(y, at.first_row());
+      const KeptRows<T> kept = kept_in(at.first_row());
       project(tile, rows, input_weight, staging, projected);
       map_blocks(in, rows, projected, coefficients);
       rebuild(coefficients, rows, output_weight, staging, kept);
-      finish_backward(kept, InitialRow<S, T>{in, tile}, TileRows<S>(grad, first_row), rows, in.width, in.shift);
+      finish_backward(kept, InitialRow<S, T>{in, tile}, TileRows<S>(grad, at.first_row()), rows, in.width, in.shift);
     }
-    first_row = fresh(first_row);
-    project(kept_in(first_row), rows, gather, staging, coefficients);
+    project(kept_in(at.first_row()), rows, gather, staging, coefficients);
     for_each_block<false>(
         rows, in.rank / 2, [&](int32_t row, int32_t block) { return map_block(in, projected, row, block); },
         [&](int32_t row, int32_t block, const MappedBlock<T>& m) {
@@ -50,9 +50,8 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
           store_projected_gradient(in, coefficients, projected, row, block, through_a, through_b);
         });
     __syncthreads();
-    first_row = fresh(first_row);
-    const KeptRows<T> kept = kept_in(first_row);
-    S* result = result_row(grad_y, first_row, in.width);
+    const KeptRows<T> kept = kept_in(at.first_row());
+    S* result = result_row(grad_y, at.first_row(), in.width);
     multiply_lines<E>(
         projected, rows, spread, staging,
         [&](int32_t row, int32_t column, T sum) {

@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   T* inverse = staging.rows[0];
   for (int32_t column = thread(); column < in.width; column += kThreads) sums[column] = 0;
 
-  for_each_tile(y.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(y.count, tile_rows, [&](const Tile& at) {
+    const int64_t first_row = at.first_row();
+    const int32_t rows = at.rows;
     const TileRows<S> tile(y, first_row);
     project(tile, rows, input_weight, staging, coefficients);
     map_blocks(in, rows, coefficients, coefficients);

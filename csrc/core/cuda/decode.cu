@@ -6,8 +6,8 @@
 // Shapes   state [N, 3M + D]; deltas [N, R + D]; out [N, D]; Q [D, R]. Any N, D and R.
 // Grid     persistent: at most two blocks of 256 threads a processor, each with one tile of up to 64 rows after another.
 // Shared   k, 64 R sums, in place of Q^T step; two buffers of 64 rows and 128 columns of a product's next part.
-// Global   dv is read once per 128 columns of R and twice more, v0 twice; Q streams from L2 twice a tile. Q k is kept in
-//          `out` or in the workspace, mostly in L2. From memory: 5M + 3 D storage values per row.
+// Global   dv is read three times and v0 twice, mostly from L2 again; Q streams from L2 twice a tile. step, read once per
+//          128 columns of R, and then Q k are kept in `out` or in the workspace, mostly in L2. From memory: 5M + 3 D storage values per row.
 // FLOP     4 D R per row (2 D R without project), three times that on tensor cores (Split); 3 D tanh.
 #include "tile_updates.cuh"
 
@@ -21,7 +21,9 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   Staging<E>& staging = shared_memory<E>().staging;
   T* memory = coefficient_memory<E>();
   const Lines<E> coefficients = take_lines<E>(memory, tile_rows, in.rank);
-  for_each_tile(state.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(state.count, tile_rows, [&](const Tile& at) {
+    const int64_t first_row = at.first_row();
+    const int32_t rows = at.rows;
     const UpdateTile<S, T> tile(in, state, deltas, first_row);
     S* result = result_row(out, first_row, in.width);
     const KeptRows<T> kept = kept_rows(result, in.width, workspace, tile_rows, in.width);

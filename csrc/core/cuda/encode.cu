@@ -22,9 +22,11 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   const Weights<T, false> input_weight{in.input_weight, in.rank_in, in.width};
   const Weights<T, false> output_weight{in.output_weight, in.width, in.rank_out};
   const int32_t blocks = in.rank / 2;
-  const int64_t columns = 3 * int64_t(blocks) + in.width;
+  const int32_t columns = 3 * blocks + in.width;
 
-  for_each_tile(y.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(y.count, tile_rows, [&](const Tile& at) {
+    const int64_t first_row = at.first_row();
+    const int32_t rows = at.rows;
     const TileRows<S> tile(y, first_row);
     S* result = result_row(out, first_row, columns);
     S* complement = result + 3 * blocks;
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
     for_each_block<true>(
         rows, blocks, [&](int32_t row, int32_t block) { return map_block(in, coefficients, row, block); },
         [&](int32_t row, int32_t block, const MappedBlock<T>& m) {
-          S* polar = result + row * columns + block;
+          S* polar = result + int64_t(row) * columns + block;
           polar[0] = narrow<S>(m.polar.sin);
           polar[blocks] = narrow<S>(m.polar.cos);
           polar[2 * blocks] = narrow<S>(log_of(m.mapped.radius));

@@ -33,7 +33,9 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
   const Weights<T, true> spread{in.input_weight, in.width, in.rank_in};
   const int32_t blocks = in.rank / 2;
 
-  for_each_tile(y.count, tile_rows, [&](int64_t first_row, int32_t rows) {
+  for_each_tile(y.count, tile_rows, [&](const Tile& at) {
+    const int64_t first_row = at.first_row();
+    const int32_t rows = at.rows;
     const TileRows<S> polar(grad, first_row), complement(grad, first_row, 3 * blocks);
     S* result = result_row(grad_y, first_row, in.width);
     project(TileRows<S>(y, first_row), rows, input_weight, staging, projected);

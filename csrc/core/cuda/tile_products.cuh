@@ -39,8 +39,8 @@ __device__ __forceinline__ int32_t thread() {
 
 // The same value, but what follows from it is computed anew: a kernel of many steps would run out of registers if it kept
 // every address from one step to the next.
-__device__ __forceinline__ int64_t fresh(int64_t value) {
-  asm volatile("" : "+l"(value));
+__device__ __forceinline__ uint32_t fresh(uint32_t value) {
+  asm volatile("" : "+r"(value));
   return value;
 }
 __device__ __forceinline__ int32_t fresh_thread() {
@@ -279,8 +279,6 @@ struct Carried {
     return self % kAcross + self / (kAcross * kAlong) * kAcross;
   }
   static __device__ __forceinline__ int32_t k(int32_t self) { return kQuad * (self / kAcross % kAlong); }
-
-  Quad<T> quads[kEach];
 };
 
 // weight(column, k): data[column * depth + k], or data[k * columns + column] where it is the transposed of what is stored.
@@ -297,9 +295,10 @@ struct Weights {
 
 // Columns [first, first + kTileColumns) of the weights on their way; zeros past the last column and past the depth.
 template <typename E, typename W>
-struct CarriedColumns : Carried<E, kTileColumns, W::kTransposed> {
+struct CarriedColumns {
   using T = typename E::Sum;
   using Base = Carried<E, kTileColumns, W::kTransposed>;
+  Quad<T> quads[Base::kEach];
   const int32_t self;
   const W& weight;
   const T* cursor;
@@ -320,7 +319,7 @@ struct CarriedColumns : Carried<E, kTileColumns, W::kTransposed> {
     for (int32_t i = 0; i < Base::kEach; ++i) {
       const T* at = cursor + i * Base::kStep * weight.column_stride();
       const int32_t left = i * Base::kStep < columns_left ? depth_left : 0;
-      Quad<T>& quad = this->quads[i];
+      Quad<T>& quad = quads[i];
       quad = {};
       if (!W::kTransposed && whole) {
         if (left > 0) quad = constant(reinterpret_cast<const Quad<T>*>(at));
@@ -337,19 +336,21 @@ struct CarriedColumns : Carried<E, kTileColumns, W::kTransposed> {
   __device__ __forceinline__ void store(T* data) const {
 #pragma unroll
     for (int32_t i = 0; i < Base::kEach; ++i) {
-      E::put_column(data, Base::line(self) + i * Base::kStep, Base::k(self), this->quads[i]);
+      E::put_column(data, Base::line(self) + i * Base::kStep, Base::k(self), quads[i]);
     }
   }
 };
 
-// Rows of a source on their way: source.quad(row, k, values left from k on, source.whole()) for row < rows.
+// Rows of a source on their way: source.quad(row, k, values left from k on, source.whole()) for row < rows, in the format
+// of the source until source.values(quad) makes them values. That waits for the memory, so it comes after a product.
 template <typename E, typename Source>
-struct CarriedRows : Carried<E, kTileRows, false> {
+struct CarriedRows {
   using T = typename E::Sum;
   using Base = Carried<E, kTileRows, false>;
   static_assert(Base::kEach == 1, "one row a thread");
   const int32_t self;
   const Source& source;
+  Quad<typename Source::Stored> stored;
   int32_t row, depth, at;
   bool whole;
 
@@ -357,11 +358,11 @@ struct CarriedRows : Carried<E, kTileRows, false> {
       : self(self), source(source), row(min(Base::line(self), rows - 1)), depth(depth), at(Base::k(self)), whole(source.whole()) {}
 
   __device__ __forceinline__ void fetch() {
-    this->quads[0] = source.quad(row, at, depth - at, whole);
+    stored = source.quad(row, at, depth - at, whole);
     at += E::kDepth;
   }
   __device__ __forceinline__ void store(T* data) const {
-    const Quad<T>& quad = this->quads[0];
+    const Quad<T> quad = source.values(stored);
     E::put_row(data, Base::line(self), Base::k(self), kTileRows, quad.at[0], quad.at[1]);
     E::put_row(data, Base::line(self), Base::k(self) + 2, kTileRows, quad.at[2], quad.at[3]);
   }
@@ -395,9 +396,9 @@ struct Unchanged {
 template <typename E, typename W, typename Source, typename Update, typename Store>
 __device__ __forceinline__ void multiply_rows(const Source& source, int32_t rows, const W& weight, Staging<E>& staging,
                                               const Update& update, const Store& store) {
-  const int32_t self = fresh_thread();
 #pragma unroll 1
   for (int32_t first = 0; first < weight.columns; first += kTileColumns) {
+    const int32_t self = fresh_thread();
     typename E::Sums sums = {};
     CarriedRows<E, Source> carried_rows(self, source, rows, weight.depth);
     CarriedColumns<E, W> carried_columns(self, weight, first);
@@ -424,9 +425,9 @@ __device__ __forceinline__ void multiply_rows(const Source& source, int32_t rows
 template <typename E, typename W, typename Update, typename Store>
 __device__ __forceinline__ void multiply_lines(const Lines<E>& lines, int32_t rows, const W& weight,
                                                Staging<E>& staging, const Update& update, const Store& store) {
-  const int32_t self = fresh_thread();
 #pragma unroll 1
   for (int32_t first = 0; first < weight.columns; first += kTileColumns) {
+    const int32_t self = fresh_thread();
     typename E::Sums sums = {};
     CarriedColumns<E, W> carried(self, weight, first);
     carried.fetch();

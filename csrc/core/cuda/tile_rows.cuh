@@ -52,6 +52,7 @@ __device__ __forceinline__ typename E::Sum* coefficient_memory() {
 template <typename S>
 struct TileRows {
   using T = typename Working<S>::type;
+  using Stored = S;
   static constexpr bool kExactHalf = std::is_same_v<S, BFloat16>;
   const S* data;
   int64_t row_stride;
@@ -68,36 +69,37 @@ struct TileRows {
   __device__ __forceinline__ T operator()(int32_t row, int32_t column) const {
     return widen(constant(data + row * row_stride + column * column_stride));
   }
-  __device__ __forceinline__ Quad<T> quad(int32_t row, int32_t column, int32_t left, bool whole) const {
+  __device__ __forceinline__ Quad<S> quad(int32_t row, int32_t column, int32_t left, bool whole) const {
     const S* at = data + row * row_stride + column * column_stride;
     Quad<S> stored = {};
-    if (whole && left >= kQuad) {
-      stored = constant(reinterpret_cast<const Quad<S>*>(at));
-    } else {
+    if (whole && left >= kQuad) return constant(reinterpret_cast<const Quad<S>*>(at));
 #pragma unroll
-      for (int32_t i = 0; i < kQuad; ++i) {
-        if (i < left) stored.at[i] = constant(at + i * column_stride);
-      }
+    for (int32_t i = 0; i < kQuad; ++i) {
+      if (i < left) stored.at[i] = constant(at + i * column_stride);
     }
-    Quad<T> quad;
+    return stored;
+  }
+  __device__ __forceinline__ Quad<T> values(const Quad<S>& stored) const {
+    Quad<T> values;
 #pragma unroll
-    for (int32_t i = 0; i < kQuad; ++i) quad.at[i] = widen(stored.at[i]);
-    return quad;
+    for (int32_t i = 0; i < kQuad; ++i) values.at[i] = widen(stored.at[i]);
+    return values;
   }
 };
 
 // Where a tile's rows are kept between the steps, in the format of sums; a source of products too.
 template <typename T>
 struct KeptRows {
+  using Stored = T;
   static constexpr bool kExactHalf = false;
   T* data;
-  int64_t stride;
+  int32_t stride;
 
   __device__ __forceinline__ bool whole() const { return stride % kQuad == 0 && aligned<Quad<T>>(data); }
-  __device__ __forceinline__ T* row(int32_t row) const { return data + row * stride; }
-  __device__ __forceinline__ T operator()(int32_t row, int32_t column) const { return data[row * stride + column]; }
+  __device__ __forceinline__ T* row(int32_t row) const { return data + int64_t(row) * stride; }
+  __device__ __forceinline__ T operator()(int32_t row, int32_t column) const { return data[int64_t(row) * stride + column]; }
   __device__ __forceinline__ Quad<T> quad(int32_t row, int32_t column, int32_t left, bool whole) const {
-    const T* at = data + row * stride + column;
+    const T* at = data + int64_t(row) * stride + column;
     if (whole && left >= kQuad) return *reinterpret_cast<const Quad<T>*>(at);
     Quad<T> quad = {};
 #pragma unroll
@@ -106,8 +108,9 @@ struct KeptRows {
     }
     return quad;
   }
+  __device__ __forceinline__ Quad<T> values(const Quad<T>& stored) const { return stored; }
   __device__ __forceinline__ void put(int32_t row, int32_t column, int32_t width, Pair<T> pair) const {
-    T* at = data + row * stride + column;
+    T* at = data + int64_t(row) * stride + column;
     if (stride % 2 == 0 && aligned<Pair<T>>(data) && column + 1 < width) {
       *reinterpret_cast<Pair<T>*>(at) = pair;
     } else {
@@ -119,34 +122,41 @@ struct KeptRows {
 
 // In the result where that has the format, else in the workspace of this block.
 template <typename S, typename T>
-__device__ __forceinline__ KeptRows<T> kept_rows(S* result, int64_t stride, T* workspace, int32_t tile_rows, int32_t width) {
+__device__ __forceinline__ KeptRows<T> kept_rows(S* result, int32_t stride, T* workspace, int32_t tile_rows, int32_t width) {
   if constexpr (std::is_same_v<S, T>) {
     return {result, stride};
   } else {
-    return {workspace + int64_t(blockIdx.x) * tile_rows * width, width};
+    return {workspace + int64_t(fresh(blockIdx.x)) * tile_rows * width, width};
   }
 }
 
 // Elements of a result [N, columns].
 template <typename S>
-__device__ __forceinline__ S* result_row(S* result, int64_t row, int64_t columns) {
+__device__ __forceinline__ S* result_row(S* result, int64_t row, int32_t columns) {
   return result + row * columns;
 }
 
-// body(first row, rows) for the tiles of this block.
+struct Tile {
+  uint32_t index;
+  int32_t tile_rows;
+  int32_t rows;  // in this one
+
+  __device__ __forceinline__ int64_t first_row() const { return int64_t(fresh(index)) * tile_rows; }
+};
+
+// body(tile) for the tiles of this block.
 template <typename Body>
 __device__ __forceinline__ void for_each_tile(int64_t count, int32_t tile_rows, const Body& body) {
 #pragma unroll 1
-  for (uint32_t tile = blockIdx.x; int64_t(tile) * tile_rows < count; tile += gridDim.x) {
-    const int64_t first_row = int64_t(tile) * tile_rows;
-    body(first_row, int32_t(min(int64_t(tile_rows), count - first_row)));
+  for (uint32_t index = blockIdx.x; int64_t(index) * tile_rows < count; index += gridDim.x) {
+    body(Tile{index, tile_rows, int32_t(min(int64_t(tile_rows), count - int64_t(index) * tile_rows))});
   }
 }
 
 // Two neighbouring elements of a row of a result whose rows lie `stride` apart.
 template <typename S, typename T>
-__device__ __forceinline__ void store_pair(S* result, int64_t stride, int32_t row, int32_t column, int32_t width, Pair<T> pair) {
-  S* at = result + row * stride + column;
+__device__ __forceinline__ void store_pair(S* result, int32_t stride, int32_t row, int32_t column, int32_t width, Pair<T> pair) {
+  S* at = result + int64_t(row) * stride + column;
   at[0] = narrow<S>(pair.a);
   if (column + 1 < width) at[1] = narrow<S>(pair.b);
 }
@@ -351,10 +361,10 @@ __device__ __forceinline__ void finish_rows(const KeptRows<T>& kept, const Compl
 // result [rows, D], rows `stride` apart, = complete(row, column, kept).
 template <typename S, typename T, typename Complete>
 __device__ __forceinline__ void store_rows(const KeptRows<T>& kept, const Complete& complete, int32_t rows,
-                                           int32_t width, S* result, int64_t stride) {
+                                           int32_t width, S* result, int32_t stride) {
   for_each_row(rows, [&](int32_t row) {
     const T* values = kept.row(row);
-    S* out = result + row * stride;
+    S* out = result + int64_t(row) * stride;
     transform_columns(width, [&](int32_t j) { return complete(row, j, values[j]); },
                       [&](int32_t j, T value) { out[j] = narrow<S>(value); });
   });

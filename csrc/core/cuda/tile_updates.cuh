@@ -7,29 +7,11 @@
 namespace aniso {
 namespace {
 
-// step = a_v tanh(dv) as a source of products.
-template <typename S, typename T>
-struct Steps {
-  static constexpr bool kExactHalf = false;
-  TileRows<S> moves;  // dv
-  T a_v;
-
-  __device__ __forceinline__ T operator()(int32_t row, int32_t column) const { return a_v * tanh_of(moves(row, column)); }
-  __device__ __forceinline__ bool whole() const { return moves.whole(); }
-  __device__ __forceinline__ Quad<T> quad(int32_t row, int32_t column, int32_t left, bool whole) const {
-    Quad<T> quad = moves.quad(row, column, left, whole);
-#pragma unroll
-    for (int32_t i = 0; i < kQuad; ++i) quad.at[i] = a_v * tanh_of(quad.at[i]);
-    return quad;
-  }
-};
-
 // The parts of a tile of states [sin; cos; log rho; v0] and deltas [dtheta; drho; dv].
 template <typename S, typename T>
 struct UpdateTile {
   const DeviceUpdate<T>& in;
-  TileRows<S> state, deltas, complement;
-  Steps<S, T> steps;
+  TileRows<S> state, deltas, complement, moves;
 
   __device__ __forceinline__ UpdateTile(const DeviceUpdate<T>& in, const DeviceRows<S>& state,
                                         const DeviceRows<S>& deltas, int64_t first_row)
@@ -37,16 +19,17 @@ struct UpdateTile {
         state(state, first_row),
         deltas(deltas, first_row),
         complement(state, first_row, in.rank / 2 * 3),
-        steps{TileRows<S>(deltas, first_row, in.rank), in.a_v} {}
+        moves(deltas, first_row, in.rank) {}
 
   __device__ __forceinline__ Turn<T> turned(int32_t row, int32_t block) const {
     const int32_t blocks = in.rank / 2;
     return turn(state(row, block), state(row, blocks + block), state(row, 2 * blocks + block), deltas(row, block),
                 deltas(row, blocks + block), in.a_theta, in.a_rho);
   }
+  __device__ __forceinline__ T step(int32_t row, int32_t column) const { return in.a_v * tanh_of(moves(row, column)); }
   // w from Q k
   __device__ __forceinline__ T operator()(int32_t row, int32_t column, T rebuilt) const {
-    return rebuilt + complement(row, column) + steps(row, column);
+    return rebuilt + complement(row, column) + step(row, column);
   }
 };
 
@@ -55,7 +38,11 @@ template <typename E, typename S, typename T>
 __device__ __forceinline__ void rebuild_update(const DeviceUpdate<T>& in, const UpdateTile<S, T>& tile, int32_t rows,
                                                Staging<E>& staging, const Lines<E>& coefficients,
                                                const KeptRows<T>& kept) {
-  if (in.project) project(tile.steps, rows, Weights<T, true>{in.basis, in.rank, in.width}, staging, coefficients);
+  if (in.project) {
+    const auto step = [&](int32_t row, int32_t column, T) { return tile.step(row, column); };
+    store_rows(kept, step, rows, in.width, kept.data, kept.stride);
+    project(kept, rows, Weights<T, true>{in.basis, in.rank, in.width}, staging, coefficients);
+  }
   for_each_block<true>(
       rows, in.rank / 2, [&](int32_t row, int32_t block) { return tile.turned(row, block); },
       [&](int32_t row, int32_t block, const Turn<T>& t) {

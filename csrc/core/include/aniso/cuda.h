@@ -75,7 +75,8 @@ struct Workspace {
   int64_t bytes;
 };
 
-// Bytes for correct, correct_backward, encode, decode and decode_backward; 0 where rows are kept in the result itself.
+// Bytes for correct, correct_backward, encode and decode; decode_backward needs twice as many. 0 where rows are kept in
+// the result itself.
 template <typename S>
 cudaError_t rows_workspace(int64_t rows, int32_t width, int64_t* bytes);
 // Bytes for correct_sums.
