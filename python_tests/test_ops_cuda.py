@@ -19,7 +19,6 @@ PRODUCTS = [
     (torch.float32, torch.float32),
     (torch.float16, torch.float32),
     (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aniso_ext.errors import BackendUnavailableError, InputError
-from aniso_ext.ops import native, reference
+from aniso_ext.ops import cuda_native, native, reference
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.tracing import constant_while_tracing
 
@@ -50,28 +50,17 @@ REFERENCE = Backend(
     _on_device(reference.decode),
 )
 CPU = Backend("cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode)
-_IMPLEMENTED = {backend.name: backend for backend in (CPU, REFERENCE)}
+CUDA = Backend("cuda", "cuda", cuda_native.correct, cuda_native.correct_sums, cuda_native.encode, cuda_native.decode)
+_IMPLEMENTED = {backend.name: backend for backend in (CUDA, CPU, REFERENCE)}
 
 _NO_TRITON = "this version has no Triton kernels; the reference runs on that device"
-
-
-def _cuda_reason() -> str:
-    """Why the CUDA kernels cannot serve as a backend; they cover ``aniso_ext::correct`` alone, without its gradient."""
-    try:
-        from aniso_ext import _build_info
-
-        built = _build_info.cuda_version != "none"
-    except ImportError:
-        built = False
-    have = "the CUDA kernels of this version" if built else "no CUDA kernels were built, and those of this version"
-    return f"{have} cover only the forward of `correct`; the reference runs on that device"
 
 
 @cache
 def available() -> dict[str, str | None]:
     """Every backend with None if it can run here, else the reason why not."""
     reasons: dict[str, str | None] = {}
-    reasons["cuda"] = _cuda_reason()
+    reasons["cuda"] = cuda_native.probe()
     reasons["triton"] = _NO_TRITON
     reasons["cpu"] = native.probe()
     reasons["reference"] = None
@@ -110,11 +99,15 @@ def _choose(name: str, device: str) -> str:
     if reasons[name] is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {reasons[name]}")
     if not _IMPLEMENTED[name].accepts(torch.device(device)):
-        raise InputError(f"backend {name!r} runs on cpu tensors, got {device}: move them, or use backend='auto'")
+        kind = _IMPLEMENTED[name].device_type
+        raise InputError(f"backend {name!r} runs on {kind} tensors, got {device}: move them, or use backend='auto'")
     return name
 
 
 def _automatic(device: torch.device) -> Backend:
-    if CPU.accepts(device) and available()["cpu"] is None:
+    # only the probe of the rows' own device runs: choosing for CPU rows must not start CUDA
+    if CUDA.accepts(device) and cuda_native.probe() is None:
+        return CUDA
+    if CPU.accepts(device) and native.probe() is None:
         return CPU
     return REFERENCE

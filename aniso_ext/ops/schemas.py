@@ -21,6 +21,7 @@ _UPDATE = (
 
 SCHEMAS = {
     "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "correct_sums": f"(Tensor y, {_INITIALISATION}) -> Tensor",
     "correct_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "encode": f"(Tensor y, {_INITIALISATION}) -> Tensor",
     "encode_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}) -> Tensor",
@@ -35,6 +36,11 @@ for _name, _schema in SCHEMAS.items():
 @torch.library.register_fake(f"{NAMESPACE}::correct")
 def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correct_sums")
+def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(y.shape[1], dtype=torch.float64)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_backward")
