@@ -78,7 +78,11 @@ def _processor_model() -> str:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    def described(index: int) -> str:
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+
+    devices = [described(index) for index in range(torch.cuda.device_count())]
     return {"torch_built_for": torch.version.cuda, "devices": devices}
 
 

@@ -9,6 +9,7 @@ import torch
 from aniso_ext.ops.schemas import NAMESPACE
 
 _INITIALISATION_LENGTH = 9
+_HOPPER_LENGTH = 4
 
 
 def _save_rows_and_constants(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -23,6 +24,19 @@ def _correct_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
 def _encode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_y = torch.ops.aniso_ext.encode_backward(grad, *ctx.saved_tensors)
     return grad_y, *(None,) * _INITIALISATION_LENGTH
+
+
+def _save_all_but_hopper(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    y, *others = inputs
+    ctx.save_for_backward(y, *others[_HOPPER_LENGTH:])
+
+
+def _hopper_correct_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _correct_backward(ctx, grad) + (None,) * _HOPPER_LENGTH
+
+
+def _hopper_encode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _encode_backward(ctx, grad) + (None,) * _HOPPER_LENGTH
 
 
 def _save_update(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -40,11 +54,13 @@ def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError("aniso_ext kernels have no second derivatives: use backend='reference' for double backward")
 
 
-def _register(name: str, setup_context: Any, backward: Any) -> None:
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", _no_second_derivative)
-
-
-_register("correct", _save_rows_and_constants, _correct_backward)
-_register("encode", _save_rows_and_constants, _encode_backward)
-_register("decode", _save_update, _decode_backward)
+for _name, _setup, _backward in (
+    ("correct", _save_rows_and_constants, _correct_backward),
+    ("encode", _save_rows_and_constants, _encode_backward),
+    ("hopper_correct", _save_all_but_hopper, _hopper_correct_backward),
+    ("hopper_encode", _save_all_but_hopper, _hopper_encode_backward),
+    ("decode", _save_update, _decode_backward),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)
+for _name in ("correct_backward", "encode_backward", "decode_backward"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative)

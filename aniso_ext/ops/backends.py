@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aniso_ext.errors import BackendUnavailableError, InputError
-from aniso_ext.ops import native, reference
+from aniso_ext.ops import cuda_native, native, reference
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.tracing import constant_while_tracing
 
@@ -50,6 +50,7 @@ REFERENCE = Backend(
     _on_device(reference.decode),
 )
 CPU = Backend("cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode)
+CUDA = Backend("cuda", "cuda", cuda_native.correct, cuda_native.correct_sums, cuda_native.encode, cuda_native.decode)
 
 
 def _triton(name: str) -> Callable[..., torch.Tensor]:
@@ -78,21 +79,10 @@ TRITON = Backend(
     _triton("encode"),
     _triton("decode"),
 )
-_IMPLEMENTED = {backend.name: backend for backend in (TRITON, CPU, REFERENCE)}
+_IMPLEMENTED = {backend.name: backend for backend in (CUDA, TRITON, CPU, REFERENCE)}
 
 
-def _cuda_reason() -> str:
-    """Why the CUDA kernels cannot serve as a backend; they cover ``aniso_ext::correct`` alone, without its gradient."""
-    try:
-        from aniso_ext import _build_info
-
-        built = _build_info.cuda_version != "none"
-    except ImportError:
-        built = False
-    have = "the CUDA kernels of this version" if built else "no CUDA kernels were built, and those of this version"
-    return f"{have} cover only the forward of `correct`"
-
-
+@cache
 def _triton_reason() -> str | None:
     """Why the Triton kernels cannot serve as a backend, or None after a first launch of one."""
     if not _INTERPRETER and not torch.cuda.is_available():
@@ -113,23 +103,30 @@ def _unsupported(name: str, dtype: torch.dtype, rank: int) -> str | None:
 
 
 def ranking(
-    device_type: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
+    device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
 ) -> tuple[str, ...]:
-    """Names of the backends that ``auto`` tries in turn for an operation on rows of a kind."""
-    if device_type == "cpu":
+    """Names of the backends that ``auto`` tries in turn for an operation on rows of a kind, the fastest first.
+
+    benchmarks/results/h200_kernels.csv has the measurements behind the order on GPUs.
+    """
+    if device.type == "cpu":
         return ("cpu", "reference")
-    return ("triton", "reference")
+    return ("cuda", "triton", "reference")
+
+
+# Only the probe of a backend that may be taken runs: choosing one for rows on the CPU must not start CUDA.
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "cuda": lambda: cuda_native.probe(),
+    "triton": _triton_reason,
+    "cpu": lambda: native.probe(),
+    "reference": lambda: None,
+}
 
 
 @cache
 def available() -> dict[str, str | None]:
     """Every backend with None if it can run here, else the reason why not."""
-    reasons: dict[str, str | None] = {}
-    reasons["cuda"] = _cuda_reason()
-    reasons["triton"] = _triton_reason()
-    reasons["cpu"] = native.probe()
-    reasons["reference"] = None
-    return reasons
+    return {name: probe() for name, probe in _PROBES.items()}
 
 
 def explain(device: torch.device | str = "cpu") -> str:
@@ -159,11 +156,11 @@ def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: i
         name = os.environ.get("ANISO_BACKEND", "auto")
     if name == "auto":
         return _automatic(torch.device(device), operation, dtype, width, rank, complement)
-    reasons = available()
-    if name not in reasons:
-        raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(reasons)}")
-    if reasons[name] is not None:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {reasons[name]}")
+    if name not in _PROBES:
+        raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(_PROBES)}")
+    reason = _PROBES[name]()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
     backend = _IMPLEMENTED[name]
     if not backend.accepts(torch.device(device)):
         raise InputError(
@@ -175,8 +172,8 @@ def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: i
 
 
 def _automatic(device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
-    for name in ranking(device.type, operation, dtype, width, rank, complement):
-        works = _IMPLEMENTED[name].accepts(device) and available()[name] is None
+    for name in ranking(device, operation, dtype, width, rank, complement):
+        works = _IMPLEMENTED[name].accepts(device) and _PROBES[name]() is None
         if works and _unsupported(name, dtype, rank) is None:
             return name
     return REFERENCE.name

@@ -195,6 +195,16 @@ class Frame:
             with torch.inference_mode(False):
                 self._operands[key] = fold_constants(self, storage, precision, torch.device(device))
 
+    @constant_while_tracing
+    def _prepare_hopper(self, storage: torch.dtype, device: str) -> None:
+        """Keep the constants of the Hopper kernels for rows of a dtype in ``_operands``."""
+        from aniso_ext.ops.hopper import fold_hopper
+
+        key = ("hopper", storage, device)
+        if key not in self._operands:
+            with torch.inference_mode(False):
+                self._operands[key] = fold_hopper(self, storage, torch.device(device))
+
     def validate(self) -> Frame:
         """Check the values and return the frame.
 

@@ -10,6 +10,7 @@ import torch
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import radius_segments
 from aniso_ext.ops.radius_table import CELLS, secant_table, table_suffices
+from aniso_ext.ops.tracing import constant_while_tracing
 
 LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
@@ -40,15 +41,24 @@ class HopperOperands:
 
 
 @cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device has compute capability 9.0, for which these kernels are built."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _is_hopper(device: str) -> bool:
+    return torch.cuda.get_device_capability(torch.device(device)) == (9, 0)
 
 
-def serves(dtype: torch.dtype, width: int, rank: int, complement: str) -> bool:
-    """Whether the kernels have rows of this kind; their maps must suit a table as well, see :func:`fold_hopper`."""
+@constant_while_tracing
+def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
+    """Whether a device is one of compute capability 9.0 and rows of this kind have kernels there."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return half and width % 8 == 0 and width <= LARGEST_WIDTH and rank <= LARGEST_RANK and complement != "diagonal_projected"
+    return half and width % 8 == 0 and width <= LARGEST_WIDTH and rank <= LARGEST_RANK and _is_hopper(device)
+
+
+def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
+    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
+    if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
+        return None
+    key = (rows.dtype, str(rows.device))
+    frame._prepare_hopper(*key)
+    return frame._operands[("hopper", *key)]
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:

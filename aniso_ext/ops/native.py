@@ -16,14 +16,20 @@ from aniso_ext.ops.tracing import constant_while_tracing
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+def library() -> str | None:
+    """Path of the compiled library."""
+    found = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
+    return str(found[0]) if found else None
+
+
 @cache
 def probe() -> str | None:
     """Load the kernels; None when they work, else the reason why they cannot be used."""
-    libraries = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
-    if not libraries:
+    path = library()
+    if path is None:
         return "the compiled kernels were not built (install with a C++17 compiler; `aniso doctor` tells more)"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(path)
         # a first launch: a kernel that loads but cannot run must not be chosen
         rows = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu")
         basis = rows.new_tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -87,11 +93,11 @@ def decode(
 ) -> torch.Tensor:
     constants = _folded(state, frame)
     if literal:
-        deltas = _project_moves(deltas, frame)
+        deltas = project_moves(deltas, frame)
     return torch.ops.aniso_ext.decode(state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal)
 
 
-def _project_moves(deltas: torch.Tensor, frame: Frame) -> torch.Tensor:
+def project_moves(deltas: torch.Tensor, frame: Frame) -> torch.Tensor:
     """The paper's order, (I - QQ^T) before the tanh: a linear map that needs no kernel of its own (METHOD D11)."""
     working = compute_dtype(deltas.dtype)
     basis = frame.basis.to(device=deltas.device, dtype=working)

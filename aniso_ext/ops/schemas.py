@@ -1,6 +1,7 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
-``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`.
+``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read those of
+:class:`aniso_ext.ops.hopper.HopperOperands` before them; their gradients are those of the operators without the prefix.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ _INITIALISATION = (
     "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
     "Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset"
 )
+_HOPPER = "Tensor basis, Tensor rounded_bias, Tensor cells, Tensor cell_scale"
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
 )
 
 SCHEMAS = {
     "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "correct_sums": f"(Tensor y, {_INITIALISATION}) -> Tensor",
     "correct_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "encode": f"(Tensor y, {_INITIALISATION}) -> Tensor",
     "encode_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}) -> Tensor",
+    "hopper_correct": f"(Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "hopper_correct_sums": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
+    "hopper_encode": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "decode": f"({_UPDATE}) -> Tensor",
     "decode_backward": f"(Tensor grad, {_UPDATE}) -> (Tensor, Tensor)",
 }
@@ -33,8 +39,15 @@ for _name, _schema in SCHEMAS.items():
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_correct")
 def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correct_sums")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_correct_sums")
+def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(y.shape[1], dtype=torch.float64)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_backward")
@@ -50,6 +63,12 @@ def _(
     target_coordinates: torch.Tensor,
     *operands: torch.Tensor,
 ) -> torch.Tensor:
+    return y.new_empty((y.shape[0], y.shape[1] + target_coordinates.shape[0] // 2 * 3))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::hopper_encode")
+def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+    target_coordinates = operands[6]
     return y.new_empty((y.shape[0], y.shape[1] + target_coordinates.shape[0] // 2 * 3))
 
 

@@ -2,26 +2,11 @@
 //
 // A row of state is [sin; cos; log rho; v0], a row of deltas [dtheta; drho; dv] (METHOD section 4).
 
-template <typename T>
-struct Turn {
-  T radius;                 // rho^
-  T cos, sin;               // of theta^
-  T tanh_theta, tanh_rho;
-  T step_cos, step_sin;     // of the increment
-};
-
 template <typename P, typename T>
 ANISO_INLINE Turn<T> turn_block(const Update<T>& u, const P* state, const P* deltas, int32_t block) {
   const int32_t blocks = u.rank / 2;
-  const T sin0 = widen(state[block]), cos0 = widen(state[blocks + block]);
-  Turn<T> t;
-  t.tanh_theta = tanh_of(widen(deltas[block]));
-  t.tanh_rho = tanh_of(widen(deltas[blocks + block]));
-  sincos_of(u.a_theta * t.tanh_theta, &t.step_sin, &t.step_cos);
-  t.radius = exp_of(widen(state[2 * blocks + block]) + u.a_rho * t.tanh_rho);
-  t.cos = cos0 * t.step_cos - sin0 * t.step_sin;
-  t.sin = sin0 * t.step_cos + cos0 * t.step_sin;
-  return t;
+  return turn(widen(state[block]), widen(state[blocks + block]), widen(state[2 * blocks + block]),
+              widen(deltas[block]), widen(deltas[blocks + block]), u.a_theta, u.a_rho);
 }
 
 template <typename P, typename T>
@@ -104,13 +89,12 @@ void decode_backward(const Update<T>& u, int64_t n, const P* state, const P* del
     for (int32_t block = 0; block < blocks; ++block) {
       const Turn<T> t = turn_block(u, state_row, delta_row, block);
       const T grad_a = widen(grad_c[2 * block]), grad_b = widen(grad_c[2 * block + 1]);
-      const T radial = t.radius * (grad_a * t.cos + grad_b * t.sin);
-      const T tangential = t.radius * (grad_b * t.cos - grad_a * t.sin);
-      state_out[block] = narrow<S>(t.radius * (grad_b * t.step_cos - grad_a * t.step_sin));
-      state_out[blocks + block] = narrow<S>(t.radius * (grad_a * t.step_cos + grad_b * t.step_sin));
-      state_out[2 * blocks + block] = narrow<S>(radial);
-      delta_out[block] = narrow<S>(u.a_theta * (T(1) - t.tanh_theta * t.tanh_theta) * tangential);
-      delta_out[blocks + block] = narrow<S>(u.a_rho * (T(1) - t.tanh_rho * t.tanh_rho) * radial);
+      const TurnGradient<T> grad = turn_backward(t, grad_a, grad_b, u.a_theta, u.a_rho);
+      state_out[block] = narrow<S>(grad.sin0);
+      state_out[blocks + block] = narrow<S>(grad.cos0);
+      state_out[2 * blocks + block] = narrow<S>(grad.log_radius);
+      delta_out[block] = narrow<S>(grad.delta_theta);
+      delta_out[blocks + block] = narrow<S>(grad.delta_rho);
     }
     const P* dv = delta_row + u.rank;
     const P* row = grad_row + i * u.width;

@@ -227,14 +227,10 @@ void encode_map_backward(const Initialisation<T>& init, int64_t n, const T* proj
   for_each_block(init, n, projected, [&](const BlockTile<T>& t, int32_t block, int64_t first, int32_t rows) {
     for (int32_t j = 0; j < rows; ++j) {
       const P* grad = grad_polar + (first + j) * stride + block;
-      const T turn = widen(grad[0]) * t.cos[j] - widen(grad[blocks]) * t.sin[j];
-      const bool at_origin = t.inverse_length[j] == T(0);
-      const T stretch = at_origin ? T(0)
-                                  : widen(grad[2 * blocks]) * t.slope[j] /
-                                        (t.mapped[j] * t.radius[j] * t.inverse_length[j]);
-      const T across = turn * t.inverse_length[j];
-      store_projected_gradient(init, 2 * block, grad_coefficients + (first + j) * init.rank_out,
-                               t.cos[j] * stretch - t.sin[j] * across, t.sin[j] * stretch + t.cos[j] * across,
+      T through_a, through_b;
+      polar_backward(t.polar(j), Mapped<T>{t.mapped[j], t.slope[j]}, widen(grad[0]), widen(grad[blocks]),
+                     widen(grad[2 * blocks]), &through_a, &through_b);
+      store_projected_gradient(init, 2 * block, grad_coefficients + (first + j) * init.rank_out, through_a, through_b,
                                grad_projected + (first + j) * init.rank_in);
     }
   });

@@ -6,6 +6,7 @@
 #include "aniso/elementary.h"
 #include "aniso/row_kernels.h"
 #include "aniso/row_scales.h"
+#include "aniso/turn.h"
 #include "row_kernels_table.h"
 
 namespace aniso {

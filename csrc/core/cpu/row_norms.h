@@ -45,17 +45,11 @@ ANISO_INLINE void finish_row_backward(
     }
   }
   const RowScales<T> s = row_scales(squares, dot_shift, shift_squares, kShift);
-  const T unit_dot_grad = dot_grad * s.inverse;
-  // Gradient at e' is outer * grad - radial * h; at w it loses its part along e' as well.
-  const T radial = kShift ? (unit_dot_grad + grad_shift) * s.outer * s.outer * s.outer : T(0);
-  const T along = s.outer * unit_dot_grad - radial * (s.unit_squared + s.unit_dot_shift);
-  const T grad_factor = s.inverse * s.outer;
-  const T row_factor = s.inverse * s.inverse * (radial + along);
-  const T shift_factor = s.inverse * radial;
+  const RowGradient<T> factors = row_gradient(s, dot_grad, grad_shift, kShift);
   ANISO_SIMD
   for (int32_t j = 0; j < width; ++j) {
-    T value = widen(grad[j]) * grad_factor - scratch[j] * row_factor;
-    if (kShift) value -= shift[j] * shift_factor;
+    T value = widen(grad[j]) * factors.grad - scratch[j] * factors.row;
+    if (kShift) value -= shift[j] * factors.shift;
     grad_row[j] = narrow<P>(value);
   }
 }

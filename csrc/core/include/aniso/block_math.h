@@ -90,4 +90,16 @@ ANISO_INLINE void map_backward(const Polar<T>& polar, const Mapped<T>& mapped, T
   *out_b = polar.sin * along + polar.cos * across;
 }
 
+// Gradient of (sin, cos, log T(rho)) of a block with respect to (a, b).
+template <typename T>
+ANISO_INLINE void polar_backward(const Polar<T>& polar, const Mapped<T>& mapped, T grad_sin, T grad_cos, T grad_log,
+                                 T* out_a, T* out_b) {
+  const bool at_origin = polar.inverse_length == T(0);
+  const T along =
+      at_origin ? T(0) : grad_log * mapped.slope / (mapped.radius * polar.radius * polar.inverse_length);
+  const T across = (grad_sin * polar.cos - grad_cos * polar.sin) * polar.inverse_length;
+  *out_a = polar.cos * along - polar.sin * across;
+  *out_b = polar.sin * along + polar.cos * across;
+}
+
 }  // namespace aniso

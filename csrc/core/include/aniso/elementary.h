@@ -16,8 +16,12 @@ ANISO_INLINE double exp_of(double x) { return std::exp(x); }
 ANISO_INLINE double log_of(double x) { return std::log(x); }
 ANISO_INLINE double tanh_of(double x) { return std::tanh(x); }
 ANISO_INLINE void sincos_of(double x, double* sin, double* cos) {
+#if defined(__CUDA_ARCH__)
+  ::sincospi(x * 0.31830988618379067154, sin, cos);  // sin() keeps a table for large angles in local memory
+#else
   *sin = std::sin(x);
   *cos = std::cos(x);
+#endif
 }
 
 // Nearest integer of |x| < 2^22 by adding and taking away 1.5 * 2^23.

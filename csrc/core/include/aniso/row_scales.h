@@ -37,4 +37,22 @@ ANISO_INLINE RowScales<T> row_scales(T squares, T dot_shift, T shift_squares, bo
   return s;
 }
 
+// Gradient at w from that at e:  grad_w = grad * grad_e - row * w - shift * g.
+template <typename T>
+struct RowGradient {
+  T grad;
+  T row;
+  T shift;
+};
+
+// From the scales of the row, w.grad_e and grad_e.g.
+template <typename T>
+ANISO_INLINE RowGradient<T> row_gradient(const RowScales<T>& s, T dot_grad, T grad_shift, bool shifted) {
+  const T unit_dot_grad = dot_grad * s.inverse;
+  // Gradient at e' is outer * grad - radial * h; at w it loses its part along e' as well.
+  const T radial = shifted ? (unit_dot_grad + grad_shift) * s.outer * s.outer * s.outer : T(0);
+  const T along = s.outer * unit_dot_grad - radial * (s.unit_squared + s.unit_dot_shift);
+  return {s.inverse * s.outer, s.inverse * s.inverse * (radial + along), s.inverse * radial};
+}
+
 }  // namespace aniso
