@@ -12,6 +12,7 @@ from aniso_ext.ops.operands import radius_segments
 from aniso_ext.ops.radius_table import CELLS, secant_table, table_suffices
 from aniso_ext.ops.tracing import constant_while_tracing
 
+LEAST_WIDTH = 64  # the roundings of fewer products do not average out
 LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
 # as kSm90BasisColumns: the 128 columns that begin at any multiple of 32 are a rotation of the basis
@@ -48,8 +49,8 @@ def _is_hopper(device: str) -> bool:
 @constant_while_tracing
 def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     """Whether a device is one of compute capability 9.0 and rows of this kind have kernels there."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and width % 8 == 0 and width <= LARGEST_WIDTH and rank <= LARGEST_RANK and _is_hopper(device)
+    shape = LEAST_WIDTH <= width <= LARGEST_WIDTH and width % 8 == 0 and rank <= LARGEST_RANK
+    return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
 def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:

@@ -8,11 +8,14 @@
 namespace aniso_torch {
 namespace {
 
+// The stride of a single row may be anything.
+int64_t row_stride(const Tensor& y) { return y.size(0) > 1 ? y.stride(0) : y.size(1); }
+
 // Rows as the copy engine wants them; anything else is copied.
 Tensor aligned_rows(const Tensor& y) {
   constexpr int64_t kElements = 8;
   const bool aligned = reinterpret_cast<uintptr_t>(y.const_data_ptr()) % (kElements * 2) == 0;
-  if (aligned && y.stride(1) == 1 && y.stride(0) % kElements == 0 && y.stride(0) >= y.size(1)) return y;
+  if (aligned && y.stride(1) == 1 && row_stride(y) % kElements == 0 && row_stride(y) >= y.size(1)) return y;
   return y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
 }
 
@@ -60,7 +63,7 @@ void dispatch_half(const Tensor& y, const Run& run) {
 
 template <typename S>
 aniso::Sm90Rows<S> hopper_rows(const Tensor& y) {
-  return {data<S>(y), y.size(0), y.stride(0)};
+  return {data<S>(y), y.size(0), row_stride(y)};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ import torch
 
 from aniso_ext.errors import InputError
 from aniso_ext.ops.frame import Frame
-from aniso_ext.ops.native import _project_moves
+from aniso_ext.ops.native import project_moves
 from aniso_ext.ops.tracing import constant_while_tracing
 from aniso_ext.ops.triton import launch
 from aniso_ext.ops.triton.constants import LARGEST_RANK, Constants
@@ -177,7 +177,7 @@ def decode(
 ) -> torch.Tensor:
     c = constants(frame, state)
     if literal:
-        deltas = _project_moves(deltas, frame)
+        deltas = project_moves(deltas, frame)
     return torch.ops.aniso_ext.triton_decode(
         state, deltas, c.project, c.rebuild, c.per_block, c.per_column, c.scalars,
         c.rank, c.orthonormal, c.shifted, c.tf32, a_theta, a_rho, a_v, not literal,
