@@ -313,9 +313,8 @@ __device__ __forceinline__ void for_each_column(int32_t width, const Body& body)
 }
 
 // store(j, load(j)) over the columns of a row, several loads before their stores.
-template <typename Load, typename Store>
+template <int32_t kTogether = 4, typename Load, typename Store>
 __device__ __forceinline__ void transform_columns(int32_t width, const Load& load, const Store& store) {
-  constexpr int32_t kTogether = 4;
   for (int32_t first = fresh_thread() % kWarp; first < width; first += kTogether * kWarp) {
     decltype(load(0)) values[kTogether];
 #pragma unroll
@@ -379,7 +378,7 @@ __device__ __forceinline__ void finish_backward(const KeptRows<T>& kept, const C
   for_each_row(rows, [&](int32_t row) {
     T* w = kept.row(row);
     T squares = T(0), dot_shift = T(0), shift_squares = T(0), dot_grad = T(0), grad_shift = T(0);
-    transform_columns(
+    transform_columns<2>(  // pairs
         width, [&](int32_t j) { return Pair<T>{complete(row, j, w[j]), grad(row, j)}; },
         [&](int32_t j, Pair<T> pair) {
           w[j] = pair.a;
