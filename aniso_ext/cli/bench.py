@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,12 +89,15 @@ def kernels(
     except InputError as error:
         raise typer.BadParameter(str(error), param_hint="--case") from None
     options = _options(rows, rounds, backend or [], compile)
-    run = _run(cases, options, latency, backend or [], commit)
     written: list[Path] = []
-    if out is not None:
+
+    def save(run: Run) -> None:
         from aniso_ext.bench import environment, records
 
-        written = records.write(run, out, environment.short_name(options.device))
+        if out is not None:
+            written[:] = records.write(run, out, environment.short_name(options.device))
+
+    run = _run(cases, options, latency, backend or [], commit, save)
     failed = [f"{row.case}, {row.variant}: {row.reason}" for row in run.failed]
 
     def show(console: Console) -> None:
@@ -201,8 +205,14 @@ def _options(rows: int | None, rounds: int | None, names: list[str], compile: bo
 
 
 def _run(
-    cases: tuple[BenchCase, ...], options: Options, latency: bool, names: list[str], commit: str | None
+    cases: tuple[BenchCase, ...],
+    options: Options,
+    latency: bool,
+    names: list[str],
+    commit: str | None,
+    save: Callable[[Run], None],
 ) -> Run:
+    """Everything that was asked for; saved after every case, so that a run that is cut off keeps what it measured."""
     from aniso_ext.bench import environment, latencies
     from aniso_ext.bench.ceilings import measure
     from aniso_ext.bench.kernels import as_ceilings, run_case
@@ -216,9 +226,11 @@ def _run(
         for done, case in enumerate(cases):
             update(done, len(cases))
             run.kernels += run_case(case, options, ceilings)
+            save(run)
             clock.lap(case.name)
     if latency:
         run.latency = latencies.run(options.device, names[0] if len(names) == 1 else "auto", options.compile)
+        save(run)
         clock.lap("latency")
     return run
 
