@@ -9,7 +9,7 @@ import torch
 
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import radius_segments
-from aniso_ext.ops.radius_table import CELLS, secant_table, table_suffices
+from aniso_ext.ops.radius_table import coarse_cells, secant_table, table_error
 from aniso_ext.ops.tracing import constant_while_tracing
 
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
@@ -17,6 +17,11 @@ LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
 # as kSm90BasisColumns: the 128 columns that begin at any multiple of 32 are a rotation of the basis
 WRAPPED_COLUMNS = LARGEST_RANK + 32
+# A small table stays in the first-level cache, which is worth a fifth of the time; a large one is off by less.
+CELL_COUNTS = (512, 1024, 2048)
+# of the rounding of coefficients: the root of the mean square of what a table is off by, and the most that a cell may be
+LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
+MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +31,7 @@ class HopperOperands:
     ============ ======================== =========================================================================
     basis        [D, 160] storage dtype   Q, zero columns up to 128, then its first 32 columns again
     input_bias   [R] float32              -Q^T m_s for the rounded basis, with which rows are projected
-    cells        [64, CELLS + 1, 2]       the radius maps, see :mod:`aniso_ext.ops.radius_table`
+    cells        [64, cells + 1, 2]       the radius maps, see :mod:`aniso_ext.ops.radius_table`; NaN in coarse cells
     cell_scale   [64] float32             cells for each unit of radius
     ============ ======================== =========================================================================
     """
@@ -62,19 +67,34 @@ def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
     return frame._operands[("hopper", *key)]
 
 
+def _radius_table(segments: torch.Tensor, rounding: float) -> torch.Tensor | None:
+    """The smallest table [M, cells + 1, 2] that is good enough, NaN in its coarse cells; None if none is."""
+    size = float(segments[:, 1:, 1].square().mean().sqrt())
+    for count in CELL_COUNTS:
+        table = secant_table(segments, count)
+        error = table_error(segments, table)
+        kept = error[error <= LARGEST_CELL_ERROR * rounding * size]
+        fine = float(kept.square().mean().sqrt()) <= LARGEST_ERROR * rounding * size if len(kept) else False
+        if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
+            table[coarse_cells(segments, table, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
+            return table
+    return None
+
+
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
     """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse."""
     exact = frame.to(device=device, dtype=torch.float64)
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    if not table_suffices(segments, torch.finfo(dtype).eps / 2):
+    table = _radius_table(segments, torch.finfo(dtype).eps / 2)
+    if table is None:
         return None
     rounded = exact.basis.to(dtype)
     basis = rounded.new_zeros(frame.width, WRAPPED_COLUMNS)
     basis[:, : frame.rank] = rounded
     basis[:, LARGEST_RANK:] = basis[:, : WRAPPED_COLUMNS - LARGEST_RANK]
-    blocks = LARGEST_RANK // 2
-    cells = torch.zeros(blocks, CELLS + 1, 2, device=device)
-    cells[: frame.blocks] = secant_table(segments)
+    blocks, cells = LARGEST_RANK // 2, table.shape[1] - 1
+    padded = torch.zeros(blocks, cells + 1, 2, device=device)
+    padded[: frame.blocks] = table
     cell_scale = torch.zeros(blocks, device=device)
-    cell_scale[: frame.blocks] = CELLS / segments[:, -1, 0]
-    return HopperOperands(basis, (-exact.source_mean @ rounded.double()).float(), cells, cell_scale)
+    cell_scale[: frame.blocks] = cells / segments[:, -1, 0]
+    return HopperOperands(basis, (-exact.source_mean @ rounded.double()).float(), padded, cell_scale)

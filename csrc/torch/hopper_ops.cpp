@@ -30,6 +30,13 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   const bool diagonal = in.scale.numel() != 1;
   const int64_t cells = hopper.cells.dim() == 3 ? hopper.cells.size(1) : 0;
   check(cells >= 2, "cells must be [64, cells + 1, 2]");
+  const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
+  const int64_t bucket_count = in.buckets.dim() == 2 ? in.buckets.size(1) : 0;
+  check(pieces >= 3 && pieces <= kLargestSize, "segments must be [M, K + 1, 3] with K of at least 2");
+  check(bucket_count >= 1 && bucket_count <= kLargestSize, "buckets must be [M, buckets]");
+  check_constant(in.segments, "segments", y, ScalarType::Float, rank / 2 * 3 * pieces);
+  check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
+  check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
   check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90BasisColumns);
   check_constant(hopper.input_bias, "input_bias", y, ScalarType::Float, rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
@@ -47,6 +54,11 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           data<float>(in.target_coordinates),
           reinterpret_cast<const float2*>(data<float>(hopper.cells)),
           data<float>(hopper.cell_scale),
+          int32_t(pieces),
+          int32_t(bucket_count),
+          reinterpret_cast<const aniso::Segment<float>*>(data<float>(in.segments)),
+          data<int16_t>(in.buckets),
+          data<int32_t>(in.windows),
           data<float>(in.scale),
           data<float>(in.offset),
           in.shift ? data<float>(*in.shift) : nullptr};

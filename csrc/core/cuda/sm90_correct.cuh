@@ -125,6 +125,15 @@ __device__ __forceinline__ BlockLookup look_up(const float2* cells, float cell_s
   return block;
 }
 
+// The exact map of one block, for the few radii whose cell is too coarse.
+template <typename S>
+__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
+  const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
+  const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
+  const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
+  return map_radius(segments, base, in.windows[block], rho).radius;
+}
+
 // Sum over the four lanes that share a row.
 __device__ __forceinline__ float sum_over_row(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
@@ -361,6 +370,21 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
           own[g][2 * half + 1] += bias.y;
           lookups[i][half] =
               look_up(cells, cell_scale, in.cell_count, own[g][2 * half] + target.x, own[g][2 * half + 1] + target.y);
+        }
+      }
+      bool coarse = false;
+#pragma unroll
+      for (int32_t i = 0; i < kLookupGroups; ++i) coarse = coarse || isnan(lookups[i][0].line.x + lookups[i][1].line.x);
+      if (__any_sync(0xffffffffu, coarse)) {
+#pragma unroll
+        for (int32_t i = 0; i < kLookupGroups; ++i) {
+#pragma unroll
+          for (int32_t half = 0; half < 2; ++half) {
+            BlockLookup& block = lookups[i][half];
+            if (!isnan(block.line.x)) continue;
+            const int32_t index = (int32_t(rank) * kOwnColumns + (first + i) * 8 + lane_pair) / 2;
+            block.line = make_float2(search_map(in, index, block.rho), 0.f);
+          }
         }
       }
 #pragma unroll

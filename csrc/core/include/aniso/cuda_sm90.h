@@ -28,7 +28,13 @@ struct Sm90Operands {
   const float* input_bias;         // [R]
   const float* target_coordinates; // [R]
   const float2* cells;             // [64, G + 1], intercept and slope of the radius map in each cell; zero past M
-  const float* cell_scale;         // [M], cells for each unit of radius
+                                   // NaN where one line is too coarse: there the map itself is searched
+  const float* cell_scale;         // [64], cells for each unit of radius
+  int32_t pieces;                  // K + 1
+  int32_t bucket_count;
+  const Segment<float>* segments;  // [M, K + 1]
+  const int16_t* buckets;          // [M, bucket_count]
+  const int32_t* windows;          // [M]
   const float* scale;              // [1] or [D]
   const float* offset;             // [D]
   const float* shift;              // [D] or null
