@@ -39,6 +39,7 @@ __device__ __forceinline__ Lines<E> take_lines(typename E::Sum*& end, int32_t ti
   const Lines<E> lines{end, tile_rows};
   const int64_t elements = E::elements(tile_rows, padded<E>(depth));
   for (int64_t i = thread(); i < elements; i += kThreads) lines.data[i] = 0;
+  __syncthreads();
   end += elements;
   return lines;
 }
