@@ -15,8 +15,8 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-# sm_90a is what Hopper's own instructions need; it has no forward-compatible PTX. Newer chips compile the PTX of sm_80, which
-# the portable kernels are content with.
+# sm_90a is what Hopper's own instructions need; it has no forward-compatible PTX. Newer chips compile the PTX of sm_80,
+# which the portable kernels are content with.
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
 
 

@@ -56,8 +56,8 @@ def test_the_backend_says_why_it_is_missing_here():
 def test_a_table_is_taken_only_where_it_is_finer_than_the_format(dtype, sampled):
     """|T - secant| at dense radii, against the rounding of coefficients of that size."""
     from aniso_ext.ops.operands import radius_segments
-    from aniso_ext.ops.reference import radius_map
     from aniso_ext.ops.radius_table import CELLS, secant_table
+    from aniso_ext.ops.reference import radius_map
     from aniso_ext.ops.triton.constants import fold_constants, rounding_of
 
     case = Case(64, 16, knots=64, sampled=sampled)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aniso_ext.errors import BackendUnavailableError, InputError
-from aniso_ext.ops import cuda_native, native, reference
+from aniso_ext.ops import cuda_native, hopper, native, reference
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.tracing import constant_while_tracing
 
@@ -103,15 +103,23 @@ def _unsupported(name: str, dtype: torch.dtype, rank: int) -> str | None:
 
 
 def ranking(
-    device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str
+    device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str, gradient: bool
 ) -> tuple[str, ...]:
     """Names of the backends that ``auto`` tries in turn for an operation on rows of a kind, the fastest first.
 
-    benchmarks/results/h200_kernels.csv has the measurements behind the order on GPUs.
+    ``gradient``: whether a backward will follow, which runs on the same backend. The order on GPUs is that of
+    benchmarks/results/h200_kernels.csv: Hopper's own kernels where they serve, then Triton's, then the portable ones,
+    which are exact and the only ones for float64. IEEE float32 goes to the portable ones as well.
     """
     if device.type == "cpu":
         return ("cpu", "reference")
-    return ("cuda", "triton", "reference")
+    on_hopper = (complement == "scalar" and operation != "decode") or (complement == "diagonal" and operation == "correct")
+    forward_only = operation == "correct_sums" or not gradient
+    if on_hopper and forward_only and hopper.serves(str(device), dtype, width, rank):
+        return ("cuda", "triton", "reference")
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return ("cuda", "triton", "reference")
+    return ("triton", "cuda", "reference")
 
 
 # Only the probe of a backend that may be taken runs: choosing one for rows on the CPU must not start CUDA.
@@ -132,7 +140,7 @@ def available() -> dict[str, str | None]:
 def explain(device: torch.device | str = "cpu") -> str:
     """In one line, which backend ``auto`` takes for ``correct`` on a device, and why not another one."""
     device = torch.device(device)
-    chosen = _automatic(device, "correct", torch.float32, 1280, 128, "scalar")
+    chosen = _automatic(device, "correct", torch.bfloat16, 1280, 128, "scalar", False)
     rejected = [f"{name}: {reason}" for name, reason in available().items() if reason is not None]
     return f"auto on {device.type} takes {chosen}" + (f" ({'; '.join(rejected)})" if rejected else "")
 
@@ -146,16 +154,19 @@ def resolve(name: str, rows: torch.Tensor, frame: Frame, operation: str = "corre
         InputError: the name is unknown, or the named backend does not run on the rows' device or dtype.
         BackendUnavailableError: the named backend is not there; the message says why.
     """
-    kind = (operation, rows.dtype, frame.width, frame.rank, frame.complement)
+    gradient = rows.requires_grad and torch.is_grad_enabled()
+    kind = (operation, rows.dtype, frame.width, frame.rank, frame.complement, gradient)
     return _IMPLEMENTED[_choose(name, str(rows.device), *kind)]
 
 
 @constant_while_tracing  # torch.compile cannot trace the probe, and must not repeat it
-def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
+def _choose(
+    name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str, gradient: bool
+) -> str:
     if name == "auto":
         name = os.environ.get("ANISO_BACKEND", "auto")
     if name == "auto":
-        return _automatic(torch.device(device), operation, dtype, width, rank, complement)
+        return _automatic(torch.device(device), operation, dtype, width, rank, complement, gradient)
     if name not in _PROBES:
         raise InputError(f"unknown backend {name!r}: choose one of auto, {', '.join(_PROBES)}")
     reason = _PROBES[name]()
@@ -171,8 +182,10 @@ def _choose(name: str, device: str, operation: str, dtype: torch.dtype, width: i
     return name
 
 
-def _automatic(device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str) -> str:
-    for name in ranking(device, operation, dtype, width, rank, complement):
+def _automatic(
+    device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str, gradient: bool
+) -> str:
+    for name in ranking(device, operation, dtype, width, rank, complement, gradient):
         works = _IMPLEMENTED[name].accepts(device) and _PROBES[name]() is None
         if works and _unsupported(name, dtype, rank) is None:
             return name

@@ -17,9 +17,9 @@ LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
 # as kSm90BasisColumns: the 128 columns that begin at any multiple of 32 are a rotation of the basis
 WRAPPED_COLUMNS = LARGEST_RANK + 32
-# A small table stays in the first-level cache, which is worth a fifth of the time; a large one is off by less.
+# A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
 CELL_COUNTS = (512, 1024, 2048)
-# of the rounding of coefficients: the root of the mean square of what a table is off by, and the most that a cell may be
+# Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
 MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
@@ -48,7 +48,7 @@ class HopperOperands:
 
 @cache
 def _is_hopper(device: str) -> bool:
-    return torch.cuda.get_device_capability(torch.device(device)) == (9, 0)
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(torch.device(device)) == (9, 0)
 
 
 @constant_while_tracing
@@ -62,9 +62,10 @@ def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
     """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
     if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
         return None
-    key = (rows.dtype, str(rows.device))
-    frame._prepare_hopper(*key)
-    return frame._operands[("hopper", *key)]
+    dtype, device = rows.dtype, str(rows.device)
+    frame._prepare_hopper(dtype, device)
+    folded: HopperOperands | None = frame._operands[("hopper", dtype, device)]
+    return folded
 
 
 def _radius_table(segments: torch.Tensor, rounding: float) -> torch.Tensor | None:

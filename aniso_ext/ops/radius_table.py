@@ -1,10 +1,10 @@
 """Radius maps as a table that one lookup reads, for kernels on half-precision rows.
 
-T(rho) = intercept + rho * slope in equal cells of [0, last knot], the secant of the map over the cell, and one more cell
-that keeps the ratio from there on. In a cell of width h whose pieces have slopes from s0 to s1 the secant is off by at most
-h (s1 - s0)/4, as the furthest point is a knot inside. :func:`table_suffices` says whether that is below the rounding of the
-coefficients; where it is not, as for a map with jumps, kernels search the knots, be it for all radii or for those of
-:func:`coarse_cells`.
+T(rho) = intercept + rho * slope in equal cells of [0, last knot], the secant of the map over the cell, and one more
+cell that keeps the ratio from there on. In a cell of width h whose pieces have slopes from s0 to s1 the secant is off
+by at most h (s1 - s0)/4, as the furthest point is a knot inside. :func:`table_suffices` says whether that is below the
+rounding of the coefficients; where it is not, as for a map with jumps, kernels search the knots, be it for all radii
+or for those of :func:`coarse_cells`.
 """
 
 from __future__ import annotations

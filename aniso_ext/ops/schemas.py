@@ -1,7 +1,8 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
-``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read those of
-:class:`aniso_ext.ops.hopper.HopperOperands` before them; their gradients are those of the operators without the prefix.
+``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read
+those of :class:`aniso_ext.ops.hopper.HopperOperands` before them; their gradients are those of the operators without
+the prefix.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ class BlockOracle {
     near_knot_ = near_knot;
   }
   bool near_knot() const { return near_knot_; }
+  double turn() const { return turn_; }
 
   Expected centred(int32_t c) const { return centred_[c]; }
   Expected cosine() const { return {cos_, 1 + turn_}; }

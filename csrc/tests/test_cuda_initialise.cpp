@@ -1,5 +1,6 @@
 // The CUDA kernels of `correct`, its sums, `encode` and their gradients against METHOD section 4 in double, through both
 // matrix products. Skipped without a GPU.
+#include <algorithm>
 #include <memory>
 
 #include "cuda_case.h"
@@ -150,6 +151,12 @@ class Suite {
     return grad_y;
   }
 
+  static double largest_turn(const std::vector<BlockOracle>& blocks) {
+    double largest = 0;
+    for (const BlockOracle& block : blocks) largest = std::max(largest, block.turn());
+    return largest;
+  }
+
   void check_correct_backward(int64_t i, const std::vector<BlockOracle>& blocks, const std::vector<Expected>& w,
                               const S* got) const {
     std::vector<double> grad, grad_w;
@@ -158,7 +165,7 @@ class Suite {
     const std::vector<double> expected = gradient(grad_w, [&](int32_t block, double a, double b, int32_t c) {
       return blocks[size_t(block)].map_gradient(a, b, c).value;
     });
-    check_row_norm(got, expected, gradient_tolerance<S>(products_), "correct_backward " + name_, i);
+    check_row_norm(got, expected, gradient_tolerance<S>(products_, largest_turn(blocks)), "correct_backward " + name_, i);
   }
 
   void check_encode_backward(int64_t i, const std::vector<BlockOracle>& blocks, const S* got) const {
@@ -169,7 +176,7 @@ class Suite {
       const double sin = state_grad_(i, block), cos = state_grad_(i, count + block);
       return blocks[size_t(block)].polar_gradient(sin, cos, state_grad_(i, 2 * count + block), c).value;
     });
-    check_row_norm(got, expected, gradient_tolerance<S>(products_), "encode_backward " + name_, i);
+    check_row_norm(got, expected, gradient_tolerance<S>(products_, largest_turn(blocks)), "encode_backward " + name_, i);
   }
 
   void check_repeated(const std::vector<double>& sums) const {
@@ -216,7 +223,9 @@ void test_format(Products products) {
   if (small_sizes()) return;
   // More rows than a grid of tiles, and coefficients of a whole tile too many for a block's shared memory.
   Suite<S>({40000, 8, 4, 16, 8, Complement::scalar, true}, false, products, random).run();
-  Suite<S>({21, 1026, 1024, 4, 4, Complement::projected, true}, false, products, random).run();
+  // In double the gradients of a projected complement at this rank fit no block; ranks to 1024 are for narrower formats.
+  const int32_t rank = std::is_same_v<S, double> ? 512 : 1024;
+  Suite<S>({21, 1026, rank, 4, 4, Complement::projected, true}, false, products, random).run();
 }
 
 void test_refusals() {

@@ -39,7 +39,7 @@ BLOCK_CONSTANTS = 11
 class Lookup(NamedTuple):
     """Radius maps for one gather a lookup (table) or for an exact search.
 
-    Table: the secants of :mod:`aniso_ext.ops.radius_table`, where they are off by less than coefficients are rounded by.
+    Table: the secants of :mod:`aniso_ext.ops.radius_table`, where they are off by less than coefficients are rounded.
 
     Search: ``cells`` has the knots below each bucket of radii (see operands.knot_buckets); from there 2^steps - 1 knots
     are halved. ``starts`` ends with NaN, which is below nothing, so that the search may reach past the last knot.
@@ -210,7 +210,8 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. For a rounded orthonormal
     # basis |E| is about one rounding, and k.E k smaller by the root of R; of one to a coarser format |E| is larger.
     gram = used.T @ used - torch.eye(frame.rank, dtype=used.dtype, device=device)
-    suffices = table_suffices(segments, rounding)
+    # Of float32 rows a table would be the largest error by far, also where products are rounded to TF32.
+    suffices = dtype != torch.float32 and table_suffices(segments, rounding)
     table = _table(segments, blocks) if suffices else None
     # A gradient has the slope of the map itself. Rounded to bfloat16, knots say nothing better than a secant.
     exact_slopes = not suffices or dtype != torch.bfloat16
