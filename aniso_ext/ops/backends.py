@@ -113,7 +113,8 @@ def ranking(
     """
     if device.type == "cpu":
         return ("cpu", "reference")
-    on_hopper = (complement == "scalar" and operation != "decode") or (complement == "diagonal" and operation == "correct")
+    hopper_operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
+    on_hopper = operation in hopper_operations.get(complement, ())
     forward_only = operation == "correct_sums" or not gradient
     if on_hopper and forward_only and hopper.serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
