@@ -13,8 +13,8 @@
 // Shared   Q: 16 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and up to 32 KB that carry in turn the
 //          parts of p, of k, the sums of the norms, and the finished rows on their way out.
 // Registers  w stays in fp32 until both norms are known: 32 kChunks a thread. Nothing is rounded but k and the result. Kernels
-//          of the scalar complement do not spill, but for up to three words of encode; those of the diagonal one spill up to
-//          53, because c^ and c_t wait beside w.
+//          of the scalar complement do not spill, but for one word at D 512; those of the diagonal one spill up to 54 words,
+//          because c^ and c_t wait beside w.
 // Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          of C go (C - 1) R (4 + 2) bytes for each row.
 // FLOP     4 D R for each row, 6 D R for the diagonal complement.
@@ -43,7 +43,7 @@ constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
 constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
 // As many warpgroups as shared memory and registers leave room for.
 template <int kCluster, int kChunks>
-constexpr int32_t kWarpgroupsOf = kCluster == 2 ? (kChunks <= 2 ? 3 : 2) : (kChunks == 3 ? 3 : 2);
+constexpr int32_t kWarpgroupsOf = kChunks == 3 ? 3 : 2;
 
 struct Barriers {
   uint64_t loaded;         // the tile is in shared memory
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   constexpr uint32_t kPartBytes = Layout::kPartBytes, kNormsOffset = Layout::kNormsOffset;
   constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
   constexpr int32_t kOwnGroups = kOwnColumns / 8;
-  constexpr int32_t kLookupGroups = kResult == Result::kState ? 2 : 4;  // whose pieces of the map a thread awaits at once
+  // Groups of columns whose pieces of the radius map a thread awaits at once: as many as the registers have room for.
+  constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : (kChunks == 3 ? 2 : 4);
   constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
   constexpr int32_t kOwnSteps = kSteps / kCluster;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -740,7 +741,6 @@ auto by_width(int32_t width, const Body& body) {
   using std::integral_constant;
   if (width <= 256) return body(integral_constant<int, 2>{}, integral_constant<int, 2>{});
   if (width <= 512) return body(integral_constant<int, 2>{}, integral_constant<int, 4>{});
-  if (width <= 640) return body(integral_constant<int, 2>{}, integral_constant<int, 5>{});
   if (width <= 768) return body(integral_constant<int, 4>{}, integral_constant<int, 3>{});
   if (width <= 1024) return body(integral_constant<int, 4>{}, integral_constant<int, 4>{});
   return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
