@@ -57,15 +57,15 @@ class OnDevice {
   V* data_ = nullptr;
 };
 
-// A result on the device between two bands that must not change; all bytes are 0xa5 at first, a poison in every format.
-template <typename V>
+// A result on the device between two bands that must not change; all bytes are 0xa5 at first, a poison in every format. The
+// usual band leaves it one element past an aligned address where the format is smaller than 16 bytes.
+template <typename V, int64_t kBand = 65>
 class DeviceResult {
  public:
   explicit DeviceResult(int64_t size) : host_(size_t(2 * kBand + size)), size_(size) {
     std::memset(static_cast<void*>(host_.data()), 0xa5, host_.size() * sizeof(V));
     device_.reset(new OnDevice<V>(host_));
   }
-  // One element past an aligned address where the format is smaller than 16 bytes.
   V* data() const { return device_->data() + kBand; }
   std::vector<V> fetch(const std::string& name) {
     const std::vector<V> before(host_);
@@ -78,7 +78,6 @@ class DeviceResult {
   }
 
  private:
-  static constexpr int64_t kBand = 65;
   std::vector<V> host_;
   int64_t size_;
   std::unique_ptr<OnDevice<V>> device_;

@@ -1,0 +1,307 @@
+// The Hopper kernels against METHOD section 4 in double, for the rounded basis that they multiply with. Skipped where no GPU
+// of compute capability 9.0 is visible.
+#include <algorithm>
+#include <string>
+
+#include "aniso/cuda_sm90.h"
+#include "cuda_case.h"
+
+using namespace aniso;
+using namespace aniso_test;
+
+namespace {
+
+struct Size {
+  int64_t rows;
+  int32_t width, rank;
+  bool diagonal, shifted;
+  int64_t padding;  // elements between the rows of y
+  std::string text() const {
+    return " N=" + std::to_string(rows) + " D=" + std::to_string(width) + " R=" + std::to_string(rank) +
+           (diagonal ? " diagonal" : "") + (shifted ? " calibrated" : "");
+  }
+};
+
+constexpr int32_t kKnots = 40, kCells = 64, kBuckets = 128;
+
+// Results that begin at a multiple of 16 bytes, as the copy engine wants them.
+template <typename V>
+using AlignedResult = DeviceResult<V, 64>;
+
+std::vector<float> uniform(int64_t count, double low, double high, Random& random) {
+  return random_values<float>(count, low, high, random);
+}
+
+template <typename V>
+std::vector<V> padded(std::vector<V> values, size_t size) {
+  values.resize(size);
+  return values;
+}
+
+// Everything a row needs, in double.
+struct ExactRow {
+  std::vector<double> state;   // [3M + D]
+  std::vector<double> unit;    // e'
+  std::vector<double> result;  // e
+  double smallest_radius = 1e9;
+  double rounding = 0;  // of the coefficients, as they reach a row of unit length, in half ulps
+};
+
+template <typename S>
+class Suite {
+ public:
+  Suite(const Size& size, Random& random)
+      : size_(size),
+        name_(std::string(Format<S>::kName) + size.text()),
+        y_(random_values<S>(size.rows * stride(), -1.0 / std::sqrt(size.width), 1.0 / std::sqrt(size.width), random)),
+        basis_(random_values<S>(int64_t(size.width) * size.rank, -1.7 / std::sqrt(size.width), 1.7 / std::sqrt(size.width),
+                                random)),
+        bias_(uniform(size.rank, -0.1, 0.1, random)),
+        target_(uniform(size.rank, -0.1, 0.1, random)),
+        scale_(uniform(size.diagonal ? size.width : 1, 0.6, 1.1, random)),
+        offset_(uniform(size.width, -0.5 / std::sqrt(size.width), 0.5 / std::sqrt(size.width), random)),
+        shift_(uniform(size.width, -0.2 / std::sqrt(size.width), 0.2 / std::sqrt(size.width), random)) {
+    const int32_t blocks = size.rank / 2;
+    for (int32_t block = 0; block < blocks; ++block) {
+      double start = 0, value = 0, slope = 1;
+      for (int32_t piece = 0; piece <= kKnots; ++piece) {
+        segments_.push_back({float(start), float(value), float(piece == kKnots ? value / start : slope)});
+        const double length = random.uniform(0.01, 0.03);
+        start += length;
+        value += slope * length;
+        slope = random.uniform(0.5, 2.0);
+      }
+      const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
+      const double last = double(map[kKnots].start);
+      cell_scale_.push_back(float(kCells / last));
+      for (int32_t cell = 0; cell < kCells; ++cell) {
+        const double low = last * cell / kCells, high = last * (cell + 1) / kCells;
+        const double rise = (exact_map(block, high) - exact_map(block, low)) / (high - low);
+        const bool coarse = random.uniform(0, 1) < 0.1;
+        cells_.push_back({coarse ? NAN : float(exact_map(block, low) - low * rise), coarse ? NAN : float(rise)});
+      }
+      cells_.push_back({0.f, map[kKnots].slope});
+      index_knots(map);
+    }
+    cells_.resize(size_t(kSm90Rank / 2) * (kCells + 1), {0.f, 0.f});
+    cell_scale_.resize(kSm90Rank / 2, 0.f);
+    for (int32_t j = 0; j < size.width; ++j) {
+      for (int32_t r = 0; r < kSm90BasisColumns; ++r) {
+        const int32_t column = r % kSm90Rank;
+        wrapped_.push_back(column < size.rank ? basis_[size_t(j) * size.rank + column] : S{});
+      }
+    }
+  }
+
+  void run() {
+    const OnDevice<S> y(y_), basis(wrapped_);
+    const OnDevice<float> bias(bias_), target(target_), cell_scale(cell_scale_), scale(scale_), offset(offset_), shift(shift_);
+    const OnDevice<float2> cells(cells_);
+    const OnDevice<Segment<float>> segments(segments_);
+    const OnDevice<int16_t> buckets(buckets_);
+    const OnDevice<int32_t> windows(windows_);
+    const Sm90Operands<S> in{size_.width,     size_.rank,     kCells,         size_.diagonal,  basis.data(),
+                             bias.data(),     target.data(),  cells.data(),   cell_scale.data(), kKnots + 1,
+                             kBuckets,        segments.data(), buckets.data(), windows.data(),  scale.data(),
+                             offset.data(),   size_.shifted ? shift.data() : nullptr};
+    const Sm90Rows<S> rows{y.data(), size_.rows, stride()};
+
+    AlignedResult<S> out(size_.rows * size_.width);
+    CHECK_CUDA(sm90_correct(in, rows, out.data(), nullptr));
+    const std::vector<S> corrected = out.fetch("correct " + name_);
+    AlignedResult<S> again(size_.rows * size_.width);
+    CHECK_CUDA(sm90_correct(in, rows, again.data(), nullptr));
+    const std::vector<S> repeated = again.fetch("correct " + name_);
+    CHECK(std::memcmp(corrected.data(), repeated.data(), corrected.size() * sizeof(S)) == 0, "%s: not repeatable",
+          name_.c_str());
+
+    std::vector<S> state;
+    std::vector<double> sums;
+    const bool encoded = !size_.diagonal && size_.rank % 16 == 0;
+    if (encoded) {
+      AlignedResult<S> result(size_.rows * state_columns());
+      CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
+      state = result.fetch("encode " + name_);
+    }
+    if (!size_.diagonal) {
+      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * size_.width);
+      AlignedResult<double> result(size_.width);
+      CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
+      sums = result.fetch("sums " + name_);
+    }
+
+    std::vector<double> expected_sums(size_t(size_.width), 0.0);
+    double allowed_sum = 0;
+    for (int64_t i = 0; i < size_.rows; ++i) {
+      const ExactRow row = exact_row(i);
+      // Roundings of the result and of the coefficients, then those of fp32 sums, which a map steepens.
+      const double fp32 = 3e-5, rounding = Format<S>::kHalfUlp * row.rounding + fp32;
+      check_distance(&corrected[size_t(i * size_.width)], row.result, 1.01 * Format<S>::kHalfUlp + 2 * rounding, "correct", i);
+      for (size_t j = 0; j < expected_sums.size(); ++j) expected_sums[j] += row.unit[j];
+      allowed_sum += rounding;
+      if (encoded) check_state(&state[size_t(i * state_columns())], row, i);
+    }
+    for (size_t j = 0; j < sums.size(); ++j) {
+      CHECK(std::fabs(sums[j] - expected_sums[j]) <= allowed_sum, "sums %s column %d: %g, expected %g", name_.c_str(), int(j),
+            sums[j], expected_sums[j]);
+    }
+  }
+
+ private:
+  int64_t stride() const { return size_.width + size_.padding; }
+  int64_t state_columns() const { return size_.rank / 2 * 3 + size_.width; }
+  double y(int64_t i, int64_t j) const { return exact(y_[size_t(i * stride() + j)]); }
+
+  double exact_map(int32_t block, double rho) const {
+    const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
+    int32_t piece = 0;
+    while (piece < kKnots && double(map[piece + 1].start) <= rho) ++piece;
+    return double(map[piece].value) + (rho - double(map[piece].start)) * double(map[piece].slope);
+  }
+
+  double map(int32_t block, double rho) const {
+    const int32_t cell = int32_t(std::min<double>(rho * double(cell_scale_[size_t(block)]), kCells));
+    const float2 line = cells_[size_t(block) * (kCells + 1) + size_t(cell)];
+    return std::isnan(line.x) ? exact_map(block, rho) : double(line.x) + rho * double(line.y);
+  }
+
+  // As knot_buckets of aniso_ext/ops/operands.py.
+  void index_knots(const Segment<float>* map) {
+    const float bucket_scale = float(kBuckets) / map[kKnots].start;
+    std::vector<int32_t> of_knot;
+    for (int32_t knot = 1; knot <= kKnots; ++knot) of_knot.push_back(bucket_of(map[knot].start, bucket_scale, kBuckets));
+    int32_t window = 0;
+    std::vector<int32_t> below;
+    for (int32_t bucket = 0; bucket < kBuckets; ++bucket) {
+      const auto first = std::lower_bound(of_knot.begin(), of_knot.end(), bucket);
+      const auto last = std::upper_bound(of_knot.begin(), of_knot.end(), bucket);
+      below.push_back(int32_t(first - of_knot.begin()));
+      window = std::max(window, int32_t(last - first));
+    }
+    for (const int32_t count : below) buckets_.push_back(int16_t(std::min(count, kKnots - window)));
+    windows_.push_back(window);
+  }
+
+  ExactRow exact_row(int64_t i) const {
+    ExactRow row;
+    const int32_t blocks = size_.rank / 2, width = size_.width;
+    std::vector<double> c_t(size_t(size_.rank)), mapped(c_t.size());
+    row.state.resize(size_t(state_columns()));
+    double coefficients = 0;
+    for (int32_t r = 0; r < size_.rank; ++r) {
+      double sum = double(bias_[size_t(r)]);
+      for (int32_t j = 0; j < width; ++j) sum += y(i, j) * exact(basis_[size_t(j) * size_.rank + r]);
+      c_t[size_t(r)] = sum;
+    }
+    for (int32_t block = 0; block < blocks; ++block) {
+      const size_t at = 2 * size_t(block);
+      const double a = c_t[at] + double(target_[at]), b = c_t[at + 1] + double(target_[at + 1]);
+      const double length = std::hypot(a, b), radius = map(block, std::hypot(length, 1e-6));
+      mapped[at] = radius * a / length;
+      mapped[at + 1] = radius * b / length;
+      row.state[size_t(block)] = b / length;
+      row.state[size_t(blocks + block)] = a / length;
+      row.state[size_t(2 * blocks + block)] = std::log(radius);
+      row.smallest_radius = std::min({row.smallest_radius, length, radius});
+      for (const size_t c : {at, at + 1}) coefficients += mapped[c] * mapped[c] + 2 * c_t[c] * c_t[c];
+    }
+    double squares = 0;
+    for (int32_t j = 0; j < width; ++j) {
+      double rebuilt = 0, removed = 0;
+      for (int32_t r = 0; r < size_.rank; ++r) {
+        const double q = exact(basis_[size_t(j) * size_.rank + r]);
+        rebuilt += q * mapped[size_t(r)];
+        removed += q * c_t[size_t(r)];
+      }
+      const double v0 = double(scale_[size_.diagonal ? size_t(j) : 0]) * (y(i, j) - removed) + double(offset_[size_t(j)]);
+      row.state[size_t(3 * blocks + j)] = v0;
+      row.unit.push_back(rebuilt + v0);
+      squares += row.unit.back() * row.unit.back();
+    }
+    double shifted_squares = 0;
+    for (int32_t j = 0; j < width; ++j) {
+      row.unit[size_t(j)] /= std::sqrt(squares);
+      row.result.push_back(row.unit[size_t(j)] + (size_.shifted ? double(shift_[size_t(j)]) : 0));
+      shifted_squares += row.result.back() * row.result.back();
+    }
+    for (double& value : row.result) value /= std::sqrt(shifted_squares);
+    // |Q k| is at most 2 |k| for these bases: independent columns of length one, no more of them than rows.
+    row.rounding = 2 * std::sqrt(coefficients / squares);
+    return row;
+  }
+
+  void check_distance(const S* got, const std::vector<double>& expected, double allowed, const char* what, int64_t i) const {
+    double squares = 0;
+    for (size_t j = 0; j < expected.size(); ++j) {
+      const double difference = exact(got[j]) - expected[j];
+      squares += difference * difference;
+    }
+    CHECK(std::sqrt(squares) <= allowed, "%s %s row %d: off by %.3g, allowed %.3g", what, name_.c_str(), int(i),
+          std::sqrt(squares), allowed);
+  }
+
+  void check_state(const S* got, const ExactRow& row, int64_t i) const {
+    const size_t polar = size_t(size_.rank) / 2 * 3;
+    const double fp32 = 3e-5 * (1 + 1 / row.smallest_radius);
+    for (size_t j = 0; j < polar; ++j) {
+      const double expected = row.state[j], allowed = 1.01 * Format<S>::kHalfUlp * std::fabs(expected) + fp32;
+      CHECK(std::fabs(exact(got[j]) - expected) <= allowed, "encode %s row %d column %d: %g, expected %g", name_.c_str(), int(i),
+            int(j), exact(got[j]), expected);
+    }
+    const std::vector<double> v0(row.state.begin() + int64_t(polar), row.state.end());
+    double length = 0;
+    for (const double value : v0) length += value * value;
+    const double allowed = Format<S>::kHalfUlp * (1.01 * std::sqrt(length) + 2 * row.rounding) + 3e-5;
+    check_distance(got + polar, v0, allowed, "v0", i);
+  }
+
+  Size size_;
+  std::string name_;
+  std::vector<S> y_, basis_, wrapped_;
+  std::vector<float> bias_, target_, scale_, offset_, shift_, cell_scale_;
+  std::vector<Segment<float>> segments_;
+  std::vector<float2> cells_;
+  std::vector<int16_t> buckets_;
+  std::vector<int32_t> windows_;
+};
+
+template <typename S>
+void test_format() {
+  Random random(53);
+  for (const bool diagonal : {false, true}) {
+    Suite<S>({1, 64, 2, diagonal, false, 0}, random).run();
+    Suite<S>({65, 200, 18, diagonal, true, 8}, random).run();
+    Suite<S>({70, 512, 128, diagonal, true, 0}, random).run();
+    if (small_sizes()) continue;
+    Suite<S>({64, 520, 64, diagonal, false, 16}, random).run();
+    Suite<S>({200, 768, 128, diagonal, true, 0}, random).run();
+    Suite<S>({129, 1000, 48, diagonal, true, 0}, random).run();
+    Suite<S>({90, 1152, 126, diagonal, false, 0}, random).run();
+    Suite<S>({150, 1280, 128, diagonal, true, 0}, random).run();
+  }
+  // More tiles than a grid holds, so that every barrier goes through several phases.
+  Suite<S>({small_sizes() ? 9000 : 40000, 64, 16, false, true, 0}, random).run();
+  if (!small_sizes()) Suite<S>({20000, 768, 16, false, true, 0}, random).run();
+}
+
+void test_refusals() {
+  const Sm90Rows<BFloat16> rows{nullptr, 4, 2048};
+  Sm90Operands<BFloat16> in{};
+  in.width = 2048, in.rank = 128;
+  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 2048 must be refused");
+  in.width = 1280, in.rank = 256;
+  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "rank 256 must be refused");
+}
+
+}  // namespace
+
+void aniso_test::run_tests() {
+  skip_without_device();
+  if (!sm90_present()) {
+    std::printf("skipped: no GPU of compute capability 9.0\n");
+    std::exit(77);
+  }
+  test_refusals();
+  test_format<BFloat16>();
+  test_format<Float16>();
+}
