@@ -6,6 +6,7 @@ A test takes the fixture ``run``, parametrised by :func:`runs` or :func:`cases_a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ FORMATS = {
     "float16": (torch.float16, "highest"),
 }
 EVERY_FORMAT = tuple(FORMATS)
-DEVICE_OF = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_OF = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
 EVERY_BACKEND = tuple(DEVICE_OF)
 KERNELS = ("cpu", "cuda", "triton")
 ON_GPU = ("cuda", "triton")
@@ -64,7 +66,7 @@ class Run:
     @property
     def cosine_loss(self) -> float:
         """The largest 1 - cos of the accuracy contract."""
-        return (_COSINE_LOSS if self.device.type == "cpu" else _COSINE_LOSS_ON_GPU)[self.format]
+        return (_COSINE_LOSS_ON_GPU if self.backend in ON_GPU else _COSINE_LOSS)[self.format]
 
     def rows(self, case: Case, rows: int, *, seed: int = 0) -> torch.Tensor:
         return rows_of(case, rows, self.dtype, seed=seed).to(self.device)

@@ -14,6 +14,7 @@ import test_ops_gradients as gradients
 import test_ops_values as values
 import torch
 from cases import BRANCHES, COMPLEMENTS, Case, arrays_of, deltas_of, frame_of, named, rows_of
+from devices import Run
 
 from aniso_ext import ops
 from aniso_ext.errors import InputError
@@ -22,6 +23,7 @@ from aniso_ext.ops.triton import backend, launch
 from aniso_ext.ops.triton.configurations import Configuration, overridden
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RUNS = tuple(Run("triton", name) for name in ("float32", "bfloat16", "float16"))
 CASES = (
     BRANCHES[0],
     *BRANCHES[1::2],
@@ -52,23 +54,23 @@ def test_the_kernels_are_interpreted_and_work():
 
 
 @pytest.mark.parametrize("operator", ["correct", "decode", "decode_literal"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("case", **named(CASES))
-def test_unit_rows_meet_the_accuracy_contract(case, dtype, operator):
-    values.test_unit_rows_meet_the_accuracy_contract(case, "triton", dtype, operator)
+def test_unit_rows_meet_the_accuracy_contract(case, run, operator):
+    values.test_unit_rows_meet_the_accuracy_contract(case, run, operator)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("case", **named(CASES))
-def test_encoded_rows_meet_the_accuracy_contract(case, dtype):
-    values.test_encoded_rows_meet_the_accuracy_contract(case, "triton", dtype)
+def test_encoded_rows_meet_the_accuracy_contract(case, run):
+    values.test_encoded_rows_meet_the_accuracy_contract(case, run)
 
 
 @pytest.mark.parametrize("operator", gradients.OPERATORS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("case", **named(GRADIENT_CASES))
-def test_gradients_meet_the_accuracy_contract(case, dtype, operator):
-    gradients.test_gradients_meet_the_accuracy_contract(case, operator, dtype, "triton")
+def test_gradients_meet_the_accuracy_contract(case, run, operator):
+    gradients.test_gradients_meet_the_accuracy_contract(case, operator, run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,13 +151,16 @@ def test_non_finite_rows_stay_in_their_row(complement, poison, dtype):
     assert encoded[others].isfinite().all() and not encoded[4].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_radii_and_zero_rows(dtype):
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_the_phase_at_zero_radius_is_zero(run):
     for zero in (0.0, -0.0):
-        gradients.test_the_phase_at_zero_radius_is_zero(dtype, "triton", zero)
-    gradients.test_gradients_near_the_origin_stay_finite("triton")
-    gradients.test_polar_gradients_vanish_at_zero_radius(torch.float32, "triton")
-    values.test_a_row_of_zero_length_comes_out_as_zero("triton")
+        gradients.test_the_phase_at_zero_radius_is_zero(run, zero)
+
+
+def test_zero_radii_and_zero_rows():
+    gradients.test_gradients_near_the_origin_stay_finite(RUNS[0])
+    gradients.test_polar_gradients_vanish_at_zero_radius(RUNS[0])
+    values.test_a_row_of_zero_length_comes_out_as_zero(RUNS[0])
 
 
 def test_half_precision_coefficients_neither_overflow_nor_vanish():
