@@ -1,5 +1,5 @@
 // The Hopper kernels for bfloat16 rows, and what does not depend on the format.
-#include "sm90_correct.cuh"
+#include "sm90_launch.cuh"
 
 namespace aniso {
 

@@ -1,5 +1,5 @@
 // The Hopper kernels for float16 rows.
-#include "sm90_correct.cuh"
+#include "sm90_launch.cuh"
 
 namespace aniso {
 

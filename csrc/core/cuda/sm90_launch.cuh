@@ -1,0 +1,156 @@
+// Launches of the Hopper kernels: which shape serves a width, how many clusters run at a time, the maps of the copy engine.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
+#include "sm90_correct.cuh"
+#include "sm90_maps.h"
+
+namespace aniso::sm90 {
+
+constexpr int32_t kSumLanes = 16;
+
+// sums[column] over the rows of partial [slots, width], in fp64 and always in the same order.
+static __global__ void add_parts(const float* partial, int32_t slots, int32_t width, double* sums) {
+  __shared__ double lanes[kSumLanes][32];
+  const int32_t column = blockIdx.x * 32 + threadIdx.x;
+  double sum = 0;
+  for (int32_t slot = threadIdx.y; slot < slots && column < width; slot += kSumLanes) {
+    sum += double(partial[int64_t(slot) * width + column]);
+  }
+  lanes[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && column < width) {
+    for (int32_t lane = 1; lane < kSumLanes; ++lane) sum += lanes[lane][threadIdx.x];
+    sums[column] = sum;
+  }
+}
+
+inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32_t shared_bytes, int32_t cluster_blocks,
+                                        cudaLaunchAttribute* cluster, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(uint32_t(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim = {uint32_t(cluster_blocks), 1, 1};
+  config.attrs = cluster;
+  config.numAttrs = 1;
+  return config;
+}
+
+// Readies a kernel for the current device; how many clusters run at a time.
+template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+cudaError_t prepare(int32_t* resident) {
+  using Layout = Shared<kCluster, kChunks>;
+  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+  if (error != cudaSuccess) return error;
+  static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
+  if (known == 0) {
+    cudaLaunchAttribute cluster;
+    const cudaLaunchConfig_t config =
+        configuration(kCluster, Layout::kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+    int count = 0;
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (error != cudaSuccess) return error;
+    known = count;
+  }
+  *resident = known;
+  return *resident > 0 ? cudaSuccess : cudaErrorNotSupported;
+}
+
+template <int kCluster, int kChunks>
+int32_t sum_slots() {
+  int32_t resident = 0;
+  if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
+  return resident * Shared<kCluster, kChunks>::kWarpgroups * kWarpgroupThreads / 32;
+}
+
+template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
+                   cudaStream_t stream) {
+  using Layout = Shared<kCluster, kChunks>;
+  int32_t resident = 0;
+  cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
+  CUtensorMap rows_map, basis_map, out_map = {};
+  if (error == cudaSuccess) error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
+  if (error == cudaSuccess) {
+    error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
+  }
+  if (error == cudaSuccess && out != nullptr) error = matrix_map<S>(&out_map, out, y.count, out_width, out_width, kTileRows);
+  if (error != cudaSuccess) return error;
+
+  const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
+  const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  // Every warp of the largest grid has its slot of sums to fill.
+  const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configuration(clusters * kCluster, Layout::kWarpgroups * kWarpgroupThreads,
+                                                  Layout::kBytes, kCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map, out_map,
+                            Arguments<S>{in, y.count, out, partial});
+}
+
+// body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
+// sums of more than five chunks do not fit the registers.
+template <typename Body>
+auto by_width(int32_t width, const Body& body) {
+  using std::integral_constant;
+  if (width <= 256) return body(integral_constant<int, 2>{}, integral_constant<int, 2>{});
+  if (width <= 512) return body(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+  if (width <= 768) return body(integral_constant<int, 4>{}, integral_constant<int, 3>{});
+  if (width <= 1024) return body(integral_constant<int, 4>{}, integral_constant<int, 4>{});
+  return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
+}
+
+template <typename S, Result kResult>
+cudaError_t launch_any(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
+                       cudaStream_t stream) {
+  if (in.width < 1 || in.width > kSm90Width || in.rank < 2 || in.rank > kRank || y.count < 0) return cudaErrorInvalidValue;
+  if (y.count == 0 && kResult != Result::kSums) return cudaSuccess;
+  return by_width(in.width, [&](auto cluster, auto chunks) {
+    if constexpr (kResult == Result::kRows) {
+      if (in.diagonal) return launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream);
+    }
+    if (in.diagonal) return cudaErrorInvalidValue;
+    return launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
+  });
+}
+
+}  // namespace aniso::sm90
+
+namespace aniso {
+
+template <typename S>
+cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  return sm90::launch_any<S, sm90::Result::kRows>(operands, y, out, operands.width, nullptr, stream);
+}
+
+template <typename S>
+cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
+                              cudaStream_t stream) {
+  const cudaError_t error =
+      sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 threads(32, sm90::kSumLanes);
+  sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.width,
+                                                                      sums);
+  return cudaGetLastError();
+}
+
+template <typename S>
+cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
+  return sm90::launch_any<S, sm90::Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
+}
+
+#define ANISO_INSTANTIATE_SM90(S)                                                                             \
+  template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
+  template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
+                                              cudaStream_t);                                                    \
+  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
+
+}  // namespace aniso

@@ -1,0 +1,69 @@
+// Shapes and shared memory of the Hopper kernels, for the device and for the launcher.
+#pragma once
+
+#include "aniso/cuda_sm90.h"
+
+namespace aniso::sm90 {
+
+enum class Result { kRows, kSums, kState };
+
+constexpr int32_t kTileRows = 64;
+constexpr int32_t kChunkColumns = 64;
+constexpr int32_t kRank = kSm90Rank;  // columns of the basis past R are zero
+constexpr int32_t kWarpgroupThreads = 128;
+constexpr int32_t kSteps = kRank / 16;
+constexpr uint32_t kBasisChunkBytes = kChunkColumns * kRank * 2;
+constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
+constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
+// As many warpgroups as shared memory and registers leave room for.
+template <int kCluster, int kChunks>
+constexpr int32_t kWarpgroupsOf = kChunks == 3 ? 3 : 2;
+
+struct Barriers {
+  uint64_t loaded;         // the tile is in shared memory
+  uint64_t projected;      // parts of p have come
+  uint64_t mapped;         // parts of k have come
+  uint64_t summed;         // sums for the norms have come
+  uint64_t parts_read;     // the others have read their parts of p
+  uint64_t exchange_free;  // the others have sent their last tile out
+};
+
+// What a block needs of the constants, zero past D and R.
+template <int kCluster, int kChunks>
+struct Vectors {
+  float offset[kChunks * kChunkColumns];
+  float shift[kChunks * kChunkColumns];
+  float scale[kChunks * kChunkColumns];  // of the diagonal complement
+  float input_bias[kRank / kCluster];
+  float target_coordinates[kRank / kCluster];
+  float cell_scale[kRank / kCluster / 2];
+};
+
+template <int kCluster, int kChunks>
+struct Shared {
+  static constexpr int32_t kWarpgroups = kWarpgroupsOf<kCluster, kChunks>;
+  static constexpr uint32_t kPartBytes = kTileRows * (kRank / kCluster) * 4;  // of p, for one receiver
+  static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
+  static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * 128;
+  static constexpr uint32_t kBasis = 0;
+  static constexpr uint32_t kTiles = kChunks * kBasisChunkBytes;
+  static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
+  static constexpr uint32_t kExchangeBytes = kChunks == 5 ? 28672 : 32768;
+  static constexpr uint32_t kStagingSlots = kExchangeBytes / kTileChunkBytes;
+  static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
+  static constexpr uint32_t kVectors = kExchanges + kWarpgroups * kExchangeBytes;
+  static constexpr uint32_t kBarriers = kVectors + uint32_t(sizeof(Vectors<kCluster, kChunks>));
+  static constexpr uint32_t kBytes = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers)) + 8;
+  static_assert(kNormsOffset + (kCluster - 1) * kNormsBytes <= kExchangeBytes, "the exchange overflows");
+  static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
+};
+
+template <typename S>
+struct Arguments {
+  Sm90Operands<S> in;
+  int64_t count;
+  S* state;        // kState
+  float* partial;  // kSums
+};
+
+}  // namespace aniso::sm90
