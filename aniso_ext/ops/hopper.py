@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cu)."""
+"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ inline cudaStream_t stream_of(const Tensor& rows) {
 inline void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // reported here, so that no later call reports it again
-  check(false, "aniso_ext::", op, " on CUDA: ", cudaGetErrorString(error));
+  const char* hint = error == cudaErrorInvalidValue
+                         ? " (the coefficients of a large rank may not fit the shared memory of this GPU: use backend='reference')"
+                         : "";
+  check(false, "aniso_ext::", op, " on CUDA: ", cudaGetErrorString(error), hint);
 }
 
 template <typename T>

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       prefetch();
     }
 
-    // ---- the quarter of p that this block maps
+    // ---- the share of p that this block maps
     wait_phase(projected, parity);
 #pragma unroll
     for (uint32_t s = 0; s < kCluster - 1; ++s) {
