@@ -217,13 +217,17 @@ def test_every_element_is_written(case, run):
 
 
 def poison_free_memory() -> None:
-    """Small blocks come from a pool of their own, where what is left of one in use is taken up by ever smaller ones;
-    large ones are cut from what is free."""
+    """Blocks of every size, each until the allocator has to ask the device for more: then nothing free is left out."""
     torch.cuda.empty_cache()
-    sizes = [2**27, 2**27, *(2**power for power in range(19, 8, -2) for _ in range(64))]
-    blocks = [torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in sizes]
+    blocks = []
+    least_of_large_pool = 2**20 + 512
+    for size in (*(2**power for power in range(27, 20, -1)), least_of_large_pool, *(2**power for power in range(20, 8, -1))):
+        grown = False
+        while not grown:
+            reserved = torch.cuda.memory_reserved()
+            blocks.append(torch.full((size,), 255, dtype=torch.uint8, device="cuda"))
+            grown = torch.cuda.memory_reserved() > reserved
     torch.cuda.synchronize()
-    del blocks
 
 
 @runs(ON_GPU, ["float32"])

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    accumulate,
     apart,
     block_pair,
     load_ahead,
@@ -57,8 +58,8 @@ def walk_pairs(
         grad = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         pointers = project + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
         weights = tl.load(pointers).to(PRODUCT)
-        pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
-        h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
+        pair = accumulate(tile, weights, pair, PRODUCT, PRECISION)
+        h_pair = accumulate(grad, weights, h_pair, PRODUCT, PRECISION)
         if PRODUCT == tl.float16:  # the rounding errors of the basis
             weights = tl.load(pointers + 2 * P * PADDED)
             pair = tl.dot(tile, weights, pair, input_precision=PRECISION)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 RADIUS_EPS = tl.constexpr(1e-12)
+LEAST_NORMAL = tl.constexpr(2.0**-126)  # a square below it has lost its bits, and its root may be flushed to zero
 NORM_FLOOR = tl.constexpr(1e-12)
 LAST_CELL = tl.constexpr(2048)  # constants.CELLS, and operands.BUCKETS
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -46,6 +47,16 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
 
 
 @triton.jit
+def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + tile weights. IEEE float32 sums each tile of columns apart, as one running sum over D terms would lose more
+    than a library's product does; written as fma because the compiler makes one running sum of a plus."""
+    if PRODUCT == tl.float32 and PRECISION == "ieee":
+        return tl.fma(tl.dot(tile, weights, input_precision=PRECISION), 1.0, sums)
+    else:
+        return tl.dot(tile, weights, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def multiply_project(
     tile, weights, columns, pair, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -55,7 +66,7 @@ def multiply_project(
     after the basis.
     """
     pointers = weights + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
-    pair = tl.dot(tile, tl.load(pointers).to(PRODUCT), pair, input_precision=PRECISION)
+    pair = accumulate(tile, tl.load(pointers).to(PRODUCT), pair, PRODUCT, PRECISION)
     if PRODUCT == tl.float16:
         pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
     return pair
@@ -119,7 +130,7 @@ def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
 def polar(a, b):
     """rho, 1/length (0 at the origin), cos, sin."""
     squared = a * a + b * b
-    at_origin = squared == 0
+    at_origin = squared < LEAST_NORMAL
     inverse = tl.where(at_origin, 0.0, 1.0 / tl.sqrt(tl.where(at_origin, 1.0, squared)))
     return tl.sqrt(squared + RADIUS_EPS), inverse, tl.where(at_origin, 1.0, a * inverse), b * inverse
 

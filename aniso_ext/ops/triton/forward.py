@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    LEAST_NORMAL,
     RADIUS_EPS,
     apart,
     block_pair,
@@ -94,7 +95,7 @@ def corrected(a, b, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECE
     squared = turned_a * turned_a + turned_b * turned_b
     rho = tl.sqrt(squared + RADIUS_EPS)
     mapped, _ = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
-    at_origin = squared == 0
+    at_origin = squared < LEAST_NORMAL
     ratio = mapped / tl.sqrt(tl.where(at_origin, 1.0, squared))
     return a, b, tl.where(at_origin, mapped, turned_a * ratio), turned_b * ratio
 

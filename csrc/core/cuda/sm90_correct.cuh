@@ -38,6 +38,20 @@ __device__ __forceinline__ float inverse_root(float x) {
   return root;
 }
 
+struct Scales {
+  float inverse;  // 1/|w|
+  float outer;    // 1/|h|
+};
+
+// The norms of aniso/row_scales.h by approximate roots, 2^-22 off: their exact ones are slower than a product.
+__device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, float shift_squares, bool shifted) {
+  constexpr float kFloor = float(kNormFloor), kLeast = kFloor * kFloor;
+  const auto inverse_of = [&](float square) { return square < kLeast ? 1.f / kFloor : inverse_root(square); };
+  const float inverse = inverse_of(squares);
+  if (!shifted) return {inverse, 1.f};
+  return {inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
+}
+
 // Volatile, so that loads stay where they are used: hoisted together they would push the sums out of the registers.
 __device__ __forceinline__ float2 load_pair(const float* values) {
   float2 pair;
@@ -94,7 +108,7 @@ __device__ __forceinline__ float sum_over_column(const float (&values)[8], int32
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
 __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupThreads, 1)
     sm90_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
-                const __grid_constant__ CUtensorMap out_map, const __grid_constant__ Arguments<S> arguments) {
+                const __grid_constant__ Arguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = Shared<kCluster, kChunks>;
   constexpr uint32_t kPartBytes = Layout::kPartBytes, kNormsOffset = Layout::kNormsOffset;
@@ -129,8 +143,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
 
   if (leader) {
     for (const uint32_t barrier : {loaded, projected, mapped, summed}) barrier_init(barrier, 1);
-    barrier_init(parts_read, kCluster - 1);
-    barrier_init(exchange_free, kCluster - 1);
+    barrier_init(parts_read, (kCluster - 1) * 4);  // from every warp of the others
+    barrier_init(exchange_free, (kCluster - 1) * 4);
     if (warpgroup == 0) barrier_init(basis_loaded, 1);
     barrier_init_fence();
   }
@@ -150,7 +164,10 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   // Blocks name each other by distance: `to` sends to the block that many ranks on, where it lies in slot kCluster - 1 - to;
   // what lies in slot from - 1 is from the block `from` ranks on.
   const auto ranks_on = [&](uint32_t distance) { return (rank + distance) % kCluster; };
-  const auto tell_others = [&](uint32_t barrier) {
+  // All that a warp reads of the exchange was sent to it by its twins in the other blocks: no warp waits for another.
+  const auto warp_tells_others = [&](uint32_t barrier) {
+    __syncwarp();
+    if (lane != 0) return;
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) arrive_remote(remote_address(barrier, ranks_on(to)));
   };
@@ -210,13 +227,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
                            basis_columns + operand_offset(step * 16 * 128));
       }
       products_commit();
-      if (tile >= stride) {
-        if (leader) {
-          wait_stores_read<0>();
-          tell_others(exchange_free);
-        }
-        wait_phase(exchange_free, parity ^ 1);
-      }
+      if (tile >= stride) wait_phase(exchange_free, parity ^ 1);
       products_wait();
       pin(part);
 
@@ -285,8 +296,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
         own[v][3] += part.w;
       }
     }
-    warpgroup_sync(warpgroup);
-    if (leader) tell_others(parts_read);
+    warp_tells_others(parts_read);
 
     uint32_t own_k[kKinds][kOwnSteps][4];
 #pragma unroll
@@ -338,7 +348,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
             const int64_t row = first_row + warp * 16 + half * 8 + lane_row;
             const int32_t blocks = in.rank / 2, index = (int32_t(rank) * kOwnColumns + g * 8 + lane_pair) / 2;
             if (index < blocks && row < arguments.count) {
-              uint16_t* state = reinterpret_cast<uint16_t*>(arguments.state) + row * (3 * blocks + in.width) + index;
+              uint16_t* state = reinterpret_cast<uint16_t*>(arguments.out) + row * arguments.out_stride + index;
               const uint32_t direction = pack<S>(sin, cos), length = pack<S>(logf(radius), 0.f);
               state[0] = uint16_t(direction);
               state[blocks] = uint16_t(direction >> 16);
@@ -445,7 +455,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
     }
 
     // ---- both norms
-    RowScales<float> scales[2];
+    Scales scales[2];
     if constexpr (kResult != Result::kState) {
       float squares[2] = {}, dot_shift[2] = {};
 #pragma unroll
@@ -490,8 +500,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
         total[2] = sums[2] + others[0].z;
         total[3] = sums[3] + others[0].w;
       }
-      scales[0] = row_scales(total[0], total[1], shift_squares, shifted);
-      scales[1] = row_scales(total[2], total[3], shift_squares, shifted);
+      scales[0] = fast_scales(total[0], total[1], shift_squares, shifted);
+      scales[1] = fast_scales(total[2], total[3], shift_squares, shifted);
     }
 
     // ---- out
@@ -512,7 +522,6 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
           column_sums[c][side] += sum_over_column(values, lane_row);
         }
       }
-      warpgroup_sync(warpgroup);
     } else {
       float factor[2] = {1.f, 1.f}, shift_factor[2] = {};
       if constexpr (kResult == Result::kRows) {
@@ -522,9 +531,16 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
           shift_factor[half] = scales[half].outer;
         }
       }
-      const int32_t result_column = kResult == Result::kState ? in.rank / 2 * 3 : 0;
+      // Through what this warp received in the exchange, so that whole lines are written: 16 rows of 128 bytes a chunk.
+      S* result = arguments.out + (first_row + warp * 16) * arguments.out_stride + first_column;
+      if constexpr (kResult == Result::kState) result += in.rank / 2 * 3;
+      const int32_t columns_left = in.width - first_column;
+      const int64_t rows_left = arguments.count - (first_row + warp * 16);
+      const auto staged = [&](int32_t c, int32_t row, int32_t unit) {
+        const int32_t piece = c % Layout::kStagingSlots * 4 + row / 4;
+        return exchange + piece * kWarpgroupThreads * 16 + warp * 512 + row % 4 * 128 + ((unit ^ (row & 7)) * 16);
+      };
       const auto stage = [&](int32_t c) {
-        const uint32_t memory = exchange + c % Layout::kStagingSlots * kTileChunkBytes;
 #pragma unroll
         for (int32_t g = 0; g < 8; g += 2) {
           uint32_t fragment[4];
@@ -538,35 +554,31 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
             fragment[2 * half + 1] = pack<S>(fmaf(values[2], factor[1], shift.x * shift_factor[1]),
                                              fmaf(values[3], factor[1], shift.y * shift_factor[1]));
           }
-          store_matrices(memory + matrix_row * 128 + (((g + matrix_unit) ^ (matrix_row & 7)) * 16), fragment[0], fragment[1],
-                         fragment[2], fragment[3]);
+          store_matrices(staged(c, lane % 16, g + lane / 16), fragment[0], fragment[1], fragment[2], fragment[3]);
         }
       };
       const auto send = [&](int32_t c) {
-        store_box(out_map, result_column + first_column + c * kChunkColumns, int32_t(first_row),
-                  exchange + c % Layout::kStagingSlots * kTileChunkBytes);
+        const int32_t unit = lane % 8, column = c * kChunkColumns + unit * 8;
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+          const int32_t row = i * 4 + lane / 8;
+          const float4 line = load_shared(staged(c, row, unit));
+          if (row < rows_left && column < columns_left) store_line(result + row * arguments.out_stride + column, line);
+        }
       };
-      warpgroup_sync(warpgroup);  // every thread has read what came through the exchange
 #pragma unroll
       for (int32_t first = 0; first < kChunks; first += Layout::kStagingSlots) {
-        constexpr int32_t kSlots = Layout::kStagingSlots;
-        if (first > 0) {
-          if (leader) wait_stores_read<(2 * kSlots > kChunks ? 2 * kSlots - kChunks : 0)>();  // as many slots as are still to come
-          warpgroup_sync(warpgroup);
-        }
+        __syncwarp();
 #pragma unroll
-        for (int32_t c = first; c < first + kSlots && c < kChunks; ++c) stage(c);
-        copy_engine_fence();
-        warpgroup_sync(warpgroup);
-        if (leader) {
+        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) stage(c);
+        __syncwarp();
 #pragma unroll
-          for (int32_t c = first; c < first + kSlots && c < kChunks; ++c) send(c);
-        }
+        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) send(c);
       }
     }
+    warp_tells_others(exchange_free);
   }
 
-  if (leader) wait_stores_read<0>();
   if constexpr (kResult == Result::kSums) {
     const int32_t slot_index = (int32_t(cluster_index()) * Layout::kWarpgroups + warpgroup) * 4 + warp;
 #pragma unroll
@@ -581,7 +593,5 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   cluster_sync();  // no block leaves while another may still write to it
 #endif
 }
-
-// Clusters that run at a time, or 0 where the device has none.
 
 }  // namespace aniso::sm90

@@ -103,21 +103,12 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-__device__ __forceinline__ void store_box(const CUtensorMap& map, int32_t column, int32_t row, uint32_t source) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(
-                   &map),
-               "r"(column), "r"(row), "r"(source)
+// 16 bytes of a result, which nobody here reads again.
+__device__ __forceinline__ void store_line(void* address, const float4& line) {
+  asm volatile("st.global.L1::no_allocate.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(line.x), "f"(line.y), "f"(line.z),
+               "f"(line.w)
                : "memory");
 }
-
-// Until at most kLeft of this thread's stores still read shared memory.
-template <int kLeft>
-__device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
-}
-
-// Ordinary writes of shared memory become visible to the copy engine.
-__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 

@@ -76,12 +76,11 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
   using Layout = Shared<kCluster, kChunks>;
   int32_t resident = 0;
   cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
-  CUtensorMap rows_map, basis_map, out_map = {};
+  CUtensorMap rows_map, basis_map;
   if (error == cudaSuccess) error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
   if (error == cudaSuccess) {
     error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
   }
-  if (error == cudaSuccess && out != nullptr) error = matrix_map<S>(&out_map, out, y.count, out_width, out_width, kTileRows);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
@@ -91,8 +90,8 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = configuration(clusters * kCluster, Layout::kWarpgroups * kWarpgroupThreads,
                                                   Layout::kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map, out_map,
-                            Arguments<S>{in, y.count, out, partial});
+  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map,
+                            Arguments<S>{in, y.count, out, out_width, partial});
 }
 
 // body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but

@@ -25,7 +25,7 @@ struct Barriers {
   uint64_t mapped;         // parts of k have come
   uint64_t summed;         // sums for the norms have come
   uint64_t parts_read;     // the others have read their parts of p
-  uint64_t exchange_free;  // the others have sent their last tile out
+  uint64_t exchange_free;  // the others no longer read what came with the last tile
 };
 
 // What a block needs of the constants, zero past D and R.
@@ -49,7 +49,7 @@ struct Shared {
   static constexpr uint32_t kTiles = kChunks * kBasisChunkBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
   static constexpr uint32_t kExchangeBytes = kChunks == 5 ? 28672 : 32768;
-  static constexpr uint32_t kStagingSlots = kExchangeBytes / kTileChunkBytes;
+  static constexpr int32_t kStagingSlots = kNormsOffset / kTileChunkBytes;  // a chunk on its way out takes one
   static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
   static constexpr uint32_t kVectors = kExchanges + kWarpgroups * kExchangeBytes;
   static constexpr uint32_t kBarriers = kVectors + uint32_t(sizeof(Vectors<kCluster, kChunks>));
@@ -62,8 +62,9 @@ template <typename S>
 struct Arguments {
   Sm90Operands<S> in;
   int64_t count;
-  S* state;        // kState
-  float* partial;  // kSums
+  S* out;              // kRows, kState
+  int64_t out_stride;  // elements from one of its rows to the next
+  float* partial;      // kSums
 };
 
 }  // namespace aniso::sm90

@@ -119,6 +119,8 @@ struct Exact {
     const int32_t first_row = self / kLanes * kRows;
     const T* row = rows + (kAllRows ? first_row : min(first_row, row_lines - kRows));
     const T* column = columns + self % kLanes * kHalfColumns;
+    // One running sum over D terms would lose more than a library's product does: steps are summed apart.
+    Sums step = {};
 #pragma unroll
     for (int32_t k = 0; k < kDepth; ++k) {
       const Quad<T> a = *reinterpret_cast<const Quad<T>*>(row + k * (row_lines + 4));
@@ -129,9 +131,14 @@ struct Exact {
 #pragma unroll
         for (int32_t i = 0; i < kRows; ++i) {
 #pragma unroll
-          for (int32_t j = 0; j < kHalfColumns; ++j) sums.at[i][half * kHalfColumns + j] += a.at[i] * b.at[j];
+          for (int32_t j = 0; j < kHalfColumns; ++j) step.at[i][half * kHalfColumns + j] += a.at[i] * b.at[j];
         }
       }
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int32_t j = 0; j < 2 * kHalfColumns; ++j) sums.at[i][j] += step.at[i][j];
     }
   }
 
