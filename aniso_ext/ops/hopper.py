@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 from aniso_ext.ops.frame import Frame
-from aniso_ext.ops.operands import radius_segments
+from aniso_ext.ops.operands import fold as operands_of
+from aniso_ext.ops.operands import is_orthonormal, radius_segments
 from aniso_ext.ops.radius_table import coarse_cells, secant_table, table_error
 from aniso_ext.ops.tracing import constant_while_tracing
 
@@ -30,20 +31,20 @@ class HopperOperands:
 
     ============ ======================== =========================================================================
     basis        [D, 160] storage dtype   Q, zero columns up to 128, then its first 32 columns again
-    input_bias   [R] float32              -Q^T m_s for the rounded basis, with which rows are projected
+    coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1, 2]       the radius maps, see :mod:`aniso_ext.ops.radius_table`; NaN in coarse cells
     cell_scale   [64] float32             cells for each unit of radius
     ============ ======================== =========================================================================
     """
 
     basis: torch.Tensor
-    input_bias: torch.Tensor
+    coordinates: torch.Tensor
     cells: torch.Tensor
     cell_scale: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In schema order."""
-        return self.basis, self.input_bias, self.cells, self.cell_scale
+        return self.basis, self.coordinates, self.cells, self.cell_scale
 
 
 @cache
@@ -83,13 +84,20 @@ def _radius_table(segments: torch.Tensor, rounding: float) -> torch.Tensor | Non
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
-    """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse."""
+    """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse, or where
+    the basis is not orthonormal enough for norms from quadratic forms."""
+    rounding = torch.finfo(dtype).eps / 2
     exact = frame.to(device=device, dtype=torch.float64)
+    rounded = exact.basis.to(dtype)
+    if not is_orthonormal(rounded.double(), rounding):
+        return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = _radius_table(segments, torch.finfo(dtype).eps / 2)
+    table = _radius_table(segments, rounding)
     if table is None:
         return None
-    rounded = exact.basis.to(dtype)
+    constants = operands_of(frame, torch.float64, torch.float64, device)
+    shift = torch.zeros_like(constants.offset) if constants.shift is None else constants.shift
+    vectors = torch.stack((-exact.source_mean, constants.offset, shift))
     basis = rounded.new_zeros(frame.width, WRAPPED_COLUMNS)
     basis[:, : frame.rank] = rounded
     basis[:, LARGEST_RANK:] = basis[:, : WRAPPED_COLUMNS - LARGEST_RANK]
@@ -98,4 +106,4 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     padded[: frame.blocks] = table
     cell_scale = torch.zeros(blocks, device=device)
     cell_scale[: frame.blocks] = cells / segments[:, -1, 0]
-    return HopperOperands(basis, (-exact.source_mean @ rounded.double()).float(), padded, cell_scale)
+    return HopperOperands(basis, (vectors @ rounded.double()).float().contiguous(), padded, cell_scale)

@@ -95,6 +95,16 @@ def radius_segments(source_knots: torch.Tensor, target_knots: torch.Tensor) -> t
     return torch.stack((start, value, slope), dim=2)
 
 
+def is_orthonormal(basis: torch.Tensor, rounding: float) -> bool:
+    """Whether Q^T Q = I for a basis [D, R] whose entries were rounded, so that |Q k|^2 may be taken for k.k.
+
+    That leaves E = Q^T Q - I out, k.E k, at most |E| |k|^2. For a rounded orthonormal basis |E| is about one rounding,
+    and k.E k smaller by the root of R; of one that came from a coarser format |E| is larger.
+    """
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    return float(torch.linalg.matrix_norm(basis.T @ basis - identity, 2)) <= 4 * rounding
+
+
 def knot_buckets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A coarse index of the knots, so that a radius searches a few of them instead of all K.
 

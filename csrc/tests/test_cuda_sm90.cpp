@@ -54,13 +54,19 @@ class Suite {
       : size_(size),
         name_(std::string(Format<S>::kName) + size.text()),
         y_(random_values<S>(size.rows * stride(), -1.0 / std::sqrt(size.width), 1.0 / std::sqrt(size.width), random)),
-        basis_(random_values<S>(int64_t(size.width) * size.rank, -1.7 / std::sqrt(size.width), 1.7 / std::sqrt(size.width),
-                                random)),
+        basis_(orthonormal_basis(size.width, size.rank, random)),
         bias_(uniform(size.rank, -0.1, 0.1, random)),
         target_(uniform(size.rank, -0.1, 0.1, random)),
         scale_(uniform(size.diagonal ? size.width : 1, 0.6, 1.1, random)),
         offset_(uniform(size.width, -0.5 / std::sqrt(size.width), 0.5 / std::sqrt(size.width), random)),
         shift_(uniform(size.width, -0.2 / std::sqrt(size.width), 0.2 / std::sqrt(size.width), random)) {
+    for (const std::vector<float>* vector : {&offset_, &shift_}) {
+      for (int32_t r = 0; r < size.rank; ++r) {
+        double sum = 0;
+        for (int32_t j = 0; j < size.width; ++j) sum += double((*vector)[size_t(j)]) * exact(basis_[size_t(j) * size.rank + r]);
+        coordinates_.push_back(float(sum));
+      }
+    }
     const int32_t blocks = size.rank / 2;
     for (int32_t block = 0; block < blocks; ++block) {
       double start = 0, value = 0, slope = 1;
@@ -95,15 +101,30 @@ class Suite {
 
   void run() {
     const OnDevice<S> y(y_), basis(wrapped_);
-    const OnDevice<float> bias(bias_), target(target_), cell_scale(cell_scale_), scale(scale_), offset(offset_), shift(shift_);
+    const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), cell_scale(cell_scale_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<float2> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
     const OnDevice<int16_t> buckets(buckets_);
     const OnDevice<int32_t> windows(windows_);
-    const Sm90Operands<S> in{size_.width,     size_.rank,     kCells,         size_.diagonal,  basis.data(),
-                             bias.data(),     target.data(),  cells.data(),   cell_scale.data(), kKnots + 1,
-                             kBuckets,        segments.data(), buckets.data(), windows.data(),  scale.data(),
-                             offset.data(),   size_.shifted ? shift.data() : nullptr};
+    const Sm90Operands<S> in{size_.width,
+                             size_.rank,
+                             kCells,
+                             size_.diagonal,
+                             basis.data(),
+                             bias.data(),
+                             target.data(),
+                             coordinates.data(),
+                             coordinates.data() + size_.rank,
+                             cells.data(),
+                             cell_scale.data(),
+                             kKnots + 1,
+                             kBuckets,
+                             segments.data(),
+                             buckets.data(),
+                             windows.data(),
+                             scale.data(),
+                             offset.data(),
+                             size_.shifted ? shift.data() : nullptr};
     const Sm90Rows<S> rows{y.data(), size_.rows, stride()};
 
     AlignedResult<S> out(size_.rows * size_.width);
@@ -151,6 +172,31 @@ class Suite {
   int64_t stride() const { return size_.width + size_.padding; }
   int64_t state_columns() const { return size_.rank / 2 * 3 + size_.width; }
   double y(int64_t i, int64_t j) const { return exact(y_[size_t(i * stride() + j)]); }
+
+  // [D, R], rounded; Gram-Schmidt, twice, in double.
+  static std::vector<S> orthonormal_basis(int32_t width, int32_t rank, Random& random) {
+    std::vector<std::vector<double>> columns;
+    for (int32_t r = 0; r < rank; ++r) {
+      std::vector<double> column;
+      for (int32_t j = 0; j < width; ++j) column.push_back(random.uniform(-1, 1));
+      for (int32_t pass = 0; pass < 2; ++pass) {
+        for (const std::vector<double>& other : columns) {
+          double along = 0;
+          for (int32_t j = 0; j < width; ++j) along += column[size_t(j)] * other[size_t(j)];
+          for (int32_t j = 0; j < width; ++j) column[size_t(j)] -= along * other[size_t(j)];
+        }
+        double squares = 0;
+        for (const double value : column) squares += value * value;
+        for (double& value : column) value /= std::sqrt(squares);
+      }
+      columns.push_back(std::move(column));
+    }
+    std::vector<S> basis;
+    for (int32_t j = 0; j < width; ++j) {
+      for (const std::vector<double>& column : columns) basis.push_back(narrow<S>(float(column[size_t(j)])));
+    }
+    return basis;
+  }
 
   double exact_map(int32_t block, double rho) const {
     const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
@@ -225,7 +271,7 @@ class Suite {
       shifted_squares += row.result.back() * row.result.back();
     }
     for (double& value : row.result) value /= std::sqrt(shifted_squares);
-    // |Q k| is at most 2 |k| for these bases: independent columns of length one, no more of them than rows.
+    // Of the coefficients and, as large, of a norm that takes the basis for orthonormal.
     row.rounding = 2 * std::sqrt(coefficients / squares);
     return row;
   }
@@ -258,7 +304,7 @@ class Suite {
   Size size_;
   std::string name_;
   std::vector<S> y_, basis_, wrapped_;
-  std::vector<float> bias_, target_, scale_, offset_, shift_, cell_scale_;
+  std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_, cell_scale_;
   std::vector<Segment<float>> segments_;
   std::vector<float2> cells_;
   std::vector<int16_t> buckets_;

@@ -38,20 +38,23 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
   check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90BasisColumns);
-  check_constant(hopper.input_bias, "input_bias", y, ScalarType::Float, rank);
+  check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
   check_constant(hopper.cells, "cells", y, ScalarType::Float, aniso::kSm90Rank / 2 * cells * 2);
   check_constant(hopper.cell_scale, "cell_scale", y, ScalarType::Float, aniso::kSm90Rank / 2);
   check_constant(in.scale, "scale", y, ScalarType::Float, diagonal ? width : 1);
   check_constant(in.offset, "offset", y, ScalarType::Float, width);
   if (in.shift) check_constant(*in.shift, "shift", y, ScalarType::Float, width);
+  const float* coordinates = data<float>(hopper.coordinates);
   return {int32_t(width),
           int32_t(rank),
           int32_t(cells - 1),
           diagonal,
           data<S>(hopper.basis),
-          data<float>(hopper.input_bias),
+          coordinates,
           data<float>(in.target_coordinates),
+          coordinates + rank,
+          coordinates + 2 * rank,
           reinterpret_cast<const float2*>(data<float>(hopper.cells)),
           data<float>(hopper.cell_scale),
           int32_t(pieces),

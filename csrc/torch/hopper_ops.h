@@ -8,7 +8,7 @@ namespace aniso_torch {
 // The fields of aniso_ext/ops/hopper.py.
 struct HopperTensors {
   Tensor basis;
-  Tensor input_bias;
+  Tensor coordinates;
   Tensor cells;
   Tensor cell_scale;
 };

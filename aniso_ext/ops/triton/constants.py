@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from aniso_ext.ops.frame import Frame
-from aniso_ext.ops.operands import BUCKETS, fold, radius_segments
+from aniso_ext.ops.operands import BUCKETS, fold, is_orthonormal, radius_segments
 from aniso_ext.ops.radius_table import secant_table, table_suffices
 
 PADDING = 128
@@ -207,9 +207,6 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     per_block[CELL_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
     per_column = used.new_zeros(3, width)
     per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
-    # The quadratic forms leave E = Q^T Q - I out: |w|^2 is off by k.E k, at most |E| |k|^2. For a rounded orthonormal
-    # basis |E| is about one rounding, and k.E k smaller by the root of R; of one to a coarser format |E| is larger.
-    gram = used.T @ used - torch.eye(frame.rank, dtype=used.dtype, device=device)
     # Of float32 rows a table would be the largest error by far, also where products are rounded to TF32.
     suffices = dtype != torch.float32 and table_suffices(segments, rounding)
     table = _table(segments, blocks) if suffices else None
@@ -231,7 +228,7 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         backward=backward,
         rank=frame.rank,
         shifted=operands.shift is not None,
-        orthonormal=float(torch.linalg.matrix_norm(gram, 2)) <= 4 * rounding,
+        orthonormal=is_orthonormal(used, rounding),
         diagonal=frame.complement != "scalar",
         tf32=tf32,
     )

@@ -39,17 +39,23 @@ __device__ __forceinline__ float inverse_root(float x) {
 }
 
 struct Scales {
+  float length;   // |w|
   float inverse;  // 1/|w|
   float outer;    // 1/|h|
 };
 
-// The norms of aniso/row_scales.h by approximate roots, 2^-22 off: their exact ones are slower than a product.
+// The norms of aniso/row_scales.h by approximate roots, 2^-22 off: exact ones are slower than a product.
 __device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, float shift_squares, bool shifted) {
   constexpr float kFloor = float(kNormFloor), kLeast = kFloor * kFloor;
   const auto inverse_of = [&](float square) { return square < kLeast ? 1.f / kFloor : inverse_root(square); };
-  const float inverse = inverse_of(squares);
-  if (!shifted) return {inverse, 1.f};
-  return {inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
+  const float inverse = inverse_of(squares), length = squares < kLeast ? kFloor : squares * inverse;
+  if (!shifted) return {length, inverse, 1.f};
+  return {length, inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
+}
+
+template <typename S>
+__device__ __forceinline__ float rounded(float value) {
+  return unpack<S>(pack<S>(value, 0.f)).x;
 }
 
 // Volatile, so that loads stay where they are used: hoisted together they would push the sums out of the registers.
@@ -110,7 +116,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
     sm90_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
                 const __grid_constant__ Arguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Layout = Shared<kCluster, kChunks>;
+  using Layout = Shared<kCluster, kChunks, kDiagonal>;
   constexpr uint32_t kPartBytes = Layout::kPartBytes, kNormsOffset = Layout::kNormsOffset;
   constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
   constexpr int32_t kOwnGroups = kOwnColumns / 8;
@@ -118,6 +124,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : (kChunks == 3 ? 2 : 4);
   constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
   constexpr int32_t kOwnSteps = kSteps / kCluster;
+  // Norms of a scalar complement follow from p, k and y; those of a diagonal one are summed from w.
+  constexpr bool kForms = !kDiagonal && kResult != Result::kState;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Operands<S>& in = arguments.in;
   const uint32_t shared = shared_address(shared_memory);
@@ -130,7 +138,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   const uint32_t basis = shared + Layout::kBasis;
   const uint32_t tile_memory = shared + Layout::kTiles + warpgroup * Layout::kTileBytes;
   const uint32_t exchange = shared + Layout::kExchanges + warpgroup * Layout::kExchangeBytes;
-  auto& vectors = *reinterpret_cast<Vectors<kCluster, kChunks>*>(shared_memory + Layout::kVectors);
+  auto& coordinates = *reinterpret_cast<CoordinateVectors<kCluster>*>(shared_memory + Layout::kCoordinates);
+  auto& vectors = *reinterpret_cast<ColumnVectors<kChunks>*>(shared_memory + Layout::kColumns);
   const uint32_t barriers = shared + Layout::kBarriers + warpgroup * uint32_t(sizeof(Barriers));
   const uint32_t loaded = barriers + offsetof(Barriers, loaded), projected = barriers + offsetof(Barriers, projected);
   const uint32_t mapped = barriers + offsetof(Barriers, mapped), summed = barriers + offsetof(Barriers, summed);
@@ -138,6 +147,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   const uint32_t exchange_free = barriers + offsetof(Barriers, exchange_free);
   const uint64_t tile_operand = operand(tile_memory), basis_rows = operand(basis);
   const uint64_t basis_columns = operand(basis, Layout::kPanelBytes);
+  const uint64_t tail_operand = narrow_operand(shared + Layout::kTail);
   const uint32_t basis_loaded = shared + Layout::kBarriers + Layout::kWarpgroups * uint32_t(sizeof(Barriers));
   const int32_t first_column = int32_t(rank) * kChunks * kChunkColumns;
 
@@ -183,26 +193,49 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   }
   if (leader && tile < tiles) load_tile(tile);
   const bool shifted = kResult == Result::kRows && in.shift != nullptr;
+  const float scalar = kDiagonal ? 0.f : in.scale[0];
   for (int32_t j = threadIdx.x; j < kChunks * kChunkColumns; j += blockDim.x) {
     const int32_t column = first_column + j;
-    vectors.offset[j] = column < in.width ? in.offset[column] : 0.f;
-    vectors.shift[j] = shifted && column < in.width ? in.shift[column] : 0.f;
-    vectors.scale[j] = kDiagonal && column < in.width ? in.scale[column] : 0.f;
+    const float offset = column < in.width ? in.offset[column] : 0.f;
+    const float shift = shifted && column < in.width ? in.shift[column] : 0.f;
+    if constexpr (kDiagonal) {
+      vectors.offset[j] = offset;
+      vectors.shift[j] = shift;
+      vectors.scale[j] = column < in.width ? in.scale[column] : 0.f;
+    } else {
+      const float offset_high = rounded<S>(offset), shift_high = rounded<S>(shift);
+      const uint32_t row = shared + Layout::kTail + j * kTailRowBytes, first_half = (j / 4 % 2) * 16;
+      store_shared(row + first_half, pack<S>(offset_high, offset - offset_high), pack<S>(shift_high, shift - shift_high),
+                   pack<S>(shift_high, 0.f), 0);
+      store_shared(row + (first_half ^ 16), 0, 0, 0, 0);
+    }
   }
-  for (int32_t j = threadIdx.x; j < kRank / kCluster; j += blockDim.x) {
-    const int32_t column = int32_t(rank) * (kRank / kCluster) + j;
-    vectors.input_bias[j] = column < in.rank ? in.input_bias[column] : 0.f;
-    vectors.target_coordinates[j] = column < in.rank ? in.target_coordinates[column] : 0.f;
-    if (j % 2 == 0) vectors.cell_scale[j / 2] = column < in.rank ? in.cell_scale[column / 2] : 0.f;
+  for (int32_t j = threadIdx.x; j < kOwnColumns; j += blockDim.x) {
+    const int32_t column = int32_t(rank) * kOwnColumns + j;
+    const bool inside = column < in.rank;
+    const float target = inside ? in.target_coordinates[column] : 0.f;
+    const float turned_bias = inside ? in.input_bias[column] + target : 0.f;
+    coordinates.turned_bias[j] = turned_bias;
+    coordinates.scaled_target[j] = kDiagonal ? target : scalar * target;
+    coordinates.cross[j] = kForms && inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
+    coordinates.shift[j] = kForms && inside && shifted ? in.shift_coordinates[column] : 0.f;
+    if (j % 2 == 0) coordinates.cell_scale[j / 2] = inside ? in.cell_scale[column / 2] : 0.f;
   }
-  float shift_squares = 0.f;
-  if (shifted) {
-    for (int32_t j = lane; j < in.width; j += 32) shift_squares += in.shift[j] * in.shift[j];
-    for (int32_t step = 16; step > 0; step /= 2) shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
+  float offset_squares = 0.f, offset_shift = 0.f, shift_squares = 0.f;
+  for (int32_t j = lane; j < in.width; j += 32) {
+    const float offset = in.offset[j], shift = shifted ? in.shift[j] : 0.f;
+    offset_squares += offset * offset;
+    offset_shift += offset * shift;
+    shift_squares += shift * shift;
   }
-  const float scalar = kDiagonal ? 0.f : in.scale[0];
+  for (int32_t step = 16; step > 0; step /= 2) {
+    offset_squares += __shfl_xor_sync(0xffffffffu, offset_squares, step);
+    offset_shift += __shfl_xor_sync(0xffffffffu, offset_shift, step);
+    shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
+  }
   float column_sums[kChunks][2] = {};
   const float2* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
+  shared_writes_fence();
   __syncthreads();
   wait_phase(basis_loaded, 0);
 
@@ -211,12 +244,12 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
     const int64_t first_row = tile * kTileRows;
     if (leader) {
       arrive_expecting(projected, (kCluster - 1) * kPartBytes);
-      arrive_expecting(mapped, (kCluster - 1) * kPartBytes / 2 * kKinds);
-      if (kResult != Result::kState) arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
+      arrive_expecting(mapped, (kCluster - 1) * (kPartBytes / 2 * kKinds + (kForms ? kNormsBytes : 0)));
+      if (kDiagonal) arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
     }
 
     // ---- p from this block's columns
-    float own[kOwnGroups][4];
+    float own[kOwnGroups][4], tail[4] = {};  // of y.offset and y.shift, in two pieces each
     {
       float part[64] = {};  // cleared, as a product that only ignores its sums still keeps their registers from the last tile
       wait_phase(loaded, parity);
@@ -225,11 +258,16 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       for (int32_t step = 0; step < kChunks * 4; ++step) {
         multiply_64x128<S>(part, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
                            basis_columns + operand_offset(step * 16 * 128));
+        if constexpr (kForms) {
+          multiply_64x8<S>(tail, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
+                           tail_operand + operand_offset(step * 16 * kTailRowBytes));
+        }
       }
       products_commit();
       if (tile >= stride) wait_phase(exchange_free, parity ^ 1);
       products_wait();
       pin(part);
+      pin(tail);
 
 #pragma unroll
       for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
@@ -246,7 +284,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       }
     }
 
-    // ---- meanwhile s y + offset into the sums, or the row itself where D (y - Q c_t) is still to come
+    // ---- meanwhile s y into the sums; the diagonal complement still needs the row itself
     const uint32_t matrix_row = warp * 16 + lane % 16, matrix_unit = lane / 16;
     float w[kChunks][32];
     const auto for_each_y = [&](const auto& body) {  // body(chunk, group, values of this thread, column)
@@ -270,13 +308,17 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       warpgroup_sync(warpgroup);  // every thread has read the tile
       if (leader && tile + stride < tiles) load_tile(tile + stride);
     };
+    float squares[2] = {}, dot_shift[2] = {};  // of w, this block's part of them
     if constexpr (!kDiagonal) {
-      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t column) {
-        const float2 offset = load_pair(vectors.offset + column);
-        w[c][4 * g] = fmaf(scalar, upper.x, offset.x);
-        w[c][4 * g + 1] = fmaf(scalar, upper.y, offset.y);
-        w[c][4 * g + 2] = fmaf(scalar, lower.x, offset.x);
-        w[c][4 * g + 3] = fmaf(scalar, lower.y, offset.y);
+      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t) {
+        w[c][4 * g] = scalar * upper.x;
+        w[c][4 * g + 1] = scalar * upper.y;
+        w[c][4 * g + 2] = scalar * lower.x;
+        w[c][4 * g + 3] = scalar * lower.y;
+        if constexpr (kForms) {
+          squares[0] = fmaf(upper.x, upper.x, fmaf(upper.y, upper.y, squares[0]));
+          squares[1] = fmaf(lower.x, lower.x, fmaf(lower.y, lower.y, squares[1]));
+        }
       });
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
@@ -299,22 +341,21 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
     warp_tells_others(parts_read);
 
     uint32_t own_k[kKinds][kOwnSteps][4];
+    float rank_squares[2] = {};
 #pragma unroll
     for (int32_t first = 0; first < kOwnGroups; first += kLookupGroups) {
       BlockLookup lookups[kLookupGroups][2];
 #pragma unroll
       for (int32_t i = 0; i < kLookupGroups; ++i) {
         const int32_t g = first + i, own_column = g * 8 + lane_pair;
-        const float2 bias = load_pair(vectors.input_bias + own_column);
-        const float2 target = load_pair(vectors.target_coordinates + own_column);
-        const float cell_scale = vectors.cell_scale[own_column / 2];
+        const float2 turned_bias = load_pair(coordinates.turned_bias + own_column);
+        const float cell_scale = coordinates.cell_scale[own_column / 2];
         const float2* cells = own_cells + (4 * g) * (in.cell_count + 1);
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
-          own[g][2 * half] += bias.x;
-          own[g][2 * half + 1] += bias.y;
-          lookups[i][half] =
-              look_up(cells, cell_scale, in.cell_count, own[g][2 * half] + target.x, own[g][2 * half + 1] + target.y);
+          own[g][2 * half] += turned_bias.x;
+          own[g][2 * half + 1] += turned_bias.y;
+          lookups[i][half] = look_up(cells, cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1]);
         }
       }
       bool coarse = false;
@@ -334,19 +375,24 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       }
 #pragma unroll
       for (int32_t i = 0; i < kLookupGroups; ++i) {
-        const int32_t g = first + i;
+        const int32_t g = first + i, own_column = g * 8 + lane_pair;
+        const float2 target = load_pair(coordinates.scaled_target + own_column);
+        float2 cross = {}, shift = {};
+        if constexpr (kForms) {
+          cross = load_pair(coordinates.cross + own_column);
+          shift = load_pair(coordinates.shift + own_column);
+        }
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           const BlockLookup& block = lookups[i][half];
+          const float a = own[g][2 * half], b = own[g][2 * half + 1];
           const bool at_origin = block.inverse > 1e18f;  // a^2 + b^2 is zero or below the normal numbers
           const float radius = fmaf(block.rho, block.line.y, block.line.x);
-          const float cos = at_origin ? 1.f : block.a * block.inverse, sin = at_origin ? 0.f : block.b * block.inverse;
-          const float a = own[g][2 * half], b = own[g][2 * half + 1];
-          float k_a = radius * cos, k_b = radius * sin;
+          uint32_t& k = own_k[0][g / 2][g % 2 * 2 + half];
           if constexpr (kResult == Result::kState) {
-            k_a = k_b = 0.f;
+            const float cos = at_origin ? 1.f : a * block.inverse, sin = at_origin ? 0.f : b * block.inverse;
             const int64_t row = first_row + warp * 16 + half * 8 + lane_row;
-            const int32_t blocks = in.rank / 2, index = (int32_t(rank) * kOwnColumns + g * 8 + lane_pair) / 2;
+            const int32_t blocks = in.rank / 2, index = (int32_t(rank) * kOwnColumns + own_column) / 2;
             if (index < blocks && row < arguments.count) {
               uint16_t* state = reinterpret_cast<uint16_t*>(arguments.out) + row * arguments.out_stride + index;
               const uint32_t direction = pack<S>(sin, cos), length = pack<S>(logf(radius), 0.f);
@@ -354,20 +400,48 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
               state[blocks] = uint16_t(direction >> 16);
               state[2 * blocks] = uint16_t(length);
             }
-          }
-          if constexpr (kDiagonal) {
-            own_k[1][g / 2][g % 2 * 2 + half] = pack<S>(a, b);
+            k = pack<S>(fmaf(-scalar, a, target.x), fmaf(-scalar, b, target.y));
+          } else if constexpr (kDiagonal) {
+            const float ratio = radius * block.inverse;
+            k = pack<S>(at_origin ? radius : ratio * a, at_origin ? 0.f : ratio * b);
+            own_k[1][g / 2][g % 2 * 2 + half] = pack<S>(a - target.x, b - target.y);
           } else {
-            k_a = fmaf(-scalar, a, k_a);
-            k_b = fmaf(-scalar, b, k_b);
+            // T(rho) (cos, sin) - s c_t with c_t = (a, b) - t
+            const float ratio = radius * block.inverse - scalar;
+            k = pack<S>(at_origin ? radius + target.x : fmaf(ratio, a, target.x),
+                        at_origin ? target.y : fmaf(ratio, b, target.y));
+            const float2 kept = unpack<S>(k);  // the norms are those of the row that is built
+            rank_squares[half] = fmaf(kept.x, fmaf(2.f * scalar, a, cross.x) + kept.x, rank_squares[half]);
+            rank_squares[half] = fmaf(kept.y, fmaf(2.f * scalar, b, cross.y) + kept.y, rank_squares[half]);
+            dot_shift[half] = fmaf(kept.x, shift.x, fmaf(kept.y, shift.y, dot_shift[half]));
           }
-          own_k[0][g / 2][g % 2 * 2 + half] = pack<S>(k_a, k_b);
         }
       }
     }
 
     // ---- k from all blocks
+    const uint32_t norms_place = exchange + kNormsOffset + (warp * 8 + lane_row) * 16;
+    const auto send_sums = [&](const float(&sums)[4], uint32_t barrier) {
+      if (lane % 4 != 0) return;
+#pragma unroll
+      for (uint32_t to = 1; to < kCluster; ++to) {
+        store_remote(remote_address(norms_place + (kCluster - 1 - to) * kNormsBytes, ranks_on(to)),
+                     remote_address(barrier, ranks_on(to)), __float_as_uint(sums[0]), __float_as_uint(sums[1]),
+                     __float_as_uint(sums[2]), __float_as_uint(sums[3]));
+      }
+    };
+    float sums[4] = {};
+    if constexpr (kForms) {
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        const float along = scalar * (tail[2 * half] + tail[2 * half + 1]);  // the first lane of a row has y.offset, the second y.shift
+        squares[half] = fmaf(scalar * scalar, squares[half], rank_squares[half]) + (lane % 4 == 0 ? 2.f * along : 0.f);
+        sums[2 * half] = sum_over_row(squares[half]);
+        sums[2 * half + 1] = sum_over_row(dot_shift[half] + (lane % 4 == 1 ? along : 0.f));
+      }
+    }
     wait_phase(parts_read, parity);
+    if constexpr (kForms) send_sums(sums, mapped);
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
       const uint32_t barrier = remote_address(mapped, ranks_on(to));
@@ -379,7 +453,42 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
         store_remote(target + i * kWarpgroupThreads * 16, barrier, k[0], k[1], k[2], k[3]);
       }
     }
+    // Both norms, from the sums of all blocks. In pairs, so that every block adds the same numbers in the same order and scales
+    // alike.
+    const auto scales_of_rows = [&](Scales(&scales)[2]) {
+      float4 others[kCluster - 1];
+#pragma unroll
+      for (uint32_t from = 1; from < kCluster; ++from) others[from - 1] = load_shared(norms_place + (from - 1) * kNormsBytes);
+      float total[4];
+      if constexpr (kCluster == 4) {
+        total[0] = (sums[0] + others[1].x) + (others[0].x + others[2].x);
+        total[1] = (sums[1] + others[1].y) + (others[0].y + others[2].y);
+        total[2] = (sums[2] + others[1].z) + (others[0].z + others[2].z);
+        total[3] = (sums[3] + others[1].w) + (others[0].w + others[2].w);
+      } else {
+        total[0] = sums[0] + others[0].x;
+        total[1] = sums[1] + others[0].y;
+        total[2] = sums[2] + others[0].z;
+        total[3] = sums[3] + others[0].w;
+      }
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        scales[half] = fast_scales(total[2 * half] + (kForms ? offset_squares : 0.f),
+                                   total[2 * half + 1] + (kForms ? offset_shift : 0.f), shift_squares, shifted);
+      }
+    };
+    Scales scales[2] = {};
     wait_phase(mapped, parity);
+    uint32_t tail_k[4] = {};
+    if constexpr (kForms) scales_of_rows(scales);
+    if constexpr (!kDiagonal) {
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        const float length = kResult == Result::kRows && shifted ? scales[half].length : 0.f, high = rounded<S>(length);
+        tail_k[half] = lane % 4 == 0 ? pack<S>(1.f, 1.f)
+                                     : lane % 4 == 1 ? pack<S>(high, high) : lane % 4 == 2 ? pack<S>(length - high, 0.f) : 0;
+      }
+    }
     // w += Q k, one group of products for each chunk. Both kinds of k do not fit the registers at once with w: they come in
     // halves then.
     constexpr int32_t kParts = kDiagonal ? 2 : 1;
@@ -412,6 +521,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
               w[c], k[i],
               basis_rows + operand_offset(step / 4 * Layout::kPanelBytes + c * kChunkColumns * 128 + step % 4 * 32));
         }
+        if constexpr (!kDiagonal) multiply_64x64<S>(w[c], tail_k, tail_operand + operand_offset(c * kChunkColumns * kTailRowBytes));
         products_commit();
       }
     };
@@ -454,10 +564,8 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       start_rebuild(0, part);
     }
 
-    // ---- both norms
-    Scales scales[2];
-    if constexpr (kResult != Result::kState) {
-      float squares[2] = {}, dot_shift[2] = {};
+    // ---- both norms of the diagonal complement
+    if constexpr (kDiagonal) {
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
         wait_chunk(c);
@@ -473,42 +581,16 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
           squares[1] = fmaf(values[2], values[2], fmaf(values[3], values[3], squares[1]));
         }
       }
-      float sums[4] = {sum_over_row(squares[0]), sum_over_row(dot_shift[0]), sum_over_row(squares[1]),
-                       sum_over_row(dot_shift[1])};
-      const uint32_t place = exchange + kNormsOffset + (warp * 8 + lane_row) * 16;
-#pragma unroll
-      for (uint32_t to = 1; to < kCluster; ++to) {
-        if (lane % 4 != 0) continue;
-        store_remote(remote_address(place + (kCluster - 1 - to) * kNormsBytes, ranks_on(to)),
-                     remote_address(summed, ranks_on(to)), __float_as_uint(sums[0]), __float_as_uint(sums[1]),
-                     __float_as_uint(sums[2]), __float_as_uint(sums[3]));
-      }
+      sums[0] = sum_over_row(squares[0]), sums[1] = sum_over_row(dot_shift[0]);
+      sums[2] = sum_over_row(squares[1]), sums[3] = sum_over_row(dot_shift[1]);
+      send_sums(sums, summed);
       wait_phase(summed, parity);
-      // In pairs, so that every block adds the same numbers in the same order and scales alike.
-      float4 others[kCluster - 1];
-#pragma unroll
-      for (uint32_t from = 1; from < kCluster; ++from) others[from - 1] = load_shared(place + (from - 1) * kNormsBytes);
-      float total[4];
-      if constexpr (kCluster == 4) {
-        total[0] = (sums[0] + others[1].x) + (others[0].x + others[2].x);
-        total[1] = (sums[1] + others[1].y) + (others[0].y + others[2].y);
-        total[2] = (sums[2] + others[1].z) + (others[0].z + others[2].z);
-        total[3] = (sums[3] + others[1].w) + (others[0].w + others[2].w);
-      } else {
-        total[0] = sums[0] + others[0].x;
-        total[1] = sums[1] + others[0].y;
-        total[2] = sums[2] + others[0].z;
-        total[3] = sums[3] + others[0].w;
-      }
-      scales[0] = fast_scales(total[0], total[1], shift_squares, shifted);
-      scales[1] = fast_scales(total[2], total[3], shift_squares, shifted);
+      scales_of_rows(scales);
     }
 
     // ---- out
-    if constexpr (kResult == Result::kState) {
-      wait_chunks();
-    }
     if constexpr (kResult == Result::kSums) {
+      wait_chunks();
       const int64_t row = first_row + warp * 16 + lane_row;
       const float upper = row < arguments.count ? scales[0].inverse : 0.f;
       const float lower = row + 8 < arguments.count ? scales[1].inverse : 0.f;
@@ -547,12 +629,20 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
 #pragma unroll
           for (int32_t half = 0; half < 2; ++half) {
             const float* values = &w[c][4 * (g + half)];
-            float2 shift = make_float2(0.f, 0.f);
-            if (shifted) shift = load_pair(vectors.shift + c * kChunkColumns + (g + half) * 8 + lane_pair);
-            fragment[2 * half] = pack<S>(fmaf(values[0], factor[0], shift.x * shift_factor[0]),
-                                         fmaf(values[1], factor[0], shift.y * shift_factor[0]));
-            fragment[2 * half + 1] = pack<S>(fmaf(values[2], factor[1], shift.x * shift_factor[1]),
-                                             fmaf(values[3], factor[1], shift.y * shift_factor[1]));
+            if constexpr (kDiagonal) {
+              float2 shift = make_float2(0.f, 0.f);
+              if (shifted) shift = load_pair(vectors.shift + c * kChunkColumns + (g + half) * 8 + lane_pair);
+              fragment[2 * half] = pack<S>(fmaf(values[0], factor[0], shift.x * shift_factor[0]),
+                                           fmaf(values[1], factor[0], shift.y * shift_factor[0]));
+              fragment[2 * half + 1] = pack<S>(fmaf(values[2], factor[1], shift.x * shift_factor[1]),
+                                               fmaf(values[3], factor[1], shift.y * shift_factor[1]));
+            } else if constexpr (kResult == Result::kState) {
+              fragment[2 * half] = pack<S>(values[0], values[1]);
+              fragment[2 * half + 1] = pack<S>(values[2], values[3]);
+            } else {
+              fragment[2 * half] = pack<S>(values[0] * factor[0], values[1] * factor[0]);
+              fragment[2 * half + 1] = pack<S>(values[2] * factor[1], values[3] * factor[1]);
+            }
           }
           store_matrices(staged(c, lane % 16, g + lane / 16), fragment[0], fragment[1], fragment[2], fragment[3]);
         }
@@ -570,7 +660,10 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       for (int32_t first = 0; first < kChunks; first += Layout::kStagingSlots) {
         __syncwarp();
 #pragma unroll
-        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) stage(c);
+        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) {
+          if constexpr (!kDiagonal) wait_chunk(c);
+          stage(c);
+        }
         __syncwarp();
 #pragma unroll
         for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) send(c);

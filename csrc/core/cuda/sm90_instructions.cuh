@@ -103,6 +103,9 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// Ordinary writes of shared memory become visible to products and to the copy engine.
+__device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // 16 bytes of a result, which nobody here reads again.
 __device__ __forceinline__ void store_line(void* address, const float4& line) {
   asm volatile("st.global.L1::no_allocate.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(line.x), "f"(line.y), "f"(line.z),
@@ -132,6 +135,10 @@ __device__ __forceinline__ float4 load_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 template <typename S>
@@ -164,6 +171,11 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 // distance of 64-column panels, read only where the columns run along the free dimension of the product.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panels = 16) {
   return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(panels >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// The same for rows of 32 bytes under the 32-byte swizzle, in one panel.
+__device__ __forceinline__ uint64_t narrow_operand(uint32_t address) {
+  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(1) << 16 | uint64_t(256 >> 4) << 32 | uint64_t(3) << 62;
 }
 
 // How far an operand moves with its address.
@@ -214,6 +226,22 @@ __device__ __forceinline__ void multiply_64x128(float (&sums)[64], uint64_t rows
   }
 }
 
+#define ANISO_PROJECT_TAIL(format)                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." format "." format                                  \
+               " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 1;"                                                     \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                    \
+               : "l"(rows), "l"(weights))
+
+// The same for 8 columns.
+template <typename S>
+__device__ __forceinline__ void multiply_64x8(float (&sums)[4], uint64_t rows, uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_PROJECT_TAIL("bf16");
+  } else {
+    ANISO_PROJECT_TAIL("f16");
+  }
+}
+
 #define ANISO_REBUILD(format)                                                                                   \
   asm volatile(                                                                                                 \
                                                                 \
@@ -235,6 +263,7 @@ __device__ __forceinline__ void multiply_64x64(float (&sums)[32], const uint32_t
 }
 
 #undef ANISO_REBUILD
+#undef ANISO_PROJECT_TAIL
 #undef ANISO_PROJECT
 #undef ANISO_SUMS_32
 #undef ANISO_SUMS_8

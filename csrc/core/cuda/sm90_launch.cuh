@@ -45,7 +45,7 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
 // Readies a kernel for the current device; how many clusters run at a time.
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
 cudaError_t prepare(int32_t* resident) {
-  using Layout = Shared<kCluster, kChunks>;
+  using Layout = Shared<kCluster, kChunks, kDiagonal>;
   const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
   if (error != cudaSuccess) return error;
@@ -67,13 +67,13 @@ template <int kCluster, int kChunks>
 int32_t sum_slots() {
   int32_t resident = 0;
   if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
-  return resident * Shared<kCluster, kChunks>::kWarpgroups * kWarpgroupThreads / 32;
+  return resident * kWarpgroupsOf<kCluster, kChunks> * kWarpgroupThreads / 32;
 }
 
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
 cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
                    cudaStream_t stream) {
-  using Layout = Shared<kCluster, kChunks>;
+  using Layout = Shared<kCluster, kChunks, kDiagonal>;
   int32_t resident = 0;
   cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
   CUtensorMap rows_map, basis_map;

@@ -19,27 +19,41 @@ constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
 template <int kCluster, int kChunks>
 constexpr int32_t kWarpgroupsOf = kChunks == 3 ? 3 : 2;
 
+constexpr int32_t kTailColumns = 16;  // one step of a product; see Tail
+constexpr uint32_t kTailRowBytes = kTailColumns * 2;
+
 struct Barriers {
   uint64_t loaded;         // the tile is in shared memory
   uint64_t projected;      // parts of p have come
   uint64_t mapped;         // parts of k have come
-  uint64_t summed;         // sums for the norms have come
+  uint64_t summed;         // sums for the norms have come (diagonal complement)
   uint64_t parts_read;     // the others have read their parts of p
   uint64_t exchange_free;  // the others no longer read what came with the last tile
 };
 
-// What a block needs of the constants, zero past D and R.
-template <int kCluster, int kChunks>
-struct Vectors {
-  float offset[kChunks * kChunkColumns];
-  float shift[kChunks * kChunkColumns];
-  float scale[kChunks * kChunkColumns];  // of the diagonal complement
-  float input_bias[kRank / kCluster];
-  float target_coordinates[kRank / kCluster];
+// Columns that follow the basis: offset and shift in two pieces each, and the larger piece of the shift once more. They give
+// y.offset and y.shift in the first product, and add offset + |w| shift to the rows in the second, where |w| has two pieces.
+enum Tail { kOffsetHigh, kOffsetLow, kShiftHigh, kShiftLow, kShiftHighAgain };
+
+// Constants of the coordinates that a block maps, zero past R. t is the target's coordinate, t_b that plus the bias.
+template <int kCluster>
+struct CoordinateVectors {
+  float turned_bias[kRank / kCluster];    // t_b
+  float scaled_target[kRank / kCluster];  // s t; diagonal: t
+  float cross[kRank / kCluster];          // 2 (Q^T offset - s t_b)
+  float shift[kRank / kCluster];          // Q^T shift
   float cell_scale[kRank / kCluster / 2];
 };
 
-template <int kCluster, int kChunks>
+// Constants of the columns that a block owns, zero past D; only the diagonal complement reads them.
+template <int kChunks>
+struct ColumnVectors {
+  float offset[kChunks * kChunkColumns];
+  float shift[kChunks * kChunkColumns];
+  float scale[kChunks * kChunkColumns];
+};
+
+template <int kCluster, int kChunks, bool kDiagonal>
 struct Shared {
   static constexpr int32_t kWarpgroups = kWarpgroupsOf<kCluster, kChunks>;
   static constexpr uint32_t kPartBytes = kTileRows * (kRank / kCluster) * 4;  // of p, for one receiver
@@ -48,13 +62,16 @@ struct Shared {
   static constexpr uint32_t kBasis = 0;
   static constexpr uint32_t kTiles = kChunks * kBasisChunkBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
-  static constexpr uint32_t kExchangeBytes = kChunks == 5 ? 28672 : 32768;
+  static constexpr uint32_t kExchangeBytes = kNormsOffset + 2048;  // a multiple of a swizzled tile
   static constexpr int32_t kStagingSlots = kNormsOffset / kTileChunkBytes;  // a chunk on its way out takes one
   static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
-  static constexpr uint32_t kVectors = kExchanges + kWarpgroups * kExchangeBytes;
-  static constexpr uint32_t kBarriers = kVectors + uint32_t(sizeof(Vectors<kCluster, kChunks>));
+  static constexpr uint32_t kTail = kExchanges + kWarpgroups * kExchangeBytes;
+  static constexpr uint32_t kColumns = kTail;
+  static constexpr uint32_t kCoordinates =
+      kTail + (kDiagonal ? uint32_t(sizeof(ColumnVectors<kChunks>)) : kChunks * kChunkColumns * kTailRowBytes);
+  static constexpr uint32_t kBarriers = kCoordinates + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static constexpr uint32_t kBytes = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers)) + 8;
-  static_assert(kNormsOffset + (kCluster - 1) * kNormsBytes <= kExchangeBytes, "the exchange overflows");
+  static_assert((kCluster - 1) * kNormsBytes <= 2048, "the exchange overflows");
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 };
 

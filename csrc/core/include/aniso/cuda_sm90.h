@@ -17,7 +17,7 @@ constexpr int32_t kSm90BasisColumns = 160;
 constexpr int32_t kSm90Width = 1280;
 constexpr int32_t kSm90Rank = 128;
 
-// Constants of the closed form; all pointers are device pointers, matrices row-major.
+// Constants of the closed form. Q^T Q = I up to the rounding of S, as the norms of a scalar complement rely on it; all pointers are device pointers, matrices row-major.
 template <typename S>
 struct Sm90Operands {
   int32_t width;                   // D
@@ -27,6 +27,8 @@ struct Sm90Operands {
   const S* basis;                  // [D, kSm90BasisColumns]
   const float* input_bias;         // [R]
   const float* target_coordinates; // [R]
+  const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
+  const float* shift_coordinates;  // [R], Q^T shift, for a scalar complement and a shift
   const float2* cells;             // [64, G + 1], intercept and slope of the radius map in each cell; zero past M
                                    // NaN where one line is too coarse: there the map itself is searched
   const float* cell_scale;         // [64], cells for each unit of radius
