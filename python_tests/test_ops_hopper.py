@@ -12,6 +12,7 @@ from aniso_ext.ops import backends, hopper
 
 CPU = torch.device("cpu")
 SAMPLED = Case(96, 48, knots=1024, sampled=True)
+CALIBRATED = Case(96, 48, knots=1024, sampled=True, calibrated=True)
 SMOOTH = Case(96, 48, knots=256)
 
 
@@ -65,22 +66,22 @@ def test_maps_with_many_jumps_have_no_table():
     assert hopper.fold_hopper(frame, torch.float16, CPU) is None
 
 
-@pytest.mark.parametrize("case", [SAMPLED, BRANCHES[0]], ids=str)
-def test_every_rotation_of_the_basis_is_contiguous(case):
-    found, width = folded(case, torch.bfloat16), hopper.LARGEST_RANK
-    padded = torch.zeros(case.width, width, dtype=torch.bfloat16)
-    padded[:, : case.rank] = frame_of(case).basis.bfloat16()
-    for first in range(0, width, 32):
-        panels = [found.basis[:, (first + 64 * panel) % width :][:, :64] for panel in range(2)]
-        assert torch.equal(torch.cat(panels, dim=1), padded.roll(-first, dims=1))
-
-
-def test_padding_is_zero_and_the_bias_is_that_of_the_rounded_basis():
-    found, frame = folded(SAMPLED, torch.bfloat16), frame_of(SAMPLED)
-    assert not found.cells[SAMPLED.blocks :].any() and not found.cell_scale[SAMPLED.blocks :].any()
-    exact = -frame.source_mean @ frame.basis.bfloat16().double()
+def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
+    found, frame = folded(CALIBRATED, torch.bfloat16), frame_of(CALIBRATED)
+    assert torch.equal(found.basis[:, : CALIBRATED.rank], frame.basis.bfloat16()) and not found.basis[:, CALIBRATED.rank :].any()
+    assert not found.cells[CALIBRATED.blocks :].any() and not found.cell_scale[CALIBRATED.blocks :].any()
+    basis, target = frame.basis.bfloat16().double(), frame.target_mean
+    offset = target - frame.basis @ (frame.basis.T @ target) - frame.complement_scale * frame.source_mean
+    exact = torch.stack((-frame.source_mean, offset, target - frame.output_mean)) @ basis
     # one rounding to float32 of sums of D terms
-    assert torch.allclose(found.input_bias.double(), exact, rtol=2.0**-24, atol=SAMPLED.width * 2.0**-53)
+    assert torch.allclose(found.coordinates.double(), exact, rtol=2.0**-24, atol=SAMPLED.width * 2.0**-53)
+
+
+def test_a_basis_that_is_not_orthonormal_to_the_rounding_is_not_served():
+    """The norms come from quadratic forms that take Q^T Q for I."""
+    skewed = frame_of(Case(96, 48, knots=256, basis_dtype="bfloat16"))
+    assert hopper.fold_hopper(skewed, torch.bfloat16, CPU) is not None
+    assert hopper.fold_hopper(skewed, torch.float16, CPU) is None
 
 
 def test_only_hopper_gpus_are_served():

@@ -16,8 +16,6 @@ from aniso_ext.ops.tracing import constant_while_tracing
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
 LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
-# as kSm90BasisColumns: the 128 columns that begin at any multiple of 32 are a rotation of the basis
-WRAPPED_COLUMNS = LARGEST_RANK + 32
 # A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
@@ -30,7 +28,7 @@ class HopperOperands:
     """Constants of a frame beside its :class:`~aniso_ext.ops.operands.Operands`; M is padded to 64 blocks.
 
     ============ ======================== =========================================================================
-    basis        [D, 160] storage dtype   Q, zero columns up to 128, then its first 32 columns again
+    basis        [D, 128] storage dtype   Q, zero columns past R
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1, 2]       the radius maps, see :mod:`aniso_ext.ops.radius_table`; NaN in coarse cells
     cell_scale   [64] float32             cells for each unit of radius
@@ -98,9 +96,8 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     constants = operands_of(frame, torch.float64, torch.float64, device)
     shift = torch.zeros_like(constants.offset) if constants.shift is None else constants.shift
     vectors = torch.stack((-exact.source_mean, constants.offset, shift))
-    basis = rounded.new_zeros(frame.width, WRAPPED_COLUMNS)
+    basis = rounded.new_zeros(frame.width, LARGEST_RANK)
     basis[:, : frame.rank] = rounded
-    basis[:, LARGEST_RANK:] = basis[:, : WRAPPED_COLUMNS - LARGEST_RANK]
     blocks, cells = LARGEST_RANK // 2, table.shape[1] - 1
     padded = torch.zeros(blocks, cells + 1, 2, device=device)
     padded[: frame.blocks] = table

@@ -92,15 +92,12 @@ class Suite {
     cells_.resize(size_t(kSm90Rank / 2) * (kCells + 1), {0.f, 0.f});
     cell_scale_.resize(kSm90Rank / 2, 0.f);
     for (int32_t j = 0; j < size.width; ++j) {
-      for (int32_t r = 0; r < kSm90BasisColumns; ++r) {
-        const int32_t column = r % kSm90Rank;
-        wrapped_.push_back(column < size.rank ? basis_[size_t(j) * size.rank + column] : S{});
-      }
+      for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : S{});
     }
   }
 
   void run() {
-    const OnDevice<S> y(y_), basis(wrapped_);
+    const OnDevice<S> y(y_), basis(padded_);
     const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), cell_scale(cell_scale_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<float2> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
@@ -303,7 +300,7 @@ class Suite {
 
   Size size_;
   std::string name_;
-  std::vector<S> y_, basis_, wrapped_;
+  std::vector<S> y_, basis_, padded_;
   std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_, cell_scale_;
   std::vector<Segment<float>> segments_;
   std::vector<float2> cells_;

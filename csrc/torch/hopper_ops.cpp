@@ -37,7 +37,7 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.segments, "segments", y, ScalarType::Float, rank / 2 * 3 * pieces);
   check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
-  check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90BasisColumns);
+  check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90Rank);
   check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
   check_constant(hopper.cells, "cells", y, ScalarType::Float, aniso::kSm90Rank / 2 * cells * 2);

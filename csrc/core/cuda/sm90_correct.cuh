@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
   constexpr int32_t kOwnGroups = kOwnColumns / 8;
   // Groups of columns whose pieces of the radius map a thread awaits at once: as many as the registers have room for.
-  constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : (kChunks == 3 ? 2 : 4);
+  constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : 4;
   constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
   constexpr int32_t kOwnSteps = kSteps / kCluster;
   // Norms of a scalar complement follow from p, k and y; those of a diagonal one are summed from w.
@@ -145,9 +145,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   const uint32_t mapped = barriers + offsetof(Barriers, mapped), summed = barriers + offsetof(Barriers, summed);
   const uint32_t parts_read = barriers + offsetof(Barriers, parts_read);
   const uint32_t exchange_free = barriers + offsetof(Barriers, exchange_free);
-  const uint64_t tile_operand = operand(tile_memory), basis_rows = operand(basis);
-  const uint64_t basis_columns = operand(basis, Layout::kPanelBytes);
-  const uint64_t tail_operand = narrow_operand(shared + Layout::kTail);
+  const uint64_t tile_operand = wide_operand(tile_memory), basis_operand = narrow_operand(basis, Layout::kPanelBytes);
   const uint32_t basis_loaded = shared + Layout::kBarriers + Layout::kWarpgroups * uint32_t(sizeof(Barriers));
   const int32_t first_column = int32_t(rank) * kChunks * kChunkColumns;
 
@@ -183,11 +181,11 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   };
 
   if (leader && warpgroup == 0) {
-    arrive_expecting(basis_loaded, kChunks * kBasisChunkBytes);
-    for (int32_t c = 0; c < kChunks; ++c) {
-      for (int32_t panel = 0; panel < kRank / 64; ++panel) {
-        load_box(basis + panel * Layout::kPanelBytes + c * kChunkColumns * 128, basis_map,
-                 (int32_t(rank) * kOwnColumns + panel * 64) % kRank, first_column + c * kChunkColumns, basis_loaded);
+    arrive_expecting(basis_loaded, kSteps * Layout::kPanelBytes);
+    for (int32_t panel = 0; panel < kSteps; ++panel) {
+      for (int32_t c = 0; c < kChunks; ++c) {
+        load_box(basis + panel * Layout::kPanelBytes + c * kChunkColumns * kPanelRowBytes, basis_map,
+                 (int32_t(rank) * kOwnColumns + panel * kPanelColumns) % kRank, first_column + c * kChunkColumns, basis_loaded);
       }
     }
   }
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       vectors.scale[j] = column < in.width ? in.scale[column] : 0.f;
     } else {
       const float offset_high = rounded<S>(offset), shift_high = rounded<S>(shift);
-      const uint32_t row = shared + Layout::kTail + j * kTailRowBytes, first_half = (j / 4 % 2) * 16;
+      const uint32_t row = shared + Layout::kTail + j * kPanelRowBytes, first_half = (j / 4 % 2) * 16;
       store_shared(row + first_half, pack<S>(offset_high, offset - offset_high), pack<S>(shift_high, shift - shift_high),
                    pack<S>(shift_high, 0.f), 0);
       store_shared(row + (first_half ^ 16), 0, 0, 0, 0);
@@ -249,26 +247,25 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
     }
 
     // ---- p from this block's columns
-    float own[kOwnGroups][4], tail[4] = {};  // of y.offset and y.shift, in two pieces each
+    float own[kOwnGroups][4], tail[4] = {};  // y.offset and y.shift, in two pieces each
     {
-      float part[64] = {};  // cleared, as a product that only ignores its sums still keeps their registers from the last tile
+      float part[kForms ? 68 : 64] = {};  // cleared, as a product that only ignores its sums still keeps their registers from the last tile
       wait_phase(loaded, parity);
       products_begin();
 #pragma unroll
       for (int32_t step = 0; step < kChunks * 4; ++step) {
-        multiply_64x128<S>(part, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
-                           basis_columns + operand_offset(step * 16 * 128));
-        if constexpr (kForms) {
-          multiply_64x8<S>(tail, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
-                           tail_operand + operand_offset(step * 16 * kTailRowBytes));
-        }
+        project<S>(part, tile_operand + operand_offset(step / 4 * kTileChunkBytes + step % 4 * 32),
+                   basis_operand + operand_offset(step * 16 * kPanelRowBytes));
       }
       products_commit();
       if (tile >= stride) wait_phase(exchange_free, parity ^ 1);
       products_wait();
       pin(part);
-      pin(tail);
 
+      if constexpr (kForms) {
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) tail[i] = part[64 + i];
+      }
 #pragma unroll
       for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
 #pragma unroll
@@ -514,14 +511,12 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
       products_begin();
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
+        const uint64_t rows = basis_operand + operand_offset(c * kChunkColumns * kPanelRowBytes);
 #pragma unroll
         for (int32_t i = 0; i < kSteps / kParts; ++i) {
-          const int32_t step = part * (kSteps / kParts) + i;
-          multiply_64x64<S>(
-              w[c], k[i],
-              basis_rows + operand_offset(step / 4 * Layout::kPanelBytes + c * kChunkColumns * 128 + step % 4 * 32));
+          rebuild<S>(w[c], k[i], rows + operand_offset((part * (kSteps / kParts) + i) * Layout::kPanelBytes));
         }
-        if constexpr (!kDiagonal) multiply_64x64<S>(w[c], tail_k, tail_operand + operand_offset(c * kChunkColumns * kTailRowBytes));
+        if constexpr (!kDiagonal) rebuild<S>(w[c], tail_k, rows + operand_offset(Layout::kTail));
         products_commit();
       }
     };
@@ -647,26 +642,32 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
           store_matrices(staged(c, lane % 16, g + lane / 16), fragment[0], fragment[1], fragment[2], fragment[3]);
         }
       };
-      const auto send = [&](int32_t c) {
-        const int32_t unit = lane % 8, column = c * kChunkColumns + unit * 8;
+      const int32_t unit = lane % 8;
+      const auto send = [&](int32_t first, int32_t last) {
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
           const int32_t row = i * 4 + lane / 8;
-          const float4 line = load_shared(staged(c, row, unit));
-          if (row < rows_left && column < columns_left) store_line(result + row * arguments.out_stride + column, line);
+          S* line = result + row * arguments.out_stride + unit * 8;
+          const int32_t left = row < rows_left ? columns_left - unit * 8 : 0;
+#pragma unroll
+          for (int32_t c = first; c < last; ++c) {
+            const float4 values = load_shared(staged(c, row, unit));
+            if (c * kChunkColumns < left) store_line(line + c * kChunkColumns, values);
+          }
         }
       };
 #pragma unroll
       for (int32_t first = 0; first < kChunks; first += Layout::kStagingSlots) {
+        constexpr int32_t kSlots = Layout::kStagingSlots;
+        const int32_t last = first + kSlots < kChunks ? first + kSlots : kChunks;
         __syncwarp();
 #pragma unroll
-        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) {
+        for (int32_t c = first; c < last; ++c) {
           if constexpr (!kDiagonal) wait_chunk(c);
           stage(c);
         }
         __syncwarp();
-#pragma unroll
-        for (int32_t c = first; c < first + Layout::kStagingSlots && c < kChunks; ++c) send(c);
+        send(first, last);
       }
     }
     warp_tells_others(exchange_free);

@@ -167,15 +167,16 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 
 // ---- matrix products of a warpgroup --------------------------------------------------------------------------------
 
-// Operand in shared memory, rows of 128 bytes under the 128-byte swizzle, groups of 8 rows 1024 bytes apart. `panels` is the
-// distance of 64-column panels, read only where the columns run along the free dimension of the product.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panels = 16) {
-  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(panels >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// Operands in shared memory, in groups of 8 rows. Rows of 128 bytes under the 128-byte swizzle, contiguous along the summed
+// dimension:
+__device__ __forceinline__ uint64_t wide_operand(uint32_t address) {
+  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// The same for rows of 32 bytes under the 32-byte swizzle, in one panel.
-__device__ __forceinline__ uint64_t narrow_operand(uint32_t address) {
-  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(1) << 16 | uint64_t(256 >> 4) << 32 | uint64_t(3) << 62;
+// Rows of 32 bytes under the 32-byte swizzle, contiguous along either dimension. `panels` is the distance of 16-column panels,
+// read only where the columns run along the free dimension of the product.
+__device__ __forceinline__ uint64_t narrow_operand(uint32_t address, uint32_t panels) {
+  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(panels >> 4) << 16 | uint64_t(256 >> 4) << 32 | uint64_t(3) << 62;
 }
 
 // How far an operand moves with its address.
@@ -207,18 +208,17 @@ __device__ __forceinline__ void pin(float (&sums)[kCount]) {
 
 #define ANISO_PROJECT(format)                                                                                        \
   asm volatile(                                                                                                      \
-                                                                     \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;" \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;"    \
       : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
       : "l"(rows), "l"(weights))
 
 // sums [64, 128] += rows [64, 16] x weights [16, 128], the weights with contiguous columns.
 template <typename S>
-__device__ __forceinline__ void multiply_64x128(float (&sums)[64], uint64_t rows, uint64_t weights) {
+__device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     ANISO_PROJECT("bf16");
   } else {
@@ -226,19 +226,24 @@ __device__ __forceinline__ void multiply_64x128(float (&sums)[64], uint64_t rows
   }
 }
 
-#define ANISO_PROJECT_TAIL(format)                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." format "." format                                  \
-               " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 1;"                                                     \
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                    \
-               : "l"(rows), "l"(weights))
+#define ANISO_PROJECT_MORE(format)                                                                                   \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n136k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
+      "%64, %65, %66, %67}, %68, %69, 1, 1, 1, 0, 1;"                                                                \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), "+f"(sums[64]), "+f"(sums[65]), "+f"(sums[66]), "+f"(sums[67]) \
+      : "l"(rows), "l"(weights))
 
-// The same for 8 columns.
+// The same with 8 columns more.
 template <typename S>
-__device__ __forceinline__ void multiply_64x8(float (&sums)[4], uint64_t rows, uint64_t weights) {
+__device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT_TAIL("bf16");
+    ANISO_PROJECT_MORE("bf16");
   } else {
-    ANISO_PROJECT_TAIL("f16");
+    ANISO_PROJECT_MORE("f16");
   }
 }
 
@@ -254,7 +259,7 @@ __device__ __forceinline__ void multiply_64x8(float (&sums)[4], uint64_t rows, u
 
 // sums [64, 64] += rows [64, 16] in registers x weights [16, 64], the weights with contiguous rows.
 template <typename S>
-__device__ __forceinline__ void multiply_64x64(float (&sums)[32], const uint32_t (&rows)[4], uint64_t weights) {
+__device__ __forceinline__ void rebuild(float (&sums)[32], const uint32_t (&rows)[4], uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     ANISO_REBUILD("bf16");
   } else {
@@ -263,7 +268,7 @@ __device__ __forceinline__ void multiply_64x64(float (&sums)[32], const uint32_t
 }
 
 #undef ANISO_REBUILD
-#undef ANISO_PROJECT_TAIL
+#undef ANISO_PROJECT_MORE
 #undef ANISO_PROJECT
 #undef ANISO_SUMS_32
 #undef ANISO_SUMS_8

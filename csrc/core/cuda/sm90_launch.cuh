@@ -77,10 +77,8 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
   int32_t resident = 0;
   cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
   CUtensorMap rows_map, basis_map;
-  if (error == cudaSuccess) error = matrix_map<S>(&rows_map, y.data, y.count, in.width, y.stride, kTileRows);
-  if (error == cudaSuccess) {
-    error = matrix_map<S>(&basis_map, in.basis, in.width, kSm90BasisColumns, kSm90BasisColumns, kChunkColumns);
-  }
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;

@@ -12,15 +12,13 @@ constexpr int32_t kChunkColumns = 64;
 constexpr int32_t kRank = kSm90Rank;  // columns of the basis past R are zero
 constexpr int32_t kWarpgroupThreads = 128;
 constexpr int32_t kSteps = kRank / 16;
-constexpr uint32_t kBasisChunkBytes = kChunkColumns * kRank * 2;
+constexpr int32_t kPanelColumns = 16;  // of the basis: one step of the second product
+constexpr uint32_t kPanelRowBytes = kPanelColumns * 2;
 constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
 constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
 // As many warpgroups as shared memory and registers leave room for.
 template <int kCluster, int kChunks>
-constexpr int32_t kWarpgroupsOf = kChunks == 3 ? 3 : 2;
-
-constexpr int32_t kTailColumns = 16;  // one step of a product; see Tail
-constexpr uint32_t kTailRowBytes = kTailColumns * 2;
+constexpr int32_t kWarpgroupsOf = 2;
 
 struct Barriers {
   uint64_t loaded;         // the tile is in shared memory
@@ -31,7 +29,7 @@ struct Barriers {
   uint64_t exchange_free;  // the others no longer read what came with the last tile
 };
 
-// Columns that follow the basis: offset and shift in two pieces each, and the larger piece of the shift once more. They give
+// Columns of the panel that follows the basis: offset and shift in two pieces each, and the larger piece of the shift once more. They give
 // y.offset and y.shift in the first product, and add offset + |w| shift to the rows in the second, where |w| has two pieces.
 enum Tail { kOffsetHigh, kOffsetLow, kShiftHigh, kShiftLow, kShiftHighAgain };
 
@@ -58,19 +56,21 @@ struct Shared {
   static constexpr int32_t kWarpgroups = kWarpgroupsOf<kCluster, kChunks>;
   static constexpr uint32_t kPartBytes = kTileRows * (kRank / kCluster) * 4;  // of p, for one receiver
   static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
-  static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * 128;
+  // Panels of the basis, that of the block's own coordinates first, then the tail; rows under the 32-byte swizzle.
+  static constexpr int32_t kPanels = kSteps + (kDiagonal ? 0 : 1);
+  static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
   static constexpr uint32_t kBasis = 0;
-  static constexpr uint32_t kTiles = kChunks * kBasisChunkBytes;
+  static constexpr uint32_t kTail = kSteps * kPanelBytes;
+  static constexpr uint32_t kTiles = kPanels * kPanelBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
   static constexpr uint32_t kExchangeBytes = kNormsOffset + 2048;  // a multiple of a swizzled tile
   static constexpr int32_t kStagingSlots = kNormsOffset / kTileChunkBytes;  // a chunk on its way out takes one
   static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
-  static constexpr uint32_t kTail = kExchanges + kWarpgroups * kExchangeBytes;
-  static constexpr uint32_t kColumns = kTail;
-  static constexpr uint32_t kCoordinates =
-      kTail + (kDiagonal ? uint32_t(sizeof(ColumnVectors<kChunks>)) : kChunks * kChunkColumns * kTailRowBytes);
+  static constexpr uint32_t kColumns = kExchanges + kWarpgroups * kExchangeBytes;
+  static constexpr uint32_t kCoordinates = kColumns + (kDiagonal ? uint32_t(sizeof(ColumnVectors<kChunks>)) : 0);
   static constexpr uint32_t kBarriers = kCoordinates + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static constexpr uint32_t kBytes = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers)) + 8;
+  static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
   static_assert((kCluster - 1) * kNormsBytes <= 2048, "the exchange overflows");
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 };

@@ -12,10 +12,10 @@
 
 namespace aniso {
 
-// Boxes of box_rows x 64 values of a row-major matrix, under the 128-byte swizzle; outside the matrix they read zero and
-// write nothing. `data` and the stride must be multiples of 16 bytes.
-template <typename S>
-cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t columns, int64_t row_stride, int32_t box_rows) {
+// Boxes of 64 x kColumns values of a row-major matrix, under the swizzle of their rows; outside the matrix they read zero.
+// `data` and the stride must be multiples of 16 bytes.
+template <int kColumns, typename S>
+cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t columns, int64_t row_stride) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -27,12 +27,14 @@ cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t co
   if (encode == nullptr) return cudaErrorNotSupported;
   constexpr CUtensorMapDataType kType =
       std::is_same_v<S, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  static_assert(kColumns == 64 || kColumns == 16, "rows of 128 or of 32 bytes");
+  constexpr CUtensorMapSwizzle kSwizzle = kColumns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(S)};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {kColumns, 64}, steps[2] = {1, 1};
   const CUresult result =
       encode(map, kType, 2, const_cast<S*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             kSwizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

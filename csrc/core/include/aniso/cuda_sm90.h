@@ -11,9 +11,6 @@
 
 namespace aniso {
 
-// The basis as the kernels want it: Q, zero columns up to 128, then the first 32 columns again, so that the 128 columns that
-// begin at any multiple of 32 are its rotation.
-constexpr int32_t kSm90BasisColumns = 160;
 constexpr int32_t kSm90Width = 1280;
 constexpr int32_t kSm90Rank = 128;
 
@@ -24,7 +21,7 @@ struct Sm90Operands {
   int32_t rank;                    // R
   int32_t cell_count;              // G
   bool diagonal;                   // scale has D values, else one
-  const S* basis;                  // [D, kSm90BasisColumns]
+  const S* basis;                  // [D, kSm90Rank], zero past R
   const float* input_bias;         // [R]
   const float* target_coordinates; // [R]
   const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
