@@ -221,7 +221,8 @@ def poison_free_memory() -> None:
     torch.cuda.empty_cache()
     blocks = []
     least_of_large_pool = 2**20 + 512
-    for size in (*(2**power for power in range(27, 20, -1)), least_of_large_pool, *(2**power for power in range(20, 8, -1))):
+    powers = [2**power for power in range(27, 8, -1)]
+    for size in sorted([*powers, least_of_large_pool], reverse=True):
         grown = False
         while not grown:
             reserved = torch.cuda.memory_reserved()

@@ -68,7 +68,8 @@ def test_maps_with_many_jumps_have_no_table():
 
 def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
     found, frame = folded(CALIBRATED, torch.bfloat16), frame_of(CALIBRATED)
-    assert torch.equal(found.basis[:, : CALIBRATED.rank], frame.basis.bfloat16()) and not found.basis[:, CALIBRATED.rank :].any()
+    assert torch.equal(found.basis[:, : CALIBRATED.rank], frame.basis.bfloat16())
+    assert not found.basis[:, CALIBRATED.rank :].any()
     assert not found.cells[CALIBRATED.blocks :].any() and not found.cell_scale[CALIBRATED.blocks :].any()
     basis, target = frame.basis.bfloat16().double(), frame.target_mean
     offset = target - frame.basis @ (frame.basis.T @ target) - frame.complement_scale * frame.source_mean

@@ -25,13 +25,14 @@ _STOCK_ERROR = {"bf16": 0.2, "tf32": 0.1, "fp32": 0.01}
 _STOCK_ERROR_OF_GRADIENTS = {"bf16": 0.9, "tf32": 0.5, "fp32": 0.1}
 # Times the error of stock PyTorch, step by step in the same format.
 _CONTRACT, _CONTRACT_OF_GRADIENTS = 2.0, 3.0
+_USUAL_ROWS = 0.95
 
 
 @dataclass(frozen=True)
 class Check:
     """Errors of a variant; ``reason`` says why it failed."""
 
-    error: float  # largest 1 - cos of unit rows, else the relative error |out - ref| / |ref|
+    error: float  # largest 1 - cos of unit rows, else relative: |out - ref| / |ref|, of gradients that of the usual row
     relative: float
     reason: str | None = None
 
@@ -50,7 +51,8 @@ class Checker:
         case, expected = self._case, self._reference(problem)
         summed = case.operation == "correct_sums"
         found = [(value if summed else value[self._rows]).double() for value in outputs]
-        relative = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+        measure = usual_row_error if case.backward else relative_error
+        relative = max(measure(a, b) for a, b in zip(found, expected, strict=True))
         error = max(_cosine_loss(found[0], expected[0]), 0.0) if case.unit_rows else relative
         if not relative < float("inf"):
             return Check(float("nan"), float("nan"), "not finite")
@@ -105,6 +107,18 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected|; infinite where anything is not finite."""
     error = float((found - expected).norm() / expected.norm())
     return error if error == error else float("inf")
+
+
+def usual_row_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error that 95 of 100 rows stay below; infinite where anything is not finite.
+
+    Gradients go through 1/rho: the error of a row with a block near the origin has no variance, and a norm over all
+    rows would compare the few worst ones, which differ from one order of summation to the next.
+    """
+    if not bool(found.isfinite().all()):
+        return float("inf")
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    return float(errors.nan_to_num(0.0).quantile(_USUAL_ROWS))
 
 
 def _cosine_loss(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -48,8 +48,11 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
 
 @triton.jit
 def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + tile weights. IEEE float32 sums each tile of columns apart, as one running sum over D terms would lose more
-    than a library's product does; written as fma because the compiler makes one running sum of a plus."""
+    """sums + tile weights.
+
+    IEEE float32 sums each tile of columns apart, as one running sum over D terms would lose more than a library's
+    product does; written as fma because the compiler makes one running sum of a plus.
+    """
     if PRODUCT == tl.float32 and PRECISION == "ieee":
         return tl.fma(tl.dot(tile, weights, input_precision=PRECISION), 1.0, sums)
     else:
