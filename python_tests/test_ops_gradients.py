@@ -109,6 +109,11 @@ def root_mean_square(rows: torch.Tensor) -> float:
     return rows.double().norm(dim=1).square().mean().sqrt().item()
 
 
+def usual_length(rows: torch.Tensor) -> float:
+    """What the lengths of 9 of 10 rows stay below."""
+    return rows.double().norm(dim=1).quantile(0.9).item()
+
+
 @cases_and_runs(CONTRACT_CASES, EVERY_BACKEND, ["float32", "tf32", "bfloat16", "float16"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_gradients_meet_the_accuracy_contract(case, operator, run):
@@ -129,7 +134,10 @@ def test_gradients_meet_the_accuracy_contract(case, operator, run):
             # pieces that differ by a few percent where the rounding of a radius crosses a knot.
             assert error <= 0.02 * size
         else:
-            assert error <= 3 * root_mean_square(composition.cpu() - truth)
+            # The gradient of a phase goes with 1/rho, its error with 1/rho^2, which has no mean: rows near the origin
+            # would decide.
+            measure = usual_length if operator == "encode" else root_mean_square
+            assert measure(gradient.cpu() - truth) <= 3 * measure(composition.cpu() - truth)
 
 
 def frame_with_a_zero_radius() -> ops.Frame:

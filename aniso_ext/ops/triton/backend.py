@@ -27,7 +27,7 @@ _FOLDED = (
 )
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor project, Tensor rebuild, Tensor per_block, Tensor per_column, Tensor scalars, "
-    "int rank, bool orthonormal, bool shifted, bool tf32, float a_theta, float a_rho, float a_v, bool project_step"
+    "int rank, bool forms, bool shifted, bool tf32, float a_theta, float a_rho, float a_v, bool project_step"
 )
 _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "triton_correct": (f"(Tensor y, {_FOLDED}) -> Tensor", launch.correct),
@@ -180,7 +180,7 @@ def decode(
         deltas = project_moves(deltas, frame)
     return torch.ops.aniso_ext.triton_decode(
         state, deltas, c.project, c.rebuild, c.per_block, c.per_column, c.scalars,
-        c.rank, c.orthonormal, c.shifted, c.tf32, a_theta, a_rho, a_v, not literal,
+        c.rank, c.forms, c.shifted, c.tf32, a_theta, a_rho, a_v, not literal,
     )  # fmt: skip
 
 

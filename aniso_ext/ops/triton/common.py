@@ -51,10 +51,13 @@ def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constex
     """sums + tile weights.
 
     IEEE float32 sums each tile of columns apart, as one running sum over D terms would lose more than a library's
-    product does; written as fma because the compiler makes one running sum of a plus.
+    product does; written as fma because the compiler makes one running sum of a plus. Tensor cores cut float32 down to
+    TF32 instead of rounding it, which makes every sum too small.
     """
     if PRODUCT == tl.float32 and PRECISION == "ieee":
         return tl.fma(tl.dot(tile, weights, input_precision=PRECISION), 1.0, sums)
+    elif PRECISION == "tf32":
+        return tl.dot(round_tf32(tile), weights, sums, input_precision=PRECISION)
     else:
         return tl.dot(tile, weights, sums, input_precision=PRECISION)
 

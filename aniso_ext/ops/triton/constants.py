@@ -73,7 +73,7 @@ class Constants:
     scalars       [4] float32                  scale, o.o, o.g, g.g
     forward       Lookup                       radius maps of the forward operators
     backward      Lookup                       and of their gradients
-    orthonormal                                whether Q^T Q = I to the precision of the rows
+    forms                                      whether norms may come from quadratic forms, for which Q^T Q = I
     diagonal                                   whether the complement is not a scalar one
     ============= ============================ =====================================================================
     """
@@ -89,7 +89,7 @@ class Constants:
     backward: Lookup
     rank: int
     shifted: bool
-    orthonormal: bool
+    forms: bool
     diagonal: bool
     tf32: bool
 
@@ -97,9 +97,9 @@ class Constants:
     def split(self) -> bool:
         """Whether a row is Q c^ + D_V (y - Q c_t) + o with two products, norms by rebuilding it twice.
 
-        A scalar complement needs one product, and gets its norms from quadratic forms when Q^T Q = I.
+        A scalar complement needs one product where its norms may come from quadratic forms.
         """
-        return self.diagonal or not self.orthonormal
+        return self.diagonal or not self.forms
 
 
 def rounding_of(dtype: torch.dtype, precision: str) -> float:
@@ -207,15 +207,10 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     per_block[CELL_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
     per_column = used.new_zeros(3, width)
     per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
-    # Of float32 rows a table would be the largest error by far, also where products are rounded to TF32.
-    suffices = dtype != torch.float32 and table_suffices(segments, rounding)
-    table = _table(segments, blocks) if suffices else None
-    # A gradient has the slope of the map itself. Rounded to bfloat16, knots say nothing better than a secant.
-    exact_slopes = not suffices or dtype != torch.bfloat16
-    search = _search(segments, blocks) if exact_slopes else None
-    forward = table or search
-    backward = search or table
-    assert forward is not None and backward is not None
+    # In IEEE float32 a table, and norms from quadratic forms, would be the largest errors by far.
+    ieee = dtype == torch.float32 and not tf32
+    search = _search(segments, blocks)
+    forward = _table(segments, blocks) if not ieee and table_suffices(segments, rounding) else search
     return Constants(
         project=project,
         rebuild=rebuild,
@@ -225,10 +220,10 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         per_column=per_column.float(),
         scalars=torch.stack((operands.scale[0], offset @ offset, offset @ shift, shift @ shift)).float(),
         forward=forward,
-        backward=backward,
+        backward=search,
         rank=frame.rank,
         shifted=operands.shift is not None,
-        orthonormal=is_orthonormal(used, rounding),
+        forms=not ieee and is_orthonormal(used, rounding),
         diagonal=frame.complement != "scalar",
         tf32=tf32,
     )

@@ -3,7 +3,7 @@
     step = a_v tanh(dv)    u = v0 + step    k = c^ - Q^T step (project) or c^    w = Q k + u    e = Norm(Norm(w) + g)
 
 With Q^T Q = I    |w|^2 = k.k + 2 k.Q^T u + u.u    w.g = k.Q^T g + u.g,   so that the row is rebuilt once; otherwise
-(ORTHONORMAL false) it is rebuilt once more for its norms.
+(FORMS false) it is rebuilt once more for its norms.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def updated_tile(
 def decode_kernel(
     state, deltas, out, project, rebuild, per_block, per_column, scalars,
     count, state_stride, deltas_stride, a_theta, a_rho, a_v,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, ORTHONORMAL: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, FORMS: tl.constexpr,
     SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def decode_kernel(
         step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
         if PROJECT:
             step_pair = multiply_project(step.to(PRODUCT), project, columns, step_pair, P, PADDED, PRODUCT, PRECISION)
-        if ORTHONORMAL:
+        if FORMS:
             v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             u = v0.to(tl.float32) + step
             if not PROJECT:
@@ -97,7 +97,7 @@ def decode_kernel(
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
     a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
-    if ORTHONORMAL:
+    if FORMS:
         squares, dot_shift = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1)
         k_a = a.to(tl.float32) * factor[:, None]
         k_b = b.to(tl.float32) * factor[:, None]
@@ -142,7 +142,7 @@ def decode_kernel(
 def decode_backward_kernel(
     grad, state, deltas, grad_state, grad_deltas, project, rebuild, per_block, per_column, scalars,
     count, grad_stride, state_stride, deltas_stride, a_theta, a_rho, a_v,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, ORTHONORMAL: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, FORMS: tl.constexpr,
     SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +177,7 @@ def decode_backward_kernel(
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-        if ORTHONORMAL:
+        if FORMS:
             v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             u = v0.to(tl.float32) + step
             if not PROJECT:
@@ -194,7 +194,7 @@ def decode_backward_kernel(
     k_b = radius * sin - step_b
     shift_a, shift_b = block_pair(per_block, 7, P)
     grad_shift = tl.sum(grad_shift, axis=1)
-    if ORTHONORMAL:
+    if FORMS:
         squares, dot_shift, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1), tl.sum(dot_grad, axis=1)
         w_a, w_b = apart(w_pair, BLOCK_ROWS, P)
         w_a += step_a

@@ -197,10 +197,12 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
+        # rounded to bfloat16, a gradient says no more with the slopes of the knots than with those of the table
+        exact = y.dtype != torch.bfloat16
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
+            grads, rows, out, *folded.arrays(gradient=exact), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=exact),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -215,7 +217,7 @@ class Update(NamedTuple):
     per_column: torch.Tensor
     scalars: torch.Tensor
     rank: int
-    orthonormal: bool
+    forms: bool
     shifted: bool
     tf32: bool
     a_theta: float
@@ -228,7 +230,7 @@ class Update(NamedTuple):
             "PADDED": self.per_column.shape[1],
             "P": self.per_block.shape[1],
             "BLOCKS": self.rank // 2,
-            "ORTHONORMAL": self.orthonormal,
+            "FORMS": self.forms,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
             "FAST": self.project.dtype != torch.float32,
