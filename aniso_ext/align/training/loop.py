@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol, TypeVar
 
@@ -65,8 +65,11 @@ class TrainingRecord:
     after: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """The record as plain values, each name led by the stage's."""
-        return {f"{self.name}_{name}": value for name, value in asdict(self).items() if name != "name"}
+        """The record as plain values: <stage>_steps, _best_step, _stopped_early, and _<part>_before and _after."""
+        plain = {name: getattr(self, name) for name in ("steps", "best_step", "stopped_early")}
+        for key in self.before:
+            plain |= {f"{key}_before": self.before[key], f"{key}_after": self.after[key]}
+        return {f"{self.name}_{name}": value for name, value in plain.items()}
 
 
 def train(
@@ -332,7 +335,7 @@ class _Run:
         average([done])
         if float(done) != mine:
             raise InputError(
-                f"{self.name}: the processes see different checkpoints: put the checkpoint on a disk that all of them see"
+                f"{self.name}: the processes see different checkpoints: put it on a disk that all of them see"
             )
         if state is None:
             return
