@@ -140,7 +140,7 @@ class FoldedRefiner(nn.Module):
         weight = refiner.first.weight.detach().double() / std
         self.first = _linear(weight, refiner.first.bias.detach().double() - weight @ mean, dtype)
         self.hidden = nn.ModuleList(
-            _linear(layer.weight.detach(), layer.bias.detach(), dtype) for layer in refiner.hidden
+            _linear(layer.get_parameter("weight"), layer.get_parameter("bias"), dtype) for layer in refiner.hidden
         )
         weight, bias = refiner.last.weight.detach().double(), refiner.last.bias.detach().double()
         if refiner.literal:
@@ -165,8 +165,8 @@ def _layers(rows: torch.Tensor, network: Refiner | FoldedRefiner) -> torch.Tenso
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return layer
 
 
