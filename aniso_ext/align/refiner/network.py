@@ -103,7 +103,7 @@ class Refiner(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], *, blocks: int, width: int) -> Refiner:
-        """The refiner that :meth:`tensors` wrote; names that do not start with ``refiner.`` are left alone.
+        """The refiner that :meth:`tensors` wrote, frozen; names that do not start with ``refiner.`` are left alone.
 
         Raises:
             InputError: a tensor is missing or unknown, or its dtype, shape or values do not fit; the message names it.
@@ -124,7 +124,7 @@ class Refiner(nn.Module):
         if bool((parts["input_std"] <= 0).any()):
             raise InputError(f"{PREFIX}input_std must be positive")
         refiner.load_state_dict(parts)
-        return refiner
+        return refiner.requires_grad_(False).eval()
 
 
 class FoldedRefiner(nn.Module):
