@@ -131,7 +131,7 @@ class PhaseGraph:
             coupling_imag=torch.from_numpy(coupling.imag.copy()),
             anchor=torch.from_numpy(np.angle(moments.first)),
             alpha=alpha,
-            tau=torch.tensor([min(STEP_LIMIT, CONTRACTION / bound) if bound > 0 else STEP_LIMIT]),
+            tau=torch.tensor([min(STEP_LIMIT, CONTRACTION / bound) if bound > 0 else STEP_LIMIT], dtype=torch.float64),
         )
 
     @property

@@ -14,9 +14,10 @@ from aniso_ext.align.prior.wrapped_normal import LARGEST_SCALE, SMALLEST_SCALE, 
 from aniso_ext.errors import InputError
 from aniso_ext.stats import PhaseMoments
 
-LEVELS = 100
-MIXING_STEPS = 60
-MIXING_STEP = 0.1
+LEVELS = 40
+MIXING_STEPS = 100
+MIXING_STEP = (0.3, 0.01)
+"""First and last Langevin step at the largest noise: long ones mix, short ones take their own bias away."""
 CHUNK_ROWS = 8192
 
 
@@ -29,9 +30,9 @@ def sample_phases(
 ) -> torch.Tensor:
     """Draw clean phases given log radii.
 
-    Uniform phases are mixed by Langevin steps at s = 1.5, carried down a geometric schedule to s = 0.03 by the reverse
-    diffusion x <- x + d score(x, s) + sqrt(d) z, d = s_i^2 - s_{i+1}^2, denoised by x <- x + s^2 score(x, s), and taken
-    back through the drift map. A function of the generator's state.
+    Uniform phases are mixed by Langevin steps at s = 1.5, carried down a geometric schedule to s = 0.03 by the
+    probability flow dx = -score(x, s) d(s^2)/2 (Heun's second-order steps), denoised by x <- x + s^2 score(x, s), and
+    taken back through the drift map. A function of the generator's state.
 
     Args:
         prior: fitted.
@@ -61,12 +62,12 @@ def _sample(prior: PhasePrior, log_rho: torch.Tensor, generator: torch.Generator
 
     uniform = torch.rand(log_rho.shape, generator=generator, device=log_rho.device, dtype=log_rho.dtype)
     phi = (2 * uniform - 1) * math.pi
-    for _ in range(MIXING_STEPS):
-        phi = phi + MIXING_STEP * prior.score(phi, log_rho, LARGEST_SCALE) + math.sqrt(2 * MIXING_STEP) * noise()
-    scales = np.geomspace(LARGEST_SCALE, SMALLEST_SCALE, levels).tolist()
-    for upper, lower in pairwise(scales):
-        step = upper**2 - lower**2
-        phi = phi + step * prior.score(phi, log_rho, upper) + math.sqrt(step) * noise()
+    for step in np.geomspace(*MIXING_STEP, MIXING_STEPS).tolist():
+        phi = phi + step * prior.score(phi, log_rho, LARGEST_SCALE) + math.sqrt(2 * step) * noise()
+    for upper, lower in pairwise(np.geomspace(LARGEST_SCALE, SMALLEST_SCALE, levels).tolist()):
+        step = (upper**2 - lower**2) / 2
+        slope = prior.score(phi, log_rho, upper)
+        phi = phi + step * (slope + prior.score(phi + step * slope, log_rho, lower)) / 2
     phi = phi + SMALLEST_SCALE**2 * prior.score(phi, log_rho, SMALLEST_SCALE)
     return prior.graph.inverse_mean_map(wrap(phi))
 
