@@ -296,7 +296,6 @@ def test_literal_is_the_printed_form() -> None:
         ({"refine": 1}, "refine must be True or False, got 1"),
         ({"refinement": {"a_theta": 0.2}}, "refinement must be a RefinementOptions or None, got"),
         ({"prior_training": 100}, "prior_training must be a TrainingOptions or None, got 100"),
-        ({"mixing": "phase_stable"}, "phase prior of Stage I, which this version does not have: use 'haar'"),
         ({"mixing": "random"}, "mixing must be one of haar, balanced, pca_adjacent, phase_stable, got 'random'"),
         ({"center": 1}, "center must be True or False, got 1"),
         ({"slope_limit": 0.5}, "slope_limit must be at least 1, or None for no limit, got 0.5"),
