@@ -280,7 +280,7 @@ def test_objective_is_the_formula() -> None:
     # the target score is exact to 4e-7, the residual is at most a few tens
     assert np.abs(got.detach().numpy() - expected).max() < 1e-4 * max(1.0, expected.max())
     mean_loss = prior.loss(torch.from_numpy(theta), torch.from_numpy(log_rho), torch.Generator().manual_seed(7))
-    assert float(mean_loss) == pytest.approx(float(got.mean()), rel=1e-12)
+    assert mean_loss.item() == pytest.approx(got.mean().item(), rel=1e-12)
 
 
 def test_objective_is_differentiable_in_phases_and_radii_through_a_frozen_prior() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -295,9 +296,31 @@ def test_no_steps_measure_the_start_only() -> None:
 
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"pip install 'aniso_ext\[tensorboard\]'"):
         TrainingLog(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_every_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scalars: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert folder == str(tmp_path / "tensorboard" / "demo") and purge_step == 1
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            scalars.append((name, value, step))
+
+        def close(self) -> None:
+            pass
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train(Denoiser(), denoise, rows_of(), OPTIONS, name="demo", log=TrainingLog(tmp_path, tensorboard=True))
+    lines = [json.loads(line) for line in (tmp_path / "demo.jsonl").read_text().splitlines()]
+    wanted = [(f"{line['split']}/{key}", line[key], line["step"]) for line in lines for key in ("loss", "size")]
+    assert scalars == wanted
 
 
 def _worker(rank: int, processes: int, folder: str, batch_rows: int) -> None:
