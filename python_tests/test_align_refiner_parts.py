@@ -104,7 +104,24 @@ def test_folding_changes_nothing_but_rounding(literal: bool) -> None:
     options = {"a_theta": 0.1, "a_rho": 0.1, "a_v": 0.02, "literal": literal}
     rows = ops.decode(state, folded, frame, **options)
     assert float((rows - ops.decode(state, plain, frame, **options)).abs().max()) <= 1e-11
+    if literal:
+        assert float((ops.decode(state, folded, frame, **options, projected=True) - rows).abs().max()) <= 1e-13
     assert all(not parameter.requires_grad for parameter in refiner.fold(frame.basis).parameters())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_projected_moves_are_taken_as_they_are(backend: str) -> None:
+    frame = frame_of(3, calibrated=True)
+    state = ops.encode(rows_of(20, 3), frame)
+    deltas = torch.from_numpy(np.random.default_rng(4).standard_normal((20, RANK + WIDTH)))
+    basis = frame.basis
+    inside = torch.cat((deltas[:, :RANK], deltas[:, RANK:] - deltas[:, RANK:] @ basis @ basis.T), dim=1)
+    options = {"a_v": 0.2, "literal": True, "backend": backend}
+    expected = ops.decode(state, deltas, frame, **options)
+    assert float((ops.decode(state, inside, frame, **options, projected=True) - expected).abs().max()) <= 1e-14
+    assert float((ops.decode(state, deltas, frame, **options, projected=True) - expected).abs().max()) > 1e-3
+    with pytest.raises(InputError, match="projected=True goes with literal=True"):
+        ops.decode(state, deltas, frame, projected=True)
 
 
 def test_an_untrained_refiner_is_the_closed_form() -> None:

@@ -43,6 +43,7 @@ class RefinedMap:
             a_rho=bounds.a_rho,
             a_v=bounds.a_v,
             literal=self.refiner.literal,
+            projected=self.refiner.literal,
             backend=backend,
         ).to(rows.dtype)
 
