@@ -406,6 +406,15 @@ def test_paths_stream_to_the_same_fit(tmp_path: Path) -> None:
     assert np.abs(streamed.transform(source) - in_memory.transform(rows)).max() <= 1e-4
 
 
+def test_conversion_refines_what_transform_refines(refined: aniso.AnisoAlign, tmp_path: Path) -> None:
+    rows = unit_rows(90, 1)
+    np.save(tmp_path / "in.npy", rows)
+    for calibration in ("fitted", "corpus"):
+        out = tmp_path / f"{calibration}.npy"
+        aniso.convert_embeddings(refined, tmp_path / "in.npy", out, batch_rows=40, calibration=calibration)
+        assert np.abs(np.load(out) - refined.transform(rows, calibration=calibration)).max() <= 1e-13
+
+
 # Bad and degenerate input
 
 

@@ -16,7 +16,7 @@ from aniso_ext.align.mixing import check_mixing
 from aniso_ext.align.prior import PhasePrior, PriorOptions
 from aniso_ext.align.refiner import RefinedMap, RefinementOptions, Refiner
 from aniso_ext.align.registry import register
-from aniso_ext.align.rows import Rows
+from aniso_ext.align.rows import Rows, check_row_count
 from aniso_ext.align.stages import (
     OPTION_TYPES,
     FitRun,
@@ -61,8 +61,8 @@ class AnisoAlign(Aligner):
     Args:
         rank: R, even, or a float in (0, 1]: the share of the energy of S_J to hold (METHOD D2).
         mixing: what shares a block (METHOD D3): ``haar`` (a random rotation from ``seed``, chosen in
-            docs/method_choices.md), ``balanced`` (strong directions with weak ones) or ``pca_adjacent``.
-            ``phase_stable`` is not in this version.
+            docs/method_choices.md), ``balanced`` (strong directions with weak ones), ``pca_adjacent``, or
+            ``phase_stable`` (learned from the target: blocks about whose phases its halves agree).
         complement: ``scalar``, ``diagonal`` (the paper's) or ``diagonal_projected`` with ratios clamped to [1/4, 4]
             (METHOD D10).
         refine: train both stages and refine; False stops at the closed form.
@@ -191,6 +191,7 @@ class AnisoAlign(Aligner):
         *,
         checkpoint_dir: str | PathLike[str] | None = None,
         log_dir: str | PathLike[str] | None = None,
+        tensorboard: bool = False,
         progress: StageProgress | None = None,
     ) -> AnisoAlign:
         """Fit on two unpaired sets.
@@ -202,6 +203,7 @@ class AnisoAlign(Aligner):
             checkpoint_dir: folder for ``prior.pt`` and ``refiner.pt``, the state of both stages. A fit of the same data
                 with the same options goes on from there and ends as an unbroken one; another one is refused.
             log_dir: folder for ``prior.jsonl`` and ``refiner.jsonl``, the losses of both stages step by step.
+            tensorboard: write them for TensorBoard as well, below ``log_dir``.
             progress: called as progress("prior" or "refiner", steps done, steps).
 
         Returns:
@@ -215,7 +217,7 @@ class AnisoAlign(Aligner):
         Warns:
             UserWarning: rows are not unit vectors, or the refiner has collapsed phases (METHOD D16).
         """
-        return self._fit_on(source, target, run=FitRun(checkpoint_dir, log_dir, progress))
+        return self._fit_on(source, target, run=FitRun(checkpoint_dir, log_dir, tensorboard, progress))
 
     def _fit(self, source: Rows, target: Rows, run: FitRun | None = None) -> tuple[Arrays, dict[str, Any]]:
         slope_limit = None if self.literal else self.slope_limit
@@ -378,16 +380,6 @@ class AnisoAlign(Aligner):
             state["frame_"] = Frame.from_tensors(frame.tensors(), complement=frame.complement, center=frame.center)
             state["_refined"] = None if self.refiner_ is None else RefinedMap(self.refiner_)
         return state
-
-
-def check_row_count(rank: int, source: Rows, target: Rows) -> None:
-    """Refuse a subspace that the rows do not span: the rest of its directions would be arbitrary."""
-    spanned = source.count + target.count - 2
-    if rank > spanned:
-        raise InputError(
-            f"{source.count} source and {target.count} target rows vary in at most {spanned} directions, the rank is "
-            f"{rank}: lower the rank, or fit on more rows"
-        )
 
 
 def _present(value: torch.Tensor | None) -> torch.Tensor:

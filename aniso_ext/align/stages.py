@@ -43,12 +43,13 @@ class FitRun:
 
     checkpoint_dir: str | PathLike[str] | None = None
     log_dir: str | PathLike[str] | None = None
+    tensorboard: bool = False
     progress: StageProgress | None = None
 
     def stage(self, name: str) -> dict[str, Any]:
         """The arguments ``log``, ``checkpoint`` and ``progress`` of one stage."""
         return {
-            "log": None if self.log_dir is None else TrainingLog(self.log_dir),
+            "log": None if self.log_dir is None else TrainingLog(self.log_dir, tensorboard=self.tensorboard),
             "checkpoint": None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"{name}.pt",
             "progress": self._progress(name),
         }

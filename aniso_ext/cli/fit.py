@@ -98,7 +98,7 @@ def fit(
         typer.Option("--log", metavar="DIR", help="Write the losses here: prior.jsonl and refiner.jsonl."),
     ] = None,
     mixing: Annotated[
-        Literal["haar", "pca_adjacent", "balanced"] | None,
+        Literal["haar", "pca_adjacent", "balanced", "phase_stable"] | None,
         typer.Option("--mixing", help="How directions are combined into two-dimensional blocks."),
     ] = None,
     complement: Annotated[
