@@ -125,7 +125,8 @@ def complement_objective(
     """The V-side objective (METHOD D15): ((D - R) SW2^2(v^, v of the target) + penalty |a_v tanh dv|^2) / tr S_t,V.
 
     D - R times the mean over directions of V makes the first term a squared length, as the second one is: an offset m
-    between the two costs |m|^2. Both are shares of the target's variance in V.
+    between the two costs |m|^2. Both are shares of the target's variance in V. Each process of several sorts the rows
+    that it has: the distance is then that of smaller samples.
 
     Args:
         update: of n rows.
