@@ -279,8 +279,8 @@ come from another arm.
 - **+ L_II**, **+ L_Phi** and **+ V-side** add one objective each. L_Phi alone is least where it starts: no move.
 - **full** is the default of the package: all three objectives. **literal** is the printed form of every decision.
 - The mixings also come with the other choice of couplings, with or without the share of the means (`connected`).
-- **corpus** arms take the mean of the last calibration from the held-out rows, as the literal form does (METHOD D17); all
-  other arms use that of the fit.
+- **corpus** arms take the mean of the last calibration from the held-out rows, as the literal form does (METHOD D17);
+  all other arms use that of the fit.
 """
 
 
