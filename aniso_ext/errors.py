@@ -29,3 +29,7 @@ class BackendUnavailableError(AnisoError, RuntimeError):
 
 class NotFittedError(AnisoError, ValueError, AttributeError):
     """An aligner was used before ``fit``."""
+
+
+class TrainingError(AnisoError, RuntimeError):
+    """Training cannot go on: a loss is not finite."""

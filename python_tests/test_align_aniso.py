@@ -102,7 +102,7 @@ def test_the_artefact_holds_the_seven_arrays_and_says_what_they_are(tmp_path: Pa
         "output_mean": (WIDTH,),
     }
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["method"], config["width"], config["format_version"]) == ("anisoalign", WIDTH, 1)
+    assert (config["method"], config["width"], config["format_version"]) == ("anisoalign", WIDTH, 2)
     assert config["options"]["rank"] == 12
     assert config["corpora"]["source"]["rows"] == 3000
     assert config["encoder"] is None
@@ -293,8 +293,9 @@ def test_literal_is_the_printed_form() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refine": True}, "Stage II refiner, which this version does not have: pass refine=False"),
-        ({"mixing": "phase_stable"}, "phase prior of Stage I, which this version does not have: use 'haar'"),
+        ({"refine": 1}, "refine must be True or False, got 1"),
+        ({"refinement": {"a_theta": 0.2}}, "refinement must be a RefinementOptions or None, got"),
+        ({"prior_training": 100}, "prior_training must be a TrainingOptions or None, got 100"),
         ({"mixing": "random"}, "mixing must be one of haar, balanced, pca_adjacent, phase_stable, got 'random'"),
         ({"center": 1}, "center must be True or False, got 1"),
         ({"slope_limit": 0.5}, "slope_limit must be at least 1, or None for no limit, got 0.5"),
@@ -314,6 +315,11 @@ def test_literal_is_the_printed_form() -> None:
 def test_impossible_options_are_refused_at_fit(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         fit(**options)
+
+
+def test_a_rank_that_the_rows_do_not_span_is_refused() -> None:
+    with pytest.raises(InputError, match="6 source and 5 target rows vary in at most 9 directions, the rank is 12"):
+        aniso.AnisoAlign(rank=12, refine=False).fit(SOURCE[:6], TARGET[:5])
 
 
 def test_rows_that_do_not_vary_have_no_subspace() -> None:

@@ -48,7 +48,7 @@ def set_value(name: str, index: tuple[int, ...], value: float) -> Callable[[Conf
 
 CHANGES: dict[str, tuple[Callable[[Config, Tensors], Any], str]] = {
     "another format": (lambda c, t: put(c, "format", "torch"), "format is not 'aniso_ext.aligner'"),
-    "a later version": (lambda c, t: put(c, "format_version", 2), "format_version is 2, this version .* reads 1"),
+    "a later version": (lambda c, t: put(c, "format_version", 3), "format_version is 3, this version .* reads 1 and 2"),
     "no version": (lambda c, t: c.pop("format_version"), "format_version is None"),
     "unknown method": (lambda c, t: put(c, "method", "warp"), "method: unknown aligner 'warp'"),
     "another method": (lambda c, t: c.update(method="realign", options={}), "missing arrays .'scale'., unknown arrays"),
@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[Callable[[Config, Tensors], Any], str]] = {
     "impossible option": (lambda c, t: put(c, "options.rank", 5), "options: rank must be an even integer"),
     "option of wrong type": (lambda c, t: put(c, "options.rank", [4]), "options: rank must be an even integer"),
     "no options": (lambda c, t: c.pop("options"), "options must be of type dict, got None"),
-    "a newer refiner": (lambda c, t: put(c, "options.refine", True), "options: refine=True"),
+    "a refiner without arrays": (lambda c, t: put(c, "options.refine", True), "refine is True, but there are no"),
     "wrong width": (lambda c, t: put(c, "width", 11), r"basis has shape \[10, 4\], expected \[D, R\] with D = 11"),
     "width of wrong type": (lambda c, t: put(c, "width", "10"), "width must be of type int, got '10'"),
     "width zero": (lambda c, t: put(c, "width", 0), "width must be positive, got 0"),

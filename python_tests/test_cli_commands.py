@@ -92,10 +92,48 @@ def test_fit_keeps_an_existing_folder_unless_told(files: dict[str, Path], tmp_pa
     assert run(*arguments, "--out", tmp_path, "--overwrite").exit_code == 0
 
 
-def test_refinement_is_refused_with_the_way_out(files: dict[str, Path], tmp_path: Path) -> None:
-    result = run("fit", "--source", files["source_train"], "--target", files["target_train"], "--out", tmp_path / "a")
-    assert "--no-refine" in one_error_line(result)
+SHORT = ("--prior-steps", "12", "--refine-steps", "12", "--batch-rows", "32")
+
+
+def test_fit_refines_by_default_and_says_what_came_of_it(files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("fit", "--source", files["source_train"], "--target", files["target_train"], "--rank", "16", *SHORT)
+    state, log = tmp_path / "state", tmp_path / "log"
+    data = run_json(*arguments, "--out", tmp_path / "a", "--checkpoint", state, "--log", log)
+    aligner = aniso.load_aligner(tmp_path / "a")
+    assert data["fingerprint"] == aligner.fingerprint()
+    assert data["options"]["refinement_training"]["steps"] == data["summary"]["refiner_steps"] == 12
+    assert aligner.refiner_ is not None
+    assert {path.name for path in state.iterdir()} == {"prior.pt", "refiner.pt"}
+    assert {path.name for path in log.iterdir()} == {"prior.jsonl", "refiner.jsonl"}
+    # the same command again goes on from the state, here from the end, and shows the same numbers to people
+    again = run(*arguments, "--out", tmp_path / "b", "--checkpoint", state, "--log", log)
+    assert again.exit_code == 0, again.output
+    assert aniso.load_aligner(tmp_path / "b").fingerprint() == data["fingerprint"]
+    for name in ("eps_eff_largest", "similarity_guarantee", "refiner_loss_before", "refiner_loss_after",
+                 "prior_loss_after", "collapsed_blocks"):  # fmt: skip
+        value = data["summary"][name]
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        assert f"{name.replace('_', ' ')}: {shown}" in again.stdout
+    other = run(*arguments, "--seed", "1", "--out", tmp_path / "c", "--checkpoint", state)
+    assert "is of another run" in one_error_line(other)
+
+
+def test_fit_of_what_is_not_trained_refuses_training_options(files: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("fit", "--source", files["source_train"], "--target", files["target_train"], "--out", tmp_path / "a")
+    for more in (("--method", "realign", "--log", tmp_path), ("--no-refine", "--prior-steps", "3")):
+        result = run(*arguments, *more)
+        assert result.exit_code == 2 and "only anisoalign with refinement is trained" in result.stderr
+    result = run(*arguments, "--device", "abacus")
+    assert result.exit_code == 2 and "torch cannot use 'abacus'" in result.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_the_steps_in_the_help_are_the_defaults() -> None:
+    from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
+    from aniso_ext.cli import fit
+
+    assert (PRIOR_TRAINING.steps, REFINEMENT_TRAINING.steps) == (fit.PRIOR_STEPS, fit.REFINE_STEPS)
+    assert PRIOR_TRAINING.batch_rows == REFINEMENT_TRAINING.batch_rows == fit.TRAINED_ROWS
 
 
 def test_convert_equals_transform_shard_by_shard(files: dict[str, Path], tmp_path: Path) -> None:
@@ -256,6 +294,14 @@ def test_demo_is_a_function_of_its_seed() -> None:
         return [{metric: row[metric] for metric in METRICS} for row in found["methods"]]
 
     assert measured(1) == measured(1) != measured(2)
+
+
+def test_demo_refines_on_request() -> None:
+    small = ("demo", "--pairs", "300", "--width", "24", "--methods", "anisoalign", "--k", "5")
+    plain, refined = run_json(*small), run_json(*small, "--refine")
+    assert (plain["refine"], refined["refine"]) == (False, True)
+    phi = [found["methods"][0]["phi"] for found in (plain, refined)]
+    assert phi[0] != phi[1] and abs(phi[0] - phi[1]) < 0.1
 
 
 def test_demo_on_own_files_splits_pairs_and_prints_a_table(files: dict[str, Path]) -> None:

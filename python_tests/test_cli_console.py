@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from aniso_ext.cli.console import Debug, Json, Result, command, to_jsonable
+from aniso_ext.cli.console import Debug, Json, Result, command, stage_bars, to_jsonable
 from aniso_ext.cli.main import app
 from aniso_ext.cli.methods import parse_rank
 from aniso_ext.errors import DataError
@@ -80,6 +81,21 @@ def test_debug_keeps_the_traceback(flags: list[str], environment: dict[str, str]
 
 def test_a_defect_is_never_dressed_up_as_a_known_failure() -> None:
     assert isinstance(runner.invoke(program, ["--fail", "defect"]).exception, KeyError)
+
+
+def test_stages_have_bars_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with stage_bars("fitting") as update:
+            for step in range(1, 4):
+                update("prior", step, 3)
+            update("refiner", 1, 9)
+        assert ("prior: step 3 of 3" in stream.getvalue()) is shown
+        assert ("refiner: step 1 of 9" in stream.getvalue()) is shown
 
 
 def test_json_form_of_nested_values() -> None:

@@ -15,7 +15,10 @@ from aniso_ext.align.baselines import (
     Unicorn,
 )
 from aniso_ext.align.mixing import MIXINGS
+from aniso_ext.align.prior import PriorOptions
+from aniso_ext.align.refiner import RefinementOptions
 from aniso_ext.align.registry import list_aligners, make_aligner, register
+from aniso_ext.align.training import TrainingOptions
 
 __all__ = [
     "MIXINGS",
@@ -28,7 +31,10 @@ __all__ = [
     "MeanShift",
     "PerDimensionStd",
     "Permuted",
+    "PriorOptions",
     "ReAlign",
+    "RefinementOptions",
+    "TrainingOptions",
     "Unicorn",
     "list_aligners",
     "load_aligner",

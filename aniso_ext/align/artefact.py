@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FORMAT = "aniso_ext.aligner"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had no arrays of trained parts."""
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 
@@ -64,7 +67,7 @@ def load(folder: Path, wanted: type[AnyAligner]) -> AnyAligner:
     unknown = sorted(set(options) - set(cls.parameter_names()))
     if unknown:
         raise ArtefactError(f"{folder}: options has {unknown}, which {method} does not take")
-    aligner = cls(**options)
+    aligner = cls(**_restored(options, cls))
     _checked("options", aligner._check_options)
     width = _field(config, "width", int)
     if width < 1:
@@ -126,8 +129,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ArtefactError(f"{path}: format is not {FORMAT!r}: this is not an aligner of this package")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtefactError(f"{path}: format_version is {version!r}, this version of aniso_ext reads {FORMAT_VERSION}")
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(str(number) for number in READABLE_VERSIONS)
+        raise ArtefactError(f"{path}: format_version is {version!r}, this version of aniso_ext reads {readable}")
     return config
 
 
@@ -145,6 +149,15 @@ def _checked(name: str, check: Callable[[], Any]) -> Any:
         raise ArtefactError(f"the artefact's {name}: {error}") from None
 
 
+def _restored(options: dict[str, Any], cls: type[Aligner]) -> dict[str, Any]:
+    """The options with dataclasses made of their mappings."""
+    restored = dict(options)
+    for name, kind in cls.option_types.items():
+        if isinstance(value := options.get(name), dict):
+            restored[name] = _checked(f"options.{name}", partial(kind, **value))
+    return restored
+
+
 def _read_arrays(path: Path, cls: type[Aligner]) -> Arrays:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -158,7 +171,7 @@ def _read_arrays(path: Path, cls: type[Aligner]) -> Arrays:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{path} is damaged ({reason}): copy or save the aligner again") from None
     missing = sorted(set(cls.fields) - cls.optional_fields - set(arrays))
-    unknown = sorted(set(arrays) - set(cls.fields))
+    unknown = sorted(name for name in set(arrays) - set(cls.fields) if not name.startswith(cls.part_prefixes))
     if missing or unknown:
         raise ArtefactError(f"{path}: missing arrays {missing or 'none'}, unknown arrays {unknown or 'none'}")
     return arrays
@@ -166,8 +179,8 @@ def _read_arrays(path: Path, cls: type[Aligner]) -> Arrays:
 
 def _check_shapes(arrays: Arrays, cls: type[Aligner], width: int) -> None:
     sizes = {"D": width, "1": 1}
-    for name, value in arrays.items():
-        letters = cls.fields[name]
+    for name in sorted(set(arrays) & set(cls.fields)):
+        value, letters = arrays[name], cls.fields[name]
         wanted = cls.field_dtypes.get(name, torch.float64)
         if value.dtype != wanted:
             raise ArtefactError(f"{MODEL}: {name} is {value.dtype}, expected {wanted}")

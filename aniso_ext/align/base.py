@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -47,6 +48,10 @@ class Aligner:
     """Stored dtype where it is not float64."""
     transform_options: ClassVar[tuple[str, ...]] = ()
     """Options that change what a fitted aligner does: they are part of the fingerprint."""
+    option_types: ClassVar[Mapping[str, type]] = {}
+    """Options that are dataclasses, saved as the mapping of their fields."""
+    part_prefixes: ClassVar[tuple[str, ...]] = ()
+    """How names of arrays begin that belong to parts of the method; ``_check_arrays`` checks them, shapes included."""
     runtime_options: ClassVar[tuple[str, ...]] = ()
     """Options of the machine, not of the method: never saved."""
 
@@ -61,7 +66,7 @@ class Aligner:
         """Raise :class:`InputError` if an option has an impossible value."""
 
     def _fit(self, source: Rows, target: Rows) -> tuple[Arrays, dict[str, Any]]:
-        """Fitted arrays (the keys of ``fields``) and the numbers of :meth:`summary`."""
+        """Fitted arrays (keys of ``fields`` and of parts) and the numbers of :meth:`summary`."""
         raise NotImplementedError(f"{type(self).__name__} must define _fit")
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -99,6 +104,10 @@ class Aligner:
             InputError: widths differ, fewer than two rows, non-finite values, or an impossible option.
             DataError: a path that holds no usable embeddings.
         """
+        return self._fit_on(source, target)
+
+    def _fit_on(self: Self, source: Embeddings, target: Embeddings, **run: Any) -> Self:
+        """What :meth:`fit` does; ``run`` goes to the ``_fit`` of a method that takes more than the rows."""
         self._check_options()
         source_rows, target_rows = open_rows(source, "source"), open_rows(target, "target")
         if source_rows.width != target_rows.width:
@@ -111,7 +120,7 @@ class Aligner:
                 raise InputError(
                     f"{rows.name} is [{rows.count}, {rows.width}]: fitting needs at least 2 rows and 1 column"
                 )
-        arrays, summary = self._fit(source_rows, target_rows)
+        arrays, summary = self._fit(source_rows, target_rows, **run)
         self._install(arrays, source_rows.width)
         self.corpora_ = {
             rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint()} for rows in (source_rows, target_rows)
@@ -318,7 +327,9 @@ class Aligner:
 
 
 def plain(value: Any) -> Any:
-    """NumPy numbers as the Python numbers that JSON knows."""
+    """NumPy numbers and dataclasses as what JSON knows."""
     if isinstance(value, np.generic):
         return value.item()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     raise InputError(f"an option of type {type(value).__name__} cannot be written as JSON: {value!r}")

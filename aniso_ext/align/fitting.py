@@ -154,12 +154,26 @@ def limit_slope(source_knots: torch.Tensor, target_knots: torch.Tensor, limit: f
     return torch.where(below[:, 1:] == above[:, 1:], target_knots, limited).cummax(dim=1).values
 
 
+def mix(
+    target: Rows, origin: torch.Tensor, subspace: Subspace, options: FrameOptions
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The mixed basis [D, R] and the summary of a learned mixing, which takes one more pass over the target."""
+    mixing = mixing_matrix(options.mixing, subspace.energies, options.seed)
+    summary: dict[str, Any] = {}
+    if options.mixing == "phase_stable":
+        from aniso_ext.align.phase_stable import learn_mixing, target_coordinates
+
+        coordinates = target_coordinates(target, origin, subspace.basis, seed=options.seed)
+        mixing, summary = learn_mixing(coordinates, mixing, seed=options.seed)
+    return (subspace.basis @ mixing).contiguous(), summary
+
+
 def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame, dict[str, Any]]:
     """An uncalibrated frame in float64 and the numbers of the fit; two passes over each side."""
     source_moments, target_moments, summary = full_moments(source, target)
     subspace = fit_subspace(source_moments, target_moments, options.rank)
-    basis = (subspace.basis @ mixing_matrix(options.mixing, subspace.energies, options.seed)).contiguous()
     origin = target_moments.mean if options.center else torch.zeros_like(target_moments.mean)
+    basis, mixing_summary = mix(target, origin, subspace, options)
     source_knots = radius_knots(source, target_moments.mean - source_moments.mean - origin, basis, options.knots)
     target_knots = radius_knots(target, -origin, basis, options.knots)
     if options.slope_limit is not None:
@@ -174,7 +188,7 @@ def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame,
         complement=options.complement,
         center=options.center,
     )
-    summary |= {"rank": frame.rank, **subspace.shares}
+    summary |= {"rank": frame.rank, **subspace.shares, **mixing_summary}
     if options.complement == "scalar":
         summary["complement_scale"] = float(frame.complement_scale)
     else:

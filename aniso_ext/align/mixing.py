@@ -11,14 +11,9 @@ MIXINGS = ("haar", "balanced", "pca_adjacent", "phase_stable")
 
 
 def check_mixing(mixing: str) -> None:
-    """Refuse a mixing that is unknown or not part of this version."""
+    """Refuse a mixing that is unknown."""
     if mixing not in MIXINGS:
         raise InputError(f"mixing must be one of {', '.join(MIXINGS)}, got {mixing!r}")
-    if mixing == "phase_stable":
-        raise InputError(
-            "mixing='phase_stable' is learned together with the phase prior of Stage I, which this version does not "
-            "have: use 'haar', 'balanced' or 'pca_adjacent'"
-        )
 
 
 def mixing_matrix(mixing: str, energies: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -28,14 +23,16 @@ def mixing_matrix(mixing: str, energies: torch.Tensor, seed: int = 0) -> torch.T
     - ``balanced``: a permutation that pairs the strongest column with the weakest, the second with the last but one,
       ...: of all pairings the one with the smallest largest block energy and the largest smallest one.
     - ``haar``: uniform over the orthogonal group, drawn from ``seed`` (QR of a Gaussian matrix, signs fixed).
+    - ``phase_stable``: the ``haar`` matrix, from which :func:`aniso_ext.align.phase_stable.learn_mixing` starts;
+      learning takes target rows, so it is called by :func:`aniso_ext.align.fitting.fit_frame`.
 
     Args:
         mixing: one of the above.
         energies: [R] eigenvalues, falling.
-        seed: of ``haar``.
+        seed: of ``haar`` and ``phase_stable``.
 
     Raises:
-        InputError: the mixing is unknown, or is ``phase_stable``, which needs the phase prior.
+        InputError: the mixing is unknown.
 
     Example:
         >>> import torch
@@ -44,7 +41,7 @@ def mixing_matrix(mixing: str, energies: torch.Tensor, seed: int = 0) -> torch.T
     """
     check_mixing(mixing)
     rank = len(energies)
-    if mixing == "haar":
+    if mixing in ("haar", "phase_stable"):
         gaussian = np.random.default_rng(seed).standard_normal((rank, rank))
         orthogonal, triangular = np.linalg.qr(gaussian)
         return torch.from_numpy(orthogonal * np.sign(np.diag(triangular)))

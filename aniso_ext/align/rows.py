@@ -79,6 +79,16 @@ def open_rows(data: Any, name: str) -> Rows:
     )
 
 
+def check_row_count(rank: int, source: Rows, target: Rows) -> None:
+    """Refuse a subspace that the rows do not span: the rest of its directions would be arbitrary."""
+    spanned = source.count + target.count - 2
+    if rank > spanned:
+        raise InputError(
+            f"{source.count} source and {target.count} target rows vary in at most {spanned} directions, the rank is "
+            f"{rank}: lower the rank, or fit on more rows"
+        )
+
+
 def as_tensor(batch: np.ndarray) -> torch.Tensor:
     """A tensor over the array's memory; read-only and unusually strided arrays are copied first."""
     if not (batch.flags.writeable and batch.flags.c_contiguous):

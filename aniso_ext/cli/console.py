@@ -155,5 +155,34 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+@contextlib.contextmanager
+def stage_bars(text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """``text`` with a spinner, and a bar for each stage that reports; on standard error, only on a terminal.
+
+    Yields ``update(stage, done, total)``.
+    """
+    if not sys.stderr.isatty():
+        yield _ignore_stage
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(text, total=None)
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage)
+            progress.update(tasks[stage], description=f"{stage}: step {done} of {total}", completed=done, total=total)
+
+        yield update
+
+
+def _ignore_stage(stage: str, done: int, total: int) -> None:
+    """Stages that nobody watches."""
+
+
 def _ignore(done: int, total: int) -> None:
     """Progress that nobody watches."""

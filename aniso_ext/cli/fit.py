@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner
+from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner, stage_bars
 from aniso_ext.cli.methods import build_aligner, parse_rank
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
+
+    from aniso_ext.align import Aligner, TrainingOptions
+    from aniso_ext.data import EmbeddingSet
+
+# shown in the help, which must not import torch; a test compares them with the library's own
+PRIOR_STEPS, REFINE_STEPS, TRAINED_ROWS = 600, 300, 1024
 
 
 @command
@@ -41,10 +49,56 @@ def fit(
     ] = None,
     refine: Annotated[
         bool | None,
-        typer.Option("--refine/--no-refine", help="Refine the closed form by training, or stop at the closed form."),
+        typer.Option(
+            "--refine/--no-refine",
+            help="Train the phase prior and the refiner, or stop at the closed form.",
+            show_default="refine",
+        ),
+    ] = None,
+    prior_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--prior-steps",
+            min=0,
+            metavar="N",
+            help="Training steps of the phase prior, at most.",
+            show_default=str(PRIOR_STEPS),
+        ),
+    ] = None,
+    refine_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--refine-steps",
+            min=0,
+            metavar="N",
+            help="Training steps of the refiner, at most.",
+            show_default=str(REFINE_STEPS),
+        ),
+    ] = None,
+    batch_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-rows", min=1, metavar="N", help="Rows of a training step.", show_default=str(TRAINED_ROWS)
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="Where to train, e.g. cuda.", show_default="the CPU"),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="DIR",
+            help="Keep the state of the training here; the same command goes on from it after a stop.",
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="DIR", help="Write the losses here: prior.jsonl and refiner.jsonl."),
     ] = None,
     mixing: Annotated[
-        Literal["haar", "pca_adjacent", "balanced"] | None,
+        Literal["haar", "pca_adjacent", "balanced", "phase_stable"] | None,
         typer.Option("--mixing", help="How directions are combined into two-dimensional blocks."),
     ] = None,
     complement: Annotated[
@@ -66,11 +120,13 @@ def fit(
     """Learn an aligner from two UNPAIRED sets of embeddings of one contrastive space.
 
     Rows need not correspond and the sets may differ in length; both must have the same width. Files are streamed, so
-    they may be larger than memory.
+    they may be larger than memory. anisoalign trains in two stages, a prior of the target's phases and a refiner
+    under it; each keeps a random sample of the rows in memory and stops early when held-out rows stop gaining.
 
     \b
     Examples:
-      aniso fit --source text_emb --target img_emb --out aligner --no-refine
+      aniso fit --source text_emb --target img_emb --out aligner --checkpoint aligner_state
+      aniso fit --source text_emb --target img_emb --out closed_form --no-refine
       aniso fit --source text_emb --target img_emb --out baseline --method realign
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
@@ -83,14 +139,22 @@ def fit(
         "literal": literal,
         "seed": seed,
     }
+    given = {
+        "--prior-steps": prior_steps,
+        "--refine-steps": refine_steps,
+        "--batch-rows": batch_rows,
+        "--device": device,
+        "--checkpoint": checkpoint,
+        "--log": log,
+    }
     aligner = build_aligner(method, options)
+    _prepare_training(aligner, given)
 
     from aniso_ext.data import open_embeddings
 
     source_set, target_set = open_embeddings(source), open_embeddings(target)
     started = time.perf_counter()
-    with spinner(f"fitting {method} on {len(source_set):,} source and {len(target_set):,} target rows"):
-        aligner.fit(source_set, target_set)
+    _fit(aligner, source_set, target_set, checkpoint, log)
     seconds = time.perf_counter() - started
     aligner.save_pretrained(out, encoder=encoder)
 
@@ -113,3 +177,54 @@ def fit(
         say(console, f"next: aniso convert --aligner {out} --input {source} --output STAND_INS")
 
     return Result(data, show)
+
+
+def _prepare_training(aligner: Aligner, given: Mapping[str, Any]) -> None:
+    """Set the training options that were given; with a method that is not trained they are bad usage."""
+    named = [option for option, value in given.items() if value is not None]
+    trained = getattr(aligner, "refine", False)
+    if named and not trained:
+        raise typer.BadParameter("only anisoalign with refinement is trained", param_hint=named[0])
+    if not trained:
+        return
+    from dataclasses import replace
+
+    from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
+
+    def schedule(default: TrainingOptions, steps: int | None) -> TrainingOptions | None:
+        changed = {"steps": steps, "batch_rows": given["--batch-rows"]}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        return replace(default, **changed) if changed else None
+
+    aligner.set_params(
+        prior_training=schedule(PRIOR_TRAINING, given["--prior-steps"]),
+        refinement_training=schedule(REFINEMENT_TRAINING, given["--refine-steps"]),
+        device=_checked_device(given["--device"]),
+    )
+
+
+def _checked_device(name: str | None) -> str | None:
+    if name is None:
+        return None
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"torch cannot use {name!r}: {reason}", param_hint="--device") from None
+    return name
+
+
+def _fit(
+    aligner: Aligner, source: EmbeddingSet, target: EmbeddingSet, checkpoint: Path | None, log: Path | None
+) -> None:
+    from aniso_ext.align import AnisoAlign
+
+    text = f"fitting {aligner.method} on {len(source):,} source and {len(target):,} target rows"
+    if not isinstance(aligner, AnisoAlign):
+        with spinner(text):
+            aligner.fit(source, target)
+        return
+    with stage_bars(text) as update:
+        aligner.fit(source, target, checkpoint_dir=checkpoint, log_dir=log, progress=update)

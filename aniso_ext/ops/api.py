@@ -105,6 +105,7 @@ def decode(
     a_rho: float = 0.1,
     a_v: float | None = None,
     literal: bool = False,
+    projected: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Bounded update of encoded rows, then rebuild, renormalise and calibrate (METHOD section 4, D11, D12).
@@ -120,13 +121,16 @@ def decode(
         a_rho: largest change of a log radius.
         a_v: largest change of a coordinate of V; default 0.1/sqrt(D).
         literal: the order of tanh and projection as printed in the paper.
+        projected: with ``literal``, dv lies in V already, and is not projected again: (I - QQ^T) was folded into the
+            linear layer that dv comes from (METHOD D13).
         backend: as for :func:`correct`.
 
     Returns:
         Unit rows [N, D], dtype and device of ``state``. Differentiable in ``state`` and ``deltas``.
 
     Raises:
-        InputError: shapes, widths, dtypes or devices do not fit, or a bound is negative or not finite.
+        InputError: shapes, widths, dtypes or devices do not fit, a bound is negative or not finite, or ``projected``
+            comes without ``literal``.
         BackendUnavailableError: the named backend is not there.
 
     Example:
@@ -151,8 +155,11 @@ def decode(
     for name, bound in (("a_theta", a_theta), ("a_rho", a_rho), ("a_v", a_v)):
         if not (math.isfinite(bound) and bound >= 0):
             raise InputError(f"{name} must be finite and not negative, got {bound}")
+    if projected and not literal:
+        raise InputError("projected=True goes with literal=True: by default the projection comes after the tanh")
     chosen = backends.resolve(backend, state, frame, "decode")
-    return chosen.decode(state, deltas, frame, a_theta=a_theta, a_rho=a_rho, a_v=a_v, literal=literal)
+    bounds = {"a_theta": a_theta, "a_rho": a_rho, "a_v": a_v}
+    return chosen.decode(state, deltas, frame, **bounds, literal=literal, projected=projected)
 
 
 def _check(name: str, rows: torch.Tensor, width: int, letters: str) -> None:

@@ -114,8 +114,9 @@ def decode(
     a_rho: float,
     a_v: float,
     literal: bool,
+    projected: bool,
 ) -> torch.Tensor:
     constants = _folded(state, frame)
-    if literal:
+    if literal and not projected:
         deltas = native.project_moves(deltas, frame)
     return torch.ops.aniso_ext.decode(state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal)

@@ -123,6 +123,7 @@ def decode(
     a_rho: float,
     a_v: float,
     literal: bool = False,
+    projected: bool = False,
 ) -> torch.Tensor:
     """Bounded update of an encoded row, rebuilt, renormalised and calibrated (METHOD section 4, D11)."""
     working = compute_dtype(state.dtype)
@@ -135,7 +136,7 @@ def decode(
     turned_cos = cos * angle.cos() - sin * angle.sin()
     turned_sin = sin * angle.cos() + cos * angle.sin()
     if literal:
-        step = a_v * (move - move @ basis @ basis.T).tanh()
+        step = a_v * (move if projected else move - move @ basis @ basis.T).tanh()
     else:
         step = a_v * move.tanh()
         step = step - step @ basis @ basis.T

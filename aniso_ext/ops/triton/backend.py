@@ -174,9 +174,10 @@ def decode(
     a_rho: float,
     a_v: float,
     literal: bool,
+    projected: bool,
 ) -> torch.Tensor:
     c = constants(frame, state)
-    if literal:
+    if literal and not projected:
         deltas = project_moves(deltas, frame)
     return torch.ops.aniso_ext.triton_decode(
         state, deltas, c.project, c.rebuild, c.per_block, c.per_column, c.scalars,

@@ -1,0 +1,346 @@
+"""One training loop for both stages: AdamW, averaged weights, early stopping, resume, several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from aniso_ext.align.training.checkpoint import Checkpoint
+from aniso_ext.align.training.options import TrainingOptions
+from aniso_ext.align.training.processes import average, broadcast, check_batch_rows, generator_for
+from aniso_ext.align.training.records import StageLog, TrainingLog
+from aniso_ext.errors import InputError, TrainingError
+
+GRADIENT_NORM = 1.0
+"""Gradients are scaled down to this norm, over all parameters."""
+FLUSH_EVERY = 20
+"""Steps between looks at the losses on the host: each one waits for the device."""
+_STEP, _HELD_OUT = range(2)
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Loss = Callable[[AnyModule, Any, torch.Generator], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+class Batches(Protocol):
+    """What :func:`train` draws from; :class:`~aniso_ext.align.training.TrainingRows` is one.
+
+    A batch is a tensor of rows, or a tuple of tensors of which the first counts the rows.
+    """
+
+    fingerprint: str
+
+    def batch(self, step: int, batch_rows: int, seed: int) -> Any:
+        """This process's share of the global batch of a step: a function of (seed, step)."""
+
+    def held_out_batches(self, batch_rows: int) -> Iterator[Any]:
+        """This process's share of the rows that are never trained on."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a stage did.
+
+    Attributes:
+        name: of the stage.
+        steps: optimiser steps done.
+        best_step: steps behind the returned weights; 0 if no later weights were better than the start.
+        stopped_early: whether patience ran out.
+        before, after: held-out losses at the start and of the returned weights: ``loss`` and the named parts.
+    """
+
+    name: str
+    steps: int
+    best_step: int
+    stopped_early: bool
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """The record as plain values: <stage>_steps, _best_step, _stopped_early, and _<part>_before and _after."""
+        plain = {name: getattr(self, name) for name in ("steps", "best_step", "stopped_early")}
+        for key in self.before:
+            plain |= {f"{key}_before": self.before[key], f"{key}_after": self.after[key]}
+        return {f"{self.name}_{name}": value for name, value in plain.items()}
+
+
+def train(
+    module: AnyModule,
+    loss: Loss[AnyModule],
+    batches: Batches,
+    options: TrainingOptions,
+    *,
+    name: str,
+    held_out_loss: Loss[AnyModule] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    log: TrainingLog | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> TrainingRecord:
+    """Minimise a loss over the parameters of ``module`` that require a gradient; the module is changed in place.
+
+    Each step: a batch and a generator that are functions of (seed, step); ``loss(module, batch, generator)``; gradients
+    averaged over the processes of torch.distributed, if any, and clipped; AdamW; averaged weights w <- d w + (1 - d) p.
+    Held-out losses are those of the averaged weights, with the same noise each time. The module ends with the averaged
+    weights of the lowest one, those of the start included. On the CPU the result is a function of the arguments to the
+    bit, also where the run was broken off and went on from its checkpoint.
+
+    Args:
+        module: on the device of the batches; only its parameters are trained and saved.
+        loss: gives the mean over the batch's rows and named scalar parts to report; draws from the generator (on the
+            device of the module) and from nothing else.
+        batches: what to draw from.
+        options: schedule and optimiser.
+        name: of the stage, in files and errors.
+        held_out_loss: of a held-out batch; ``loss`` if None.
+        identity: what else decides the result (weights of losses, the frame), as plain values: a checkpoint with
+            another identity is refused.
+        log: where losses are written.
+        checkpoint: file to save the state to and to go on from.
+        progress: called as progress(steps done, steps, {"loss": ..., parts}).
+
+    Raises:
+        TrainingError: a loss is not finite; the message names stage, step and part.
+        DataError: the checkpoint is damaged or of another run.
+        InputError: the module has nothing to train, or the rows cannot be shared among the processes.
+
+    Example:
+        >>> import torch
+        >>> from aniso_ext.align.training import TrainingRows
+        >>> rows = TrainingRows.split(torch.randn(200, 3) + 1, name="demo", fingerprint="demo", seed=0)
+        >>> class Mean(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.value = torch.nn.Parameter(torch.zeros(3))
+        >>> def squared(module, batch, generator):
+        ...     return (batch - module.value).square().sum(1).mean(), {}
+        >>> options = TrainingOptions(steps=300, batch_rows=64, learning_rate=0.05)
+        >>> record = train(Mean(), squared, rows, options, name="demo")
+        >>> record.after["loss"] < record.before["loss"]
+        True
+    """
+    run = _Run(module, loss, batches, options, name, held_out_loss or loss, dict(identity or {}), checkpoint, progress)
+    with log.open(name, run.step) if log is not None else nullcontext() as stage_log:
+        run.log = stage_log
+        return run.finish()
+
+
+class _Run:
+    """State of one call of :func:`train`."""
+
+    def __init__(
+        self,
+        module: Any,
+        loss: Loss[Any],
+        batches: Batches,
+        options: TrainingOptions,
+        name: str,
+        held_out_loss: Loss[Any],
+        identity: dict[str, Any],
+        checkpoint: str | PathLike[str] | None,
+        progress: Progress | None,
+    ) -> None:
+        check_batch_rows(options.batch_rows)
+        self.module, self.loss, self.batches, self.options, self.name = module, loss, batches, options, name
+        self.held_out_loss, self.progress = held_out_loss, progress
+        self.log: StageLog | None = None
+        self.parameters = {key: value for key, value in module.named_parameters() if value.requires_grad}
+        if not self.parameters:
+            raise InputError(f"{name}: the module has no parameters to train")
+        self.device = next(iter(self.parameters.values())).device
+        broadcast(list(self.parameters.values()))
+        self.average = self._copy(self.parameters)
+        self.best = self._copy(self.parameters)
+        self.optimizer = self._optimizer()
+        self.step = self.best_step = self.waited = 0
+        self.finished = self.stopped_early = False
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, self._identity(identity))
+        self._resume()
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        matrices = [value for value in self.parameters.values() if value.dim() > 1]
+        vectors = [value for value in self.parameters.values() if value.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": float(self.options.weight_decay)},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=0.0, fused=self.device.type == "cuda"
+        )
+
+    def finish(self) -> TrainingRecord:
+        """Train to the end and hand back the best weights."""
+        if not self.before:
+            self.before = self.after = self._held_out()
+            self._write(0, "held_out", self.before)
+        while self.step < self.options.steps and not self.finished:
+            self._advance()
+            last = self.step == self.options.steps
+            if self.step % FLUSH_EVERY == 0 or last:
+                self._flush()
+            if self.step % self.options.evaluate_every == 0 or last:
+                self._evaluate()
+            if self.options.checkpoint_every and self.step % self.options.checkpoint_every == 0:
+                self._save()
+        if not self.finished:
+            self._flush()
+            self.finished = True
+            self._save()
+        self._install(self.best)
+        return TrainingRecord(self.name, self.step, self.best_step, self.stopped_early, self.before, self.after)
+
+    def _advance(self) -> None:
+        """One optimiser step."""
+        options, step = self.options, self.step
+        batch = self.batches.batch(step, options.batch_rows, options.seed)
+        generator = generator_for(self.device, options.seed, _STEP, step)
+        with self._autocast():
+            value, parts = self.loss(self.module, batch, generator)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        value.backward()
+        values = {"loss": value.detach().clone(), **{key: part.detach().clone() for key, part in parts.items()}}
+        gradients = [item.grad for item in self.parameters.values() if item.grad is not None]
+        average([*gradients, *values.values()])
+        nn.utils.clip_grad_norm_(self.parameters.values(), GRADIENT_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.rate(step)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self.parameters.values()), 1 - options.decay(step)
+            )
+        self.step += 1
+        self._pending.append((self.step, values))
+
+    def _evaluate(self) -> None:
+        """Held-out losses of the averaged weights; remember the best, stop when patience runs out."""
+        self._flush()
+        values = self._held_out()
+        self._write(self.step, "held_out", values)
+        if values["loss"] < self.after["loss"]:
+            self.after, self.best_step, self.waited = values, self.step, 0
+            self.best = self._copy(self.average)
+        else:
+            self.waited += 1
+            if self.options.patience and self.waited >= self.options.patience:
+                self.finished = self.stopped_early = True
+                self._save()
+
+    def _held_out(self) -> dict[str, float]:
+        trained = self._copy(self.parameters)
+        self._install(self.average)
+        totals: dict[str, torch.Tensor] = {}
+        rows = 0
+        with torch.no_grad():
+            for index, batch in enumerate(self.batches.held_out_batches(self.options.batch_rows)):
+                generator = generator_for(self.device, self.options.seed, _HELD_OUT, index)
+                with self._autocast():
+                    value, parts = self.held_out_loss(self.module, batch, generator)
+                count = len(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                for key, part in {"loss": value, **parts}.items():
+                    totals[key] = totals.get(key, 0) + count * part.detach().double()
+                rows += count
+        if not rows:
+            raise InputError(f"{self.name}: a process has no held-out rows: use fewer processes or more rows")
+        average(list(totals.values()))
+        self._install(trained)
+        return self._finite({key: float(total) / rows for key, total in totals.items()}, self.step, "held-out ")
+
+    def _flush(self) -> None:
+        """Bring the losses of the last steps to the host: check, write and report them."""
+        for step, values in self._pending:
+            numbers = self._finite({key: float(value) for key, value in values.items()}, step, "")
+            self._write(step, "train", numbers)
+            if self.progress is not None and step == self.step:
+                self.progress(step, self.options.steps, numbers)
+        self._pending.clear()
+
+    def _finite(self, values: dict[str, float], step: int, kind: str) -> dict[str, float]:
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.name}: the {kind}{key} is {value} after {step} of {self.options.steps} steps: look for "
+                    "non-finite rows, or lower the learning rate"
+                )
+        return values
+
+    def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(step, split, values)
+
+    def _autocast(self) -> Any:
+        if self.options.autocast and self.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: value.detach().clone() for key, value in tensors.items()}
+
+    def _install(self, weights: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(weights[key])
+
+    def _identity(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint must agree in."""
+        shapes = ";".join(f"{key}:{list(value.shape)}:{value.dtype}" for key, value in self.parameters.items())
+        start = hashlib.sha256(shapes.encode())
+        for value in self.parameters.values():
+            start.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            "stage": self.name,
+            "data": self.batches.fingerprint,
+            "start": start.hexdigest(),
+            **{f"option {key}": value for key, value in self.options.identity().items()},
+            **extra,
+        }
+
+    def _save(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+        if self.checkpoint is None:
+            return
+        self.checkpoint.save(
+            {
+                "parameters": self._copy(self.parameters),
+                "average": self.average,
+                "best": self.best,
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "best_step": self.best_step,
+                "waited": self.waited,
+                "finished": self.finished,
+                "stopped_early": self.stopped_early,
+                "before": self.before,
+                "after": self.after,
+            }
+        )
+
+    def _resume(self) -> None:
+        state = None if self.checkpoint is None else self.checkpoint.load(self.device)
+        done = torch.tensor([0.0 if state is None else state["step"]], dtype=torch.float64, device=self.device)
+        mine = float(done)
+        average([done])
+        if float(done) != mine:
+            raise InputError(
+                f"{self.name}: the processes see different checkpoints: put it on a disk that all of them see"
+            )
+        if state is None:
+            return
+        self._install(state["parameters"])
+        self.average, self.best = state["average"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("step", "best_step", "waited", "finished", "stopped_early", "before", "after"):
+            setattr(self, name, state[name])

@@ -1,0 +1,84 @@
+"""What the processes of ``torchrun`` share: their number, averaged gradients, draws for the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from aniso_ext.errors import InputError
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share_of(rows: int) -> tuple[int, int]:
+    """First and last + 1 of this process's rows of a global batch; what does not divide is left out."""
+    rank, processes = world()
+    size = rows // processes
+    return rank * size, (rank + 1) * size
+
+
+def check_batch_rows(batch_rows: int) -> None:
+    """Refuse a global batch that cannot be divided evenly."""
+    processes = world()[1]
+    if batch_rows % processes:
+        raise InputError(f"batch_rows {batch_rows} must be a multiple of the {processes} processes")
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each tensor by its mean over the processes, in one all-reduce of a flat float32 (or wider) copy."""
+    processes = world()[1]
+    if processes == 1 or not tensors:
+        return
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= processes
+    _scatter(flat, tensors)
+
+
+def broadcast(tensors: Sequence[torch.Tensor]) -> None:
+    """Give every process the tensors of process 0, in one broadcast."""
+    if world()[1] == 1 or not tensors:
+        return
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
+    dist.broadcast(flat, src=0)
+    _scatter(flat, tensors)
+
+
+def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """A generator that is a function of the key alone, the same on every process."""
+    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+def global_normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal [rows, columns] on the generator's device: this process's share of a draw for the global batch.
+
+    Several processes that hold the rows of a batch in shares see the noise that one process would see.
+    """
+    rank, processes = world()
+    draw = torch.randn(rows * processes, columns, generator=generator, device=generator.device)
+    return draw[rank * rows : (rank + 1) * rows]
+
+
+def global_uniform(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform [rows, 1] in [0, 1), shared out as in :func:`global_normal`."""
+    rank, processes = world()
+    draw = torch.rand(rows * processes, 1, generator=generator, device=generator.device)
+    return draw[rank * rows : (rank + 1) * rows]

@@ -1,0 +1,281 @@
+"""Speed of both trained stages: a fit, one step of Stage II against eager and compiled PyTorch, and the refined map.
+
+    python benchmarks/refiner_speed.py                  # CUDA where there is one, else a few small rows on the CPU
+    python benchmarks/refiner_speed.py --parts step transform
+
+fit        AnisoAlign().fit on --rows x --width float16 rows of each side with default options: seconds in all, of each
+           stage, and steps done (a stage may stop early).
+step       one optimiser step of Stage II, the loop's own: loss, backward pass, clipping, AdamW, averaged weights. The
+           refiner, the prior and the batch are the same for ours, for the objective on the reference backend, and for
+           that under torch.compile; with and without bfloat16 autocast.
+transform  the refined map of bfloat16 rows against what it cannot do without: the refiner's matrix products, plus the
+           closed form.
+
+Rows are synthetic: unit vectors of a mean, products of 64 latent factors with a falling spectrum (so that phases are
+coupled), and noise; target and source differ in mean and axes. Steps and maps are timed in turn, medians with p20 and
+p80; peak memory is what a variant allocates beyond what was there before it. Results go to
+results/<device>_refiner_speed.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aniso_ext as aniso
+from aniso_ext.align.fitting import FrameOptions, fit_frame
+from aniso_ext.align.prior import PhasePrior, fit_prior
+from aniso_ext.align.refiner import RefinedMap, RefinementOptions, Refiner
+from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_moments
+from aniso_ext.align.rows import open_rows
+from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
+from aniso_ext.align.training import TrainingOptions, TrainingRows, UnpairedRows
+from aniso_ext.align.training.loop import _Run
+from aniso_ext.bench.environment import facts, short_name
+from aniso_ext.bench.records import write_table
+from aniso_ext.bench.timing import Times, interleaved, synchronize
+from aniso_ext.ops import Frame, correct, encode
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FACTORS = 64
+CHUNK = 65_536
+SMALL_ROWS = 20_000
+"""Rows that the frame of the step and of the map is fitted on: neither depends on how many there were."""
+PARTS = ("fit", "step", "transform")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run; ``steps`` is None for the default schedules."""
+
+    rows: int
+    width: int
+    rank: int
+    batch: int
+    map_rows: int
+    rounds: int
+    steps: int | None
+
+    def training(self, default: TrainingOptions) -> TrainingOptions:
+        return default if self.steps is None else replace(default, steps=self.steps)
+
+
+ON_CUDA = Sizes(rows=1_000_000, width=1280, rank=128, batch=1024, map_rows=65_536, rounds=50, steps=None)
+ON_CPU = Sizes(rows=3000, width=96, rank=16, batch=256, map_rows=2048, rounds=5, steps=20)
+
+
+def structured_rows(count: int, width: int, side: int, device: torch.device) -> torch.Tensor:
+    """[count, width] float16 unit rows on the CPU; ``side`` 0 is the source, 1 the target."""
+    axes = torch.Generator(device).manual_seed(1)
+    shared = torch.randn(FACTORS, width, generator=axes, device=device) / width**0.5
+    generator = torch.Generator(device).manual_seed(10 + side)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    mean = 0.5 * normal(width) / width**0.5
+    mixed = shared + 0.3 * normal(FACTORS, width) / width**0.5
+    mixed *= torch.arange(1, FACTORS + 1, device=device)[:, None] ** -0.5
+    rows = torch.empty(count, width, dtype=torch.float16)
+    for start in range(0, count, CHUNK):
+        factors = normal(min(CHUNK, count - start), FACTORS)
+        coupled = factors + 0.5 * factors.roll(1, dims=1) * factors.roll(2, dims=1)
+        batch = mean + coupled @ mixed + 0.3 * normal(len(factors), width) / width**0.5
+        rows[start : start + CHUNK] = (batch / batch.norm(dim=1, keepdim=True)).half().cpu()
+    return rows
+
+
+class Clock:
+    """Seconds between the first and the last report of each stage."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {}
+        self.steps: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.seen.setdefault(stage, []).append(time.perf_counter())
+        self.steps[stage] = (done, total)
+
+    def seconds(self, stage: str) -> float:
+        times = self.seen.get(stage, [0.0])
+        return times[-1] - times[0]
+
+
+def row(part: str, variant: str, times: Times, **more: Any) -> dict[str, Any]:
+    empty = {"precision": "", "rows": 0, "D": 0, "R": 0, "peak_mb": None, "over_ours": None, "note": ""}
+    measured = {"seconds": times.median, "p20": times.p20, "p80": times.p80}
+    return {"part": part, "variant": variant, **measured, **empty, **more}
+
+
+def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
+    """What a call allocates beyond what is there, in MB; None on the CPU."""
+    if device.type != "cuda":
+        run()
+        return None
+    synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def time_fit(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+    source, target = (structured_rows(sizes.rows, sizes.width, side, device) for side in (0, 1))
+    clock = Clock()
+    aligner = aniso.AnisoAlign(
+        rank=sizes.rank,
+        device=device,
+        prior_training=sizes.training(PRIOR_TRAINING),
+        refinement_training=sizes.training(REFINEMENT_TRAINING),
+    )
+    started = time.perf_counter()
+    peak = peak_mb(lambda: aligner.fit(source, target, progress=clock), device)
+    seconds = time.perf_counter() - started
+    stages = {stage: clock.seconds(stage) for stage in ("prior", "refiner")}
+    shared = {"rows": sizes.rows, "D": sizes.width, "R": sizes.rank}
+    found = [row("fit", "all", Times.of([seconds]), **shared, peak_mb=peak)]
+    for stage, taken in stages.items():
+        done, total = clock.steps.get(stage, (0, 0))
+        note = f"{done} of {total} steps"
+        found.append(row("fit", f"steps of the {stage}", Times.of([taken]), **shared, note=note))
+    rest = seconds - sum(stages.values())
+    found.append(row("fit", "frame, statistics, survey, calibration", Times.of([rest]), **shared))
+    return found
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A frame, a prior and a refiner for steps and maps."""
+
+    frame: Frame
+    prior: PhasePrior
+    refiner: Refiner
+    rows: UnpairedRows
+    trace: float
+
+
+def fitted(sizes: Sizes, device: torch.device) -> Fitted:
+    count = min(sizes.rows, SMALL_ROWS)
+    sides = [structured_rows(count, sizes.width, side, device) for side in (0, 1)]
+    source, target = open_rows(sides[0], "source"), open_rows(sides[1], "target")
+    frame, _ = fit_frame(source, target, FrameOptions(sizes.rank, "haar", "scalar", 1024, 0))
+    frame = frame.to(device=device)
+    prior, _ = fit_prior(target, frame, replace(PRIOR_TRAINING, steps=0), device=device)
+    options = RefinementOptions()
+    refiner = Refiner(frame.blocks, frame.width, bounds=options.bounds(frame.width)).to(device)
+    rows = UnpairedRows(TrainingRows.sample(source, device=device), TrainingRows.sample(target, device=device))
+    refiner.standardise(*state_moments(rows.source.train, frame))
+    return Fitted(frame, prior, refiner, rows, complement_trace(rows.target.train, frame))
+
+
+def time_steps(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+    ready = fitted(sizes, device)
+    shared = {"rows": sizes.batch, "D": sizes.width, "R": sizes.rank}
+    found = []
+    for precision in ("bfloat16 autocast", "float32") if device.type == "cuda" else ("float32",):
+        options = TrainingOptions(batch_rows=sizes.batch, autocast=precision != "float32")
+        steps = {name: stage_two_step(ready, options, name) for name in ("ours", "eager", "compiled")}
+        for step in steps.values():
+            step()
+        peaks = {name: peak_mb(step, device) for name, step in steps.items()}
+        times = interleaved({name: ignoring(step) for name, step in steps.items()}, device, sizes.rounds)
+        for name, measured in times.items():
+            ratio = measured.median / times["ours"].median
+            more = {"precision": precision, "peak_mb": peaks[name], "over_ours": ratio}
+            found.append(row("step", name, measured, **shared, **more))
+    return found
+
+
+def stage_two_step(ready: Fitted, options: TrainingOptions, variant: str) -> Callable[[], None]:
+    """One step of the loop of Stage II on a network of its own."""
+    objective = Objective(
+        ready.frame,
+        ready.prior,
+        RefinementOptions(),
+        trace=ready.trace,
+        literal=False,
+        backend="auto" if variant == "ours" else "reference",
+    )
+    loss = torch.compile(objective.__call__) if variant == "compiled" else objective
+    loop = _Run(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
+
+    def step() -> None:
+        loop.step = 0  # the batch and the noise of step 0 each time, at the peak of no warm-up
+        loop._advance()
+        loop._pending.clear()
+
+    return step
+
+
+def ignoring(run: Callable[[], object]) -> Callable[[int], object]:
+    return lambda sample: run()
+
+
+def time_maps(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+    ready = fitted(sizes, device)
+    given = structured_rows(sizes.map_rows, sizes.width, 0, device).to(device, torch.bfloat16)
+    refined = RefinedMap(ready.refiner)
+    state, _ = refined.update(given, ready.frame)
+    folded = ready.refiner.fold(ready.frame.basis, dtype=state.dtype).to(device)
+    single = given if device.type == "cuda" else given.float()  # what the map computes in
+
+    def products() -> object:
+        with torch.no_grad():
+            return folded(state)
+
+    runs: dict[str, Callable[[], object]] = {
+        "refined map": lambda: refined(given, ready.frame),
+        "refiner's products": products,
+        "closed form": lambda: correct(single, ready.frame),
+        "encode": lambda: encode(single, ready.frame),
+    }
+    peaks = {name: peak_mb(run, device) for name, run in runs.items()}
+    times = interleaved({name: ignoring(run) for name, run in runs.items()}, device, sizes.rounds)
+    shared = {"rows": sizes.map_rows, "D": sizes.width, "R": sizes.rank, "precision": str(state.dtype)[6:]}
+    found = [row("transform", name, times[name], **shared, peak_mb=peaks[name]) for name in runs]
+    floor = times["refiner's products"].median + times["closed form"].median
+    found[0]["note"] = f"{times['refined map'].median / floor:.3f} x (products + closed form)"
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, help="default: results/<device>_refiner_speed.csv")
+    for name in ("rows", "width", "rank", "batch", "map-rows", "rounds", "steps"):
+        parser.add_argument(f"--{name}", type=int, help=f"default on CUDA {getattr(ON_CUDA, name.replace('-', '_'))}")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = ON_CUDA if device.type == "cuda" else ON_CPU
+    named = {name: getattr(arguments, name) for name in vars(sizes) if getattr(arguments, name) is not None}
+    sizes = replace(sizes, **named)
+    measured: list[dict[str, Any]] = []
+    parts = {"fit": time_fit, "step": time_steps, "transform": time_maps}
+    out = arguments.out or RESULTS / f"{short_name(device)}_refiner_speed.csv"
+    header = {**facts(device), "rows are": "synthetic, see the head of benchmarks/refiner_speed.py"}
+    for part in arguments.parts:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        measured += parts[part](sizes, device)
+        write_table(out, header, measured)
+        for line in [item for item in measured if item["part"] == part]:
+            ratio = "" if line["over_ours"] is None else f", {line['over_ours']:.2f} x ours"
+            memory = "" if line["peak_mb"] is None else f", {line['peak_mb']:.0f} MB"
+            print(f"{part:10s} {line['variant']:40s} {line['precision']:18s} {1e3 * line['seconds']:10.3f} ms"
+                  f"{ratio}{memory} {line['note']}")
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
