@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
     S* result = result_row(out, first_row, columns);
     S* complement = result + 3 * blocks;
     const KeptRows<T> kept = kept_rows(complement, columns, workspace, tile_rows, in.width);
-    project(tile, rows, input_weight, staging, coefficients);
+    project<Summing::kBySteps>(tile, rows, input_weight, staging, coefficients);
     for_each_block<true>(
         rows, blocks, [&](int32_t row, int32_t block) { return map_block(in, coefficients, row, block); },
         [&](int32_t row, int32_t block, const MappedBlock<T>& m) {

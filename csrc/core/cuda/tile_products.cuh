@@ -98,6 +98,14 @@ struct Exact {
 
   struct Sums {
     T at[kRows][2 * kHalfColumns];
+
+    __device__ __forceinline__ void operator+=(const Sums& other) {
+#pragma unroll
+      for (int32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int32_t j = 0; j < 2 * kHalfColumns; ++j) at[i][j] += other.at[i][j];
+      }
+    }
   };
 
   static constexpr ANISO_INLINE int64_t elements(int64_t lines, int64_t depth) { return depth * (lines + 4); }
@@ -119,8 +127,6 @@ struct Exact {
     const int32_t first_row = self / kLanes * kRows;
     const T* row = rows + (kAllRows ? first_row : min(first_row, row_lines - kRows));
     const T* column = columns + self % kLanes * kHalfColumns;
-    // One running sum over D terms would lose more than a library's product does: steps are summed apart.
-    Sums step = {};
 #pragma unroll
     for (int32_t k = 0; k < kDepth; ++k) {
       const Quad<T> a = *reinterpret_cast<const Quad<T>*>(row + k * (row_lines + 4));
@@ -131,14 +137,9 @@ struct Exact {
 #pragma unroll
         for (int32_t i = 0; i < kRows; ++i) {
 #pragma unroll
-          for (int32_t j = 0; j < kHalfColumns; ++j) step.at[i][half * kHalfColumns + j] += a.at[i] * b.at[j];
+          for (int32_t j = 0; j < kHalfColumns; ++j) sums.at[i][half * kHalfColumns + j] += a.at[i] * b.at[j];
         }
       }
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int32_t j = 0; j < 2 * kHalfColumns; ++j) sums.at[i][j] += step.at[i][j];
     }
   }
 
@@ -398,9 +399,13 @@ struct Unchanged {
   }
 };
 
+// How exact float products over D terms are added up: one running sum loses more than a library's product does. By steps
+// takes as many registers again.
+enum class Summing { kAtOnce, kBySteps };
+
 // The product of rows that come from global memory, to `finish`. Source: quad() as above, and kExactHalf where its values
 // are bf16. Ends with the staging buffers free.
-template <typename E, typename W, typename Source, typename Update, typename Store>
+template <typename E, Summing kSumming, typename W, typename Source, typename Update, typename Store>
 __device__ __forceinline__ void multiply_rows(const Source& source, int32_t rows, const W& weight, Staging<E>& staging,
                                               const Update& update, const Store& store) {
 #pragma unroll 1
@@ -421,7 +426,16 @@ __device__ __forceinline__ void multiply_rows(const Source& source, int32_t rows
         carried_rows.fetch();
         carried_columns.fetch();
       }
-      E::template multiply<!Source::kExactHalf, true>(self, staging.rows[buffer], kTileRows, staging.columns[buffer], sums);
+      const auto add_step = [&](typename E::Sums& to) {
+        E::template multiply<!Source::kExactHalf, true>(self, staging.rows[buffer], kTileRows, staging.columns[buffer], to);
+      };
+      if constexpr (kSumming == Summing::kBySteps && std::is_same_v<E, Exact<float>>) {
+        typename E::Sums step = {};
+        add_step(step);
+        sums += step;
+      } else {
+        add_step(sums);
+      }
     }
     __syncthreads();
     finish<E>(first, weight.columns, rows, sums, update, store);

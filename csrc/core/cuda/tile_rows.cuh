@@ -176,7 +176,7 @@ __device__ __forceinline__ void for_each_block(int32_t rows, int32_t blocks, con
     decltype(load(0, 0)) values[kTogether];
 #pragma unroll
     for (int32_t j = 0; j < kTogether; ++j) {
-      const int32_t at = min(i + j * kThreads, count - 1);
+      const int32_t at = i + j * kThreads < count ? i + j * kThreads : i;  // never what another thread may be storing
       values[j] = load(row_of(at), block_of(at));
     }
 #pragma unroll
@@ -251,11 +251,11 @@ __device__ __forceinline__ void store_projected_gradient(const DeviceOperands<T>
 }
 
 // lines[row][column] = sum_j source(row, j) weight(column, j); the number of columns is even.
-template <typename E, typename W, typename Source>
+template <Summing kSumming = Summing::kAtOnce, typename E, typename W, typename Source>
 __device__ __forceinline__ void project(const Source& source, int32_t rows, const W& weight, Staging<E>& staging,
                                         const Lines<E>& lines) {
   using T = typename E::Sum;
-  multiply_rows<E>(source, rows, weight, staging, Unchanged{}, [&](int32_t row, int32_t column, Pair<T> sums) {
+  multiply_rows<E, kSumming>(source, rows, weight, staging, Unchanged{}, [&](int32_t row, int32_t column, Pair<T> sums) {
     lines.raw(row, column) = sums.a;
     lines.raw(row, column + 1) = sums.b;
   });
