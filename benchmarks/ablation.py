@@ -272,7 +272,8 @@ def goal_lines(table: Table, data: str) -> Iterator[str]:
             gaps = {name: [float(ours[s][name]) - float(theirs[s][name]) for s in seeds] for name in goals}
             mean = {name: float(np.mean(values)) for name, values in gaps.items()}
             reached = min(mean["balance"], mean["paired_cosine"]) > 0 and min(mean["psi"], mean["omega"]) >= 0
-            cells = [f"{mean[n]:+.4f} ± {np.std(gaps[n]):.4f}" for n in goals]
+            spread = {n: f" ± {np.std(gaps[n]):.4f}" if len(seeds) > 1 else "" for n in goals}
+            cells = [f"{mean[n]:+.4f}{spread[n]}" for n in goals]
             yield f"| {label} − {rival} | {' | '.join(cells)} | {'yes' if reached else 'no'} |"
 
 
