@@ -43,6 +43,8 @@ BASELINES = ("identity", "mean_shift", "c3_paper", "c3_code", "realign", "gaussi
 SEEDED = ("c3_paper", "c3_code")
 RIVALS = ("realign", "c3_paper", "c3_code")
 MIXINGS = ("haar", "phase_stable", "balanced")
+RANKS = (64, 128, 256, 512)
+BOUNDS = (("a_theta", 0.05), ("a_theta", 0.2), ("a_rho", 0.0), ("a_v", 0.02))
 OFF = {"score_weight": 0.0, "consistency_weight": 0.0, "complement_weight": 0.0}
 FULL = "full"
 MEASURED = ("balance", *COLUMNS)
@@ -109,6 +111,13 @@ def arms() -> list[Arm]:
         other = "not connected" if connected else "connected"
         options: dict[str, Any] = {"mixing": mixing, "prior": PriorOptions(connected=not connected)}
         found.append(Arm(f"{FULL}, {mixing}, {other}", "mixings", options=options))
+    for rank in RANKS:
+        if rank != aniso.AnisoAlign().rank:
+            found.append(Arm(f"initialisation, rank {rank}", "ranks", options={"rank": rank, "refine": False}))
+            found.append(Arm(f"{FULL}, rank {rank}", "ranks", options={"rank": rank}))
+    for name, value in BOUNDS:
+        changed = replace(RefinementOptions(), **{name: value})
+        found.append(Arm(f"{FULL}, {name} {value:g}", "bounds", options={"refinement": changed}))
     for label, method, options in (
         ("realign", "realign", {}),
         ("initialisation", "anisoalign", {"refine": False}),
@@ -253,7 +262,7 @@ def goal_lines(table: Table, data: str) -> Iterator[str]:
     goals = ("balance", "paired_cosine", "psi", "omega")
     yield "| compared | b | paired cosine | Psi | Omega | ahead on both, no lower on either |"
     yield "|---" * 6 + "|"
-    for label in (FULL, "initialisation"):
+    for label in (FULL, "initialisation", *(f"{FULL}, rank {rank}" for rank in RANKS)):
         ours = {row["seed"]: row for row in table.of(data, label)}
         for rival in RIVALS:
             theirs = {row["seed"]: row for row in table.of(data, rival)}
@@ -263,7 +272,8 @@ def goal_lines(table: Table, data: str) -> Iterator[str]:
             gaps = {name: [float(ours[s][name]) - float(theirs[s][name]) for s in seeds] for name in goals}
             mean = {name: float(np.mean(values)) for name, values in gaps.items()}
             reached = min(mean["balance"], mean["paired_cosine"]) > 0 and min(mean["psi"], mean["omega"]) >= 0
-            cells = [f"{mean[n]:+.4f} ± {np.std(gaps[n]):.4f}" for n in goals]
+            spread = {n: f" ± {np.std(gaps[n]):.4f}" if len(seeds) > 1 else "" for n in goals}
+            cells = [f"{mean[n]:+.4f}{spread[n]}" for n in goals]
             yield f"| {label} − {rival} | {' | '.join(cells)} | {'yes' if reached else 'no'} |"
 
 
@@ -297,7 +307,7 @@ def page(table: Table) -> str:
         if not inside:
             continue
         lines += ["", f"## {data}: {inside[0]['train']} training rows, {inside[0]['test']} held-out pairs (first seed)"]
-        for group in ("baselines", "stages", "mixings", "calibrations"):
+        for group in ("baselines", "stages", "mixings", "ranks", "bounds", "calibrations"):
             if any(row["group"] == group for row in inside):
                 lines += ["", f"### {group.capitalize()}", "", *arm_lines(table, data, group)]
         lines += ["", "### The default against realign and C3, seed by seed", "", *goal_lines(table, data)]

@@ -69,7 +69,7 @@ class Sizes:
 
 
 ON_CUDA = Sizes(rows=1_000_000, width=1280, rank=128, batch=1024, map_rows=65_536, rounds=50, steps=None)
-ON_CPU = Sizes(rows=3000, width=96, rank=16, batch=256, map_rows=2048, rounds=5, steps=20)
+ON_CPU = Sizes(rows=3000, width=96, rank=16, batch=256, map_rows=2048, rounds=5, steps=60)
 
 
 def structured_rows(count: int, width: int, side: int, device: torch.device) -> torch.Tensor:
@@ -94,19 +94,23 @@ def structured_rows(count: int, width: int, side: int, device: torch.device) -> 
 
 
 class Clock:
-    """Seconds between the first and the last report of each stage."""
+    """Seconds of the steps of each stage, from its reports, which come every few steps."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, list[float]] = {}
+        self.seen: dict[str, list[tuple[int, float]]] = {}
         self.steps: dict[str, tuple[int, int]] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        self.seen.setdefault(stage, []).append(time.perf_counter())
+        self.seen.setdefault(stage, []).append((done, time.perf_counter()))
         self.steps[stage] = (done, total)
 
-    def seconds(self, stage: str) -> float:
-        times = self.seen.get(stage, [0.0])
-        return times[-1] - times[0]
+    def seconds(self, stage: str) -> float | None:
+        """The time between the first and the last report, carried to the steps before the first; None of one report."""
+        reports = self.seen.get(stage, [])
+        if len(reports) < 2:
+            return None
+        (first, started), (last, ended) = reports[0], reports[-1]
+        return (ended - started) * last / (last - first)
 
 
 def row(part: str, variant: str, times: Times, **more: Any) -> dict[str, Any]:
@@ -141,15 +145,16 @@ def time_fit(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
     started = time.perf_counter()
     peak = peak_mb(lambda: aligner.fit(source, target, progress=clock), device)
     seconds = time.perf_counter() - started
-    stages = {stage: clock.seconds(stage) for stage in ("prior", "refiner")}
+    stages = {stage: taken for stage in ("prior", "refiner") if (taken := clock.seconds(stage)) is not None}
     shared = {"rows": sizes.rows, "D": sizes.width, "R": sizes.rank}
     found = [row("fit", "all", Times.of([seconds]), **shared, peak_mb=peak)]
     for stage, taken in stages.items():
-        done, total = clock.steps.get(stage, (0, 0))
+        done, total = clock.steps[stage]
         note = f"{done} of {total} steps"
         found.append(row("fit", f"steps of the {stage}", Times.of([taken]), **shared, note=note))
-    rest = seconds - sum(stages.values())
-    found.append(row("fit", "frame, statistics, survey, calibration", Times.of([rest]), **shared))
+    if len(stages) == 2:
+        rest = seconds - sum(stages.values())
+        found.append(row("fit", "frame, statistics, survey, calibration", Times.of([rest]), **shared))
     return found
 
 

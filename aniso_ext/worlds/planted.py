@@ -26,8 +26,10 @@ No pairing enters, only where theta^ lies in the target's density.
 
 - Turns that are the same for all rows are isometries of the torus: turning the rows by t is turning the density by -t.
   h is Hyvärinen's score, which is strictly proper: up to the drift, its mean over rows of the density turned by c is
-  least after a turn by -c, however broad the density is. Such a twist is identified, except for turns that leave the
-  density as it is, and training finds it first, because the gradients of all rows agree on it. That is ``offsets``.
+  least after a turn by -c, however broad the density is, and among such turns nowhere else, except for turns that leave
+  the density as it is. Training finds it first, because the gradients of all rows agree on it. That is ``offsets``. How
+  far it gets depends on the spread: what the score weighs a turn with falls as 1/spread^2, while L_Phi and moves that
+  differ from row to row pull elsewhere.
 - A common turn of a group leaves its differences alone. Only the anchor sees it, through a Fisher information of
   anchor r(anchor), which is 0 if the root is uniform, against concentration r(concentration) for a difference. That is
   ``common``: not identified for uniform roots, and hardly for broad ones.
@@ -37,7 +39,8 @@ No pairing enters, only where theta^ lies in the target's density.
   every group, and the schedule of a fit does not get there.
 
 The bound acts on top: a twist beyond a_theta is undone up to a_theta. L_Phi holds back changes of a difference that
-has an edge, and so the offsets too; at its weight of 1 it is too weak to keep them.
+has an edge, and so the offsets too; at its weight of 1 it is too weak to keep them where the density is sharp.
+``benchmarks/planted_twist.py`` measures all three at spreads from 0.03 to 1.
 """
 
 from __future__ import annotations
