@@ -17,7 +17,7 @@ from aniso_ext.align.training import Progress, TrainingLog, TrainingOptions
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame
 
-PRIOR_TRAINING = TrainingOptions(steps=600)
+PRIOR_TRAINING = TrainingOptions(steps=600, learning_rate=3e-3)
 """Schedule of Stage I where none is given."""
 REFINEMENT_TRAINING = TrainingOptions(steps=300)
 """Schedule of Stage II where none is given."""

@@ -197,12 +197,10 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
-        # rounded to bfloat16, a gradient says no more with the slopes of the knots than with those of the table
-        exact = y.dtype != torch.bfloat16
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=exact), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=exact),
+            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
