@@ -21,8 +21,8 @@ _ERROR = {"bf16": 2e-2, "tf32": 1e-2, "fp32": 1e-4}
 # Stock PyTorch rounds every step in the format of the rows and has no contract: it must only be the same function.
 _STOCK_COSINE_LOSS = {"bf16": 1e-3, "tf32": 1e-4, "fp32": 1e-8}
 _STOCK_ERROR = {"bf16": 0.2, "tf32": 0.1, "fp32": 0.01}
-# Slopes of fitted maps differ from knot to knot, and a coordinate that is rounded to bfloat16 reaches several knots: only
-# the comparison with stock PyTorch says something there, this says that it is the same function.
+# Slopes of fitted maps differ from knot to knot, and a coordinate that is rounded to bfloat16 reaches several knots:
+# only the comparison with stock PyTorch says something there, this says that it is the same function.
 _ERROR_OF_GRADIENTS = {"bf16": 0.9, "tf32": 0.5, "fp32": 0.1}
 # Times the error of stock PyTorch, step by step in the same format.
 _CONTRACT, _CONTRACT_OF_GRADIENTS = 2.0, 3.0

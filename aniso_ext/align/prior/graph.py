@@ -179,7 +179,7 @@ class PhaseGraph:
 
     def mean_map(self, theta: torch.Tensor) -> torch.Tensor:
         """mu(theta) = wrap(theta - tau grad Psi(theta)), [n, M] in [-pi, pi)."""
-        return wrap(theta - self.tau.to(theta.dtype) * self.drift(theta))
+        return wrap(theta - float(self.tau) * self.drift(theta))
 
     def inverse_mean_map(self, phi: torch.Tensor, *, iterations: int = 60) -> torch.Tensor:
         """theta with mu(theta) = phi: the fixed point of theta <- phi + tau grad Psi(theta).
@@ -188,7 +188,7 @@ class PhaseGraph:
         """
         theta = phi
         for _ in range(iterations):
-            theta = phi + self.tau.to(theta.dtype) * self.drift(theta)
+            theta = phi + float(self.tau) * self.drift(theta)
         return wrap(theta)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -210,8 +210,8 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     # In IEEE float32 a table, and norms from quadratic forms, would be the largest errors by far.
     ieee = dtype == torch.float32 and not tf32
     table = _table(segments, blocks) if not ieee and table_suffices(segments, rounding) else None
-    # A gradient has the slope of the map itself. Where the basis is rounded to bfloat16, radii are off by the distance of
-    # knots, and the slope of a knot says nothing better than that of a cell (measured: both are .5 off on fitted maps).
+    # A gradient has the slope of the map itself. Where the basis is rounded to bfloat16, radii are off by the distance
+    # of knots, and the slope of a knot says nothing better than that of a cell (both are .5 off on fitted maps).
     search = None if table is not None and dtype == torch.bfloat16 else _search(segments, blocks)
     forward, backward = table or search, search or table
     assert forward is not None and backward is not None
