@@ -72,7 +72,7 @@ bench: install ## the CPU benchmarks, on one thread; rewrites the CSV and the RE
 bench-gpu: install ## the GPU benchmarks; rewrites their CSV, the README tables and, with matplotlib, the figure
 	$(BIN)/aniso bench kernels --out benchmarks/results $(BENCH_ARGS)
 	$(BIN)/python benchmarks/render_readme.py
-	$(BIN)/python -c 'import matplotlib' && $(BIN)/aniso bench figure benchmarks/results/h200_kernels.csv \
+	$(BIN)/python -c 'import matplotlib' && $(BIN)/aniso bench figure benchmarks/results/h100_kernels.csv \
 	  --out docs/figures/roofline.png
 
 .PHONY: sanitize

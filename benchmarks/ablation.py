@@ -263,9 +263,9 @@ def goal_lines(table: Table, data: str) -> Iterator[str]:
     yield "| compared | b | paired cosine | Psi | Omega | ahead on both, no lower on either |"
     yield "|---" * 6 + "|"
     for label in (FULL, "initialisation", *(f"{FULL}, rank {rank}" for rank in RANKS)):
-        ours = {row["seed"]: row for row in table.of(data, label)}
+        ours = {int(row["seed"]): row for row in table.of(data, label)}
         for rival in RIVALS:
-            theirs = {row["seed"]: row for row in table.of(data, rival)}
+            theirs = {int(row["seed"]): row for row in table.of(data, rival)}
             seeds = sorted(set(ours) & set(theirs))
             if not seeds:
                 continue
@@ -297,7 +297,7 @@ come from another arm.
 def page(table: Table) -> str:
     """docs/ablation.md from the CSV."""
     rows = list(table.rows.values())
-    seeds = len({row["seed"] for row in rows})
+    seeds = len({int(row["seed"]) for row in rows})
     machines = sorted({f"{row['device']}, torch {row['torch']}, {row['commit']}, {row['date']}" for row in rows})
     lines = ["# Ablation", "", "`python benchmarks/ablation.py` writes this page from benchmarks/results/ablation.csv."]
     lines += ["Measured on:", ""]

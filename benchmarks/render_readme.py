@@ -3,7 +3,7 @@
     python benchmarks/render_readme.py build/benchmark.json   the record of `make bench`: its CSV and the CPU table
     python benchmarks/render_readme.py                        the GPU tables, from what `aniso bench kernels` wrote
 
-The GPU tables come from benchmarks/results/h200_kernels.csv and h200_latency.csv, as far as these are there.
+The GPU tables come from benchmarks/results/h100_kernels.csv and h100_latency.csv, as far as these are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import quantiles
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu_closed_form.csv"
-GPU_KERNELS, GPU_LATENCY = HERE / "results" / "h200_kernels.csv", HERE / "results" / "h200_latency.csv"
+GPU_KERNELS, GPU_LATENCY = HERE / "results" / "h100_kernels.csv", HERE / "results" / "h100_latency.csv"
 README = HERE.parent / "README.md"
 COMMAND = "make bench"
 NO_GPU_RESULTS = "`aniso bench kernels` prints this table for the GPU at hand."

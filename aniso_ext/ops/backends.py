@@ -108,7 +108,7 @@ def ranking(
     """Names of the backends that ``auto`` tries in turn for an operation on rows of a kind, the fastest first.
 
     ``gradient``: whether a backward will follow, which runs on the same backend. The order on GPUs is that of
-    benchmarks/results/h200_kernels.csv: Hopper's own kernels where they serve, then Triton's, then the portable ones,
+    benchmarks/results/h100_kernels.csv: Hopper's own kernels where they serve, then Triton's, then the portable ones,
     which are exact and the only ones for float64. IEEE float32 goes to the portable ones as well.
     """
     if device.type == "cpu":

@@ -7,20 +7,21 @@
 // Grid     clusters of 2 or 4 blocks, as many as fit the device, each over tiles of 64 rows. Block c of a cluster owns the
 //          columns [64 kChunks c, 64 kChunks (c + 1)) of its tiles and of Q, so that Q fits: it is loaded once and serves
 //          both products. Warpgroups of a block work on tiles of their own and cover each other's waits.
-// A tile   1 the copy engine brings 64 rows; 2 partial p from the block's columns; 3 each block collects its share of p from
-//          the others, 4 maps its blocks of the rank, 5 hands k to the others; meanwhile s y + offset waits in registers and
-//          the next tile is on its way; 6 w on top of that; 7 the blocks exchange the sums for both norms; 8 out.
-// Shared   Q: 16 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and up to 32 KB that carry in turn the
-//          parts of p, of k, the sums of the norms, and the finished rows on their way out.
-// Registers  w stays in fp32 until both norms are known: 32 kChunks a thread. Nothing is rounded but k and the result. Kernels
-//          of the scalar complement do not spill, but for one word at D 512; those of the diagonal one spill up to 54 words,
-//          because c^ and c_t wait beside w.
+// A tile   1 the copy engine brings 64 rows; 2 partial p from the block's columns, and y.offset and y.shift with it; 3 each block
+//          collects its share of p from the others, 4 maps its blocks of the rank, 5 hands k and its part of both norms' sums to
+//          the others; meanwhile s y waits in registers and the next tile is on its way; 6 w on top of that, the offset and
+//          |w| shift with it; 7 out. The diagonal complement adds offset and shift itself, and exchanges the sums after 6.
+// Shared   Q and the tail: 18 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and up to 26 KB that carry in
+//          turn the parts of p, of k with the sums, and the finished rows on their way out.
+// Registers  w stays in fp32: 32 kChunks a thread. Nothing is rounded but k and the result. Kernels of the scalar complement do
+//          not spill, those of the diagonal one up to 60 words, because c^ and c_t wait beside w.
+// Norms    |w|^2 = k.k + 2 k.(s p + Q^T offset) + |s y + offset|^2 and w.shift = k.Q^T shift + (s y + offset).shift, as Q^T Q = I;
+//          of the diagonal complement they are sums over w.
 // Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          of C go (C - 1) R (4 + 2) bytes for each row.
 // FLOP     4 D R for each row, 6 D R for the diagonal complement.
 #pragma once
 
-#include "aniso/row_scales.h"
 #include "sm90_instructions.cuh"
 #include "sm90_layout.cuh"
 
