@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +327,23 @@ def test_doctor_explains_every_backend() -> None:
     assert 0 < data["import_seconds"]["aniso_ext"] < data["import_seconds"]["aniso_ext.ops"]
     text = run("doctor").stdout
     assert all(reason[:40] in " ".join(text.split()) for reason in backends["unavailable"].values())
+
+
+def test_fit_under_torchrun_writes_one_aligner(files, tmp_path):
+    """Two processes: one speaks, and what both compute alone, the closed form, is that of one process to the bit."""
+    options = ["--source", files["source_train"], "--target", files["target_train"], "--rank", "16", "--json"]
+    steps = ["--prior-steps", "6", "--refine-steps", "4", "--batch-rows", "128"]
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "aniso_ext.cli"]
+        + [str(word) for word in ("fit", *options, *steps, "--out", tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert json.loads(launched.stdout)["aligner"] == str(tmp_path / "two")
+    one = run_json("fit", *options[:-1], *steps, "--out", tmp_path / "one")
+    rows = rows_of(files["source_test"])
+    alone, together = (aniso.load_aligner(tmp_path / name) for name in ("one", "two"))
+    assert np.array_equal(alone.closed_form().transform(rows), together.closed_form().transform(rows))
+    assert together.summary_["prior_steps"] == one["summary"]["prior_steps"] == 6

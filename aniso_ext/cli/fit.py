@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, say, spinner, stage_bars
 from aniso_ext.cli.methods import build_aligner, parse_rank
+from aniso_ext.cli.processes import process_group
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,6 +130,9 @@ def fit(
       aniso fit --source text_emb --target img_emb --out aligner --checkpoint aligner_state
       aniso fit --source text_emb --target img_emb --out closed_form --no-refine
       aniso fit --source text_emb --target img_emb --out baseline --method realign
+      torchrun --standalone --nproc-per-node 2 -m aniso_ext.cli fit --source text_emb --target img_emb --out aligner
+
+    Under torchrun the processes share each batch and average their gradients; the first one writes and prints.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise InputError(f"{out} exists: name a new folder, or pass --overwrite to replace an aligner in it")
@@ -154,9 +159,17 @@ def fit(
 
     source_set, target_set = open_embeddings(source), open_embeddings(target)
     started = time.perf_counter()
-    _fit(aligner, source_set, target_set, checkpoint, log)
-    seconds = time.perf_counter() - started
-    aligner.save_pretrained(out, encoder=encoder)
+    with process_group(device) as processes:
+        if processes.device != device:
+            aligner.set_params(device=processes.device)
+        processes.meet()  # every process has found the folder free before one of them writes to it
+        _fit(aligner, source_set, target_set, checkpoint, log, watched=processes.first)
+        seconds = time.perf_counter() - started
+        if processes.first:
+            aligner.save_pretrained(out, encoder=encoder)
+        processes.meet()
+    if not processes.first:
+        raise typer.Exit(0)
 
     data: dict[str, Any] = {
         "command": "fit",
@@ -217,14 +230,20 @@ def _checked_device(name: str | None) -> str | None:
 
 
 def _fit(
-    aligner: Aligner, source: EmbeddingSet, target: EmbeddingSet, checkpoint: Path | None, log: Path | None
+    aligner: Aligner,
+    source: EmbeddingSet,
+    target: EmbeddingSet,
+    checkpoint: Path | None,
+    log: Path | None,
+    *,
+    watched: bool,
 ) -> None:
     from aniso_ext.align import AnisoAlign
 
     text = f"fitting {aligner.method} on {len(source):,} source and {len(target):,} target rows"
     if not isinstance(aligner, AnisoAlign):
-        with spinner(text):
+        with spinner(text) if watched else nullcontext():
             aligner.fit(source, target)
         return
-    with stage_bars(text) as update:
+    with stage_bars(text) if watched else nullcontext() as update:
         aligner.fit(source, target, checkpoint_dir=checkpoint, log_dir=log, progress=update)

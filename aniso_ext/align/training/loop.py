@@ -279,6 +279,8 @@ class _Run:
     def _write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         if self.log is not None:
             self.log.write(step, split, values)
+            if split != "train":
+                self.log.flush()
 
     def _autocast(self) -> Any:
         if self.options.autocast and self.device.type == "cuda":
