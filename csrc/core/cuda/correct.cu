@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
     const TileRows<S> tile(y, first_row);
     S* result = result_row(out, first_row, in.width);
     const KeptRows<T> kept = kept_rows(result, in.width, workspace, tile_rows, in.width);
-    project<Summing::kBySteps>(tile, rows, input_weight, staging, coefficients);
+    project(tile, rows, input_weight, staging, coefficients);
     map_blocks(in, rows, coefficients, coefficients);
     rebuild(coefficients, rows, output_weight, staging, kept);
     finish_rows(kept, InitialRow<S, T>{in, tile}, rows, in.width, in.shift, result);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, E::kBlocksPerProcessor)
     const int64_t first_row = at.first_row();
     const int32_t rows = at.rows;
     const TileRows<S> tile(y, first_row);
-    project<Summing::kBySteps>(tile, rows, input_weight, staging, coefficients);
+    project(tile, rows, input_weight, staging, coefficients);
     map_blocks(in, rows, coefficients, coefficients);
     rebuild(coefficients, rows, output_weight, staging, kept);
     const InitialRow<S, T> complete{in, tile};

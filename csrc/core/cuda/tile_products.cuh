@@ -399,8 +399,8 @@ struct Unchanged {
   }
 };
 
-// How exact float products over D terms are added up: one running sum loses more than a library's product does. By steps
-// takes as many registers again.
+// How exact products of float rows over D terms are added up: one running sum loses more than a library's product does. By
+// steps takes as many registers again.
 enum class Summing { kAtOnce, kBySteps };
 
 // The product of rows that come from global memory, to `finish`. Source: quad() as above, and kExactHalf where its values
@@ -429,7 +429,8 @@ __device__ __forceinline__ void multiply_rows(const Source& source, int32_t rows
       const auto add_step = [&](typename E::Sums& to) {
         E::template multiply<!Source::kExactHalf, true>(self, staging.rows[buffer], kTileRows, staging.columns[buffer], to);
       };
-      if constexpr (kSumming == Summing::kBySteps && std::is_same_v<E, Exact<float>>) {
+      constexpr bool kFloats = std::is_same_v<E, Exact<float>> && std::is_same_v<typename Source::Stored, float>;
+      if constexpr (kSumming == Summing::kBySteps && kFloats) {
         typename E::Sums step = {};
         add_step(step);
         sums += step;
