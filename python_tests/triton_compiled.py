@@ -60,7 +60,7 @@ def compiled(
         "LEAK": False,
         "SHIFTED": True,
         "ONLY_SUMS": False,
-        "ORTHONORMAL": True,
+        "FORMS": True,
         "PROJECT": True,
         "FAST": stored != "fp32",
         "PRODUCT": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[stored],
