@@ -38,7 +38,7 @@ from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_m
 from aniso_ext.align.rows import open_rows
 from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
 from aniso_ext.align.training import TrainingOptions, TrainingRows, UnpairedRows
-from aniso_ext.align.training.loop import _Run
+from aniso_ext.align.training.loop import TrainingRun
 from aniso_ext.bench.environment import facts, short_name
 from aniso_ext.bench.records import write_table
 from aniso_ext.bench.timing import Times, interleaved, synchronize
@@ -212,11 +212,11 @@ def stage_two_step(ready: Fitted, options: TrainingOptions, variant: str) -> Cal
         backend="auto" if variant == "ours" else "reference",
     )
     loss = torch.compile(objective.__call__) if variant == "compiled" else objective
-    loop = _Run(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
+    loop = TrainingRun(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
 
     def step() -> None:
         loop.step = 0  # the batch and the noise of step 0 each time, at the peak of no warm-up
-        loop._advance()
+        loop.advance()
         loop._pending.clear()
 
     return step

@@ -127,13 +127,14 @@ def train(
         >>> record.after["loss"] < record.before["loss"]
         True
     """
-    run = _Run(module, loss, batches, options, name, held_out_loss or loss, dict(identity or {}), checkpoint, progress)
+    held_out, fixed = held_out_loss or loss, dict(identity or {})
+    run = TrainingRun(module, loss, batches, options, name, held_out, fixed, checkpoint, progress)
     with log.open(name, run.step) if log is not None else nullcontext() as stage_log:
         run.log = stage_log
         return run.finish()
 
 
-class _Run:
+class TrainingRun:
     """State of one call of :func:`train`."""
 
     def __init__(
@@ -185,7 +186,7 @@ class _Run:
             self.before = self.after = self._held_out()
             self._write(0, "held_out", self.before)
         while self.step < self.options.steps and not self.finished:
-            self._advance()
+            self.advance()
             last = self.step == self.options.steps
             if self.step % FLUSH_EVERY == 0 or last:
                 self._flush()
@@ -200,7 +201,7 @@ class _Run:
         self._install(self.best)
         return TrainingRecord(self.name, self.step, self.best_step, self.stopped_early, self.before, self.after)
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """One optimiser step."""
         options, step = self.options, self.step
         batch = self.batches.batch(step, options.batch_rows, options.seed)

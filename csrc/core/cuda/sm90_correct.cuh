@@ -22,98 +22,13 @@
 // FLOP     4 D R for each row, 6 D R for the diagonal complement.
 #pragma once
 
-#include "sm90_instructions.cuh"
 #include "sm90_layout.cuh"
+#include "sm90_pieces.cuh"
 
 namespace aniso::sm90 {
 
-__device__ __forceinline__ float square_root(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
-__device__ __forceinline__ float inverse_root(float x) {
-  float root;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
-struct Scales {
-  float length;   // |w|
-  float inverse;  // 1/|w|
-  float outer;    // 1/|h|
-};
-
-// The norms of aniso/row_scales.h by approximate roots, 2^-22 off: exact ones are slower than a product.
-__device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, float shift_squares, bool shifted) {
-  constexpr float kFloor = float(kNormFloor), kLeast = kFloor * kFloor;
-  const auto inverse_of = [&](float square) { return square < kLeast ? 1.f / kFloor : inverse_root(square); };
-  const float inverse = inverse_of(squares), length = squares < kLeast ? kFloor : squares * inverse;
-  if (!shifted) return {length, inverse, 1.f};
-  return {length, inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
-}
-
-template <typename S>
-__device__ __forceinline__ float rounded(float value) {
-  return unpack<S>(pack<S>(value, 0.f)).x;
-}
-
-// Volatile, so that loads stay where they are used: hoisted together they would push the sums out of the registers.
-__device__ __forceinline__ float2 load_pair(const float* values) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address(values)));
-  return pair;
-}
-
-// The radius and the direction of a block, and the piece of its radius map, asked for early: all blocks of a thread wait at once.
-struct BlockLookup {
-  float a, b, inverse, rho;
-  float2 line;
-};
-
-__device__ __forceinline__ BlockLookup look_up(const float2* cells, float cell_scale, int32_t cell_count, float a, float b) {
-  const float squared = a * a + b * b;
-  BlockLookup block = {a, b, inverse_root(squared), square_root(squared + float(kRadiusEps)), {}};
-  const int32_t cell = min(int32_t(block.rho * cell_scale), cell_count);  // a NaN falls in cell 0
-  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(block.line.x), "=f"(block.line.y) : "l"(cells + cell));
-  return block;
-}
-
-// The exact map of one block, for the few radii whose cell is too coarse.
-template <typename S>
-__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
-  const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
-  const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
-  const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
-  return map_radius(segments, base, in.windows[block], rho).radius;
-}
-
-// Sum over the four lanes that share a row.
-__device__ __forceinline__ float sum_over_row(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
-// One value of eight for each of the eight lanes that share a column: lane row i gets the sum of values[i] over them.
-__device__ __forceinline__ float sum_over_column(const float (&values)[8], int32_t lane_row) {
-  float half[4], quarter[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool upper = lane_row & 4;
-    half[i] = (upper ? values[i + 4] : values[i]) + __shfl_xor_sync(0xffffffffu, upper ? values[i] : values[i + 4], 16);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool upper = lane_row & 2;
-    quarter[i] = (upper ? half[i + 2] : half[i]) + __shfl_xor_sync(0xffffffffu, upper ? half[i] : half[i + 2], 8);
-  }
-  const bool upper = lane_row & 1;
-  return (upper ? quarter[1] : quarter[0]) + __shfl_xor_sync(0xffffffffu, upper ? quarter[0] : quarter[1], 4);
-}
-
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
-__global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     sm90_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
                 const __grid_constant__ Arguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -147,21 +62,21 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   const uint32_t parts_read = barriers + offsetof(Barriers, parts_read);
   const uint32_t exchange_free = barriers + offsetof(Barriers, exchange_free);
   const uint64_t tile_operand = wide_operand(tile_memory), basis_operand = narrow_operand(basis, Layout::kPanelBytes);
-  const uint32_t basis_loaded = shared + Layout::kBarriers + Layout::kWarpgroups * uint32_t(sizeof(Barriers));
+  const uint32_t basis_loaded = shared + Layout::kBarriers + kWarpgroups * uint32_t(sizeof(Barriers));
   const int32_t first_column = int32_t(rank) * kChunks * kChunkColumns;
 
   if (leader) {
     for (const uint32_t barrier : {loaded, projected, mapped, summed}) barrier_init(barrier, 1);
-    barrier_init(parts_read, (kCluster - 1) * 4);  // from every warp of the others
-    barrier_init(exchange_free, (kCluster - 1) * 4);
+    barrier_init(parts_read, (kCluster - 1) * kWarps);  // from every warp of the others
+    barrier_init(exchange_free, (kCluster - 1) * kWarps);
     if (warpgroup == 0) barrier_init(basis_loaded, 1);
     barrier_init_fence();
   }
   cluster_sync();
 
   const int64_t tiles = (arguments.count + kTileRows - 1) / kTileRows;
-  const int64_t stride = int64_t(cluster_count()) * Layout::kWarpgroups;
-  int64_t tile = int64_t(cluster_index()) * Layout::kWarpgroups + warpgroup;
+  const int64_t stride = int64_t(cluster_count()) * kWarpgroups;
+  int64_t tile = int64_t(cluster_index()) * kWarpgroups + warpgroup;
 
   const auto load_tile = [&](int64_t which) {
     arrive_expecting(loaded, Layout::kTileBytes);
@@ -675,7 +590,7 @@ __global__ void __launch_bounds__(kWarpgroupsOf<kCluster, kChunks>* kWarpgroupTh
   }
 
   if constexpr (kResult == Result::kSums) {
-    const int32_t slot_index = (int32_t(cluster_index()) * Layout::kWarpgroups + warpgroup) * 4 + warp;
+    const int32_t slot_index = (int32_t(cluster_index()) * kWarpgroups + warpgroup) * kWarps + warp;
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
       const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair;

@@ -53,7 +53,7 @@ cudaError_t prepare(int32_t* resident) {
   if (known == 0) {
     cudaLaunchAttribute cluster;
     const cudaLaunchConfig_t config =
-        configuration(kCluster, Layout::kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+        configuration(kCluster, kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
     int count = 0;
     error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
     if (error != cudaSuccess) return error;
@@ -67,7 +67,7 @@ template <int kCluster, int kChunks>
 int32_t sum_slots() {
   int32_t resident = 0;
   if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
-  return resident * kWarpgroupsOf<kCluster, kChunks> * kWarpgroupThreads / 32;
+  return resident * kWarpgroups * kWarps;
 }
 
 template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
@@ -82,11 +82,11 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
-  const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  const int64_t wanted = (tiles + kWarpgroups - 1) / kWarpgroups;
   // Every warp of the largest grid has its slot of sums to fill.
   const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(clusters * kCluster, Layout::kWarpgroups * kWarpgroupThreads,
+  const cudaLaunchConfig_t config = configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads,
                                                   Layout::kBytes, kCluster, &cluster, stream);
   return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map,
                             Arguments<S>{in, y.count, out, out_width, partial});

@@ -16,9 +16,8 @@ constexpr int32_t kPanelColumns = 16;  // of the basis: one step of the second p
 constexpr uint32_t kPanelRowBytes = kPanelColumns * 2;
 constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
 constexpr uint32_t kNormsBytes = kTileRows / 2 * 16;
-// As many warpgroups as shared memory and registers leave room for.
-template <int kCluster, int kChunks>
-constexpr int32_t kWarpgroupsOf = 2;
+constexpr int32_t kWarpgroups = 2;  // of a block: registers leave room for no more
+constexpr int32_t kWarps = kWarpgroupThreads / 32;  // of a warpgroup
 
 struct Barriers {
   uint64_t loaded;         // the tile is in shared memory
@@ -53,7 +52,6 @@ struct ColumnVectors {
 
 template <int kCluster, int kChunks, bool kDiagonal>
 struct Shared {
-  static constexpr int32_t kWarpgroups = kWarpgroupsOf<kCluster, kChunks>;
   static constexpr uint32_t kPartBytes = kTileRows * (kRank / kCluster) * 4;  // of p, for one receiver
   static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
   // Panels of the basis, that of the block's own coordinates first, then the tail; rows under the 32-byte swizzle.
