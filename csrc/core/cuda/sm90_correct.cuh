@@ -17,7 +17,7 @@
 //          not spill, those of the diagonal one up to 60 words, because c^ and c_t wait beside w.
 // Norms    |w|^2 = k.k + 2 k.(s p + Q^T offset) + |s y + offset|^2 and w.shift = k.Q^T shift + (s y + offset).shift, as Q^T Q = I;
 //          of the diagonal complement they are sums over w.
-// Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
+// Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          of C go (C - 1) R (4 + 2) bytes for each row.
 // FLOP     4 D R for each row, 6 D R for the diagonal complement.
 #pragma once
@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     coordinates.scaled_target[j] = kDiagonal ? target : scalar * target;
     coordinates.cross[j] = kForms && inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
     coordinates.shift[j] = kForms && inside && shifted ? in.shift_coordinates[column] : 0.f;
-    if (j % 2 == 0) coordinates.cell_scale[j / 2] = inside ? in.cell_scale[column / 2] : 0.f;
+    if (j % 2 == 0) coordinates.cell_scale[j / 2] = in.map_scales[column / 2];
+    coordinates.map[j] = in.map_scales[(1 + j % 2) * (kRank / 2) + column / 2];
   }
   float offset_squares = 0.f, offset_shift = 0.f, shift_squares = 0.f;
   for (int32_t j = lane; j < in.width; j += 32) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
   }
   float column_sums[kChunks][2] = {};
-  const float2* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
+  const uint32_t* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
   shared_writes_fence();
   __syncthreads();
   wait_phase(basis_loaded, 0);
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         const int32_t g = first + i, own_column = g * 8 + lane_pair;
         const float2 turned_bias = load_pair(coordinates.turned_bias + own_column);
         const float cell_scale = coordinates.cell_scale[own_column / 2];
-        const float2* cells = own_cells + (4 * g) * (in.cell_count + 1);
+        const uint32_t* cells = own_cells + (4 * g) * (in.cell_count + 1);
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           own[g][2 * half] += turned_bias.x;
@@ -272,17 +273,24 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
       }
       bool coarse = false;
+      float radii[kLookupGroups][2];
 #pragma unroll
-      for (int32_t i = 0; i < kLookupGroups; ++i) coarse = coarse || isnan(lookups[i][0].line.x + lookups[i][1].line.x);
+      for (int32_t i = 0; i < kLookupGroups; ++i) {
+        const float2 map = load_pair(coordinates.map + (first + i) * 8 + lane_pair);
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          coarse = coarse || is_coarse(lookups[i][half].cell);
+          radii[i][half] = mapped_radius(lookups[i][half], map.x, map.y);
+        }
+      }
       if (__any_sync(0xffffffffu, coarse)) {
 #pragma unroll
         for (int32_t i = 0; i < kLookupGroups; ++i) {
 #pragma unroll
           for (int32_t half = 0; half < 2; ++half) {
-            BlockLookup& block = lookups[i][half];
-            if (!isnan(block.line.x)) continue;
+            if (!is_coarse(lookups[i][half].cell)) continue;
             const int32_t index = (int32_t(rank) * kOwnColumns + (first + i) * 8 + lane_pair) / 2;
-            block.line = make_float2(search_map(in, index, block.rho), 0.f);
+            radii[i][half] = search_map(in, index, lookups[i][half].rho);
           }
         }
       }
@@ -300,7 +308,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
           const BlockLookup& block = lookups[i][half];
           const float a = own[g][2 * half], b = own[g][2 * half + 1];
           const bool at_origin = block.inverse > 1e18f;  // a^2 + b^2 is zero or below the normal numbers
-          const float radius = fmaf(block.rho, block.line.y, block.line.x);
+          const float radius = radii[i][half];
           uint32_t& k = own_k[0][g / 2][g % 2 * 2 + half];
           if constexpr (kResult == Result::kState) {
             const float cos = at_origin ? 1.f : a * block.inverse, sin = at_origin ? 0.f : b * block.inverse;

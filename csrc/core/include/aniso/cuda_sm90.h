@@ -26,9 +26,10 @@ struct Sm90Operands {
   const float* target_coordinates; // [R]
   const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
   const float* shift_coordinates;  // [R], Q^T shift, for a scalar complement and a shift
-  const float2* cells;             // [64, G + 1], intercept and slope of the radius map in each cell; zero past M
+  // The radius map in cell i = min(int(rho cell_scale), G) is rho last_slope + unit (start + rise (rho cell_scale - i)).
+  const uint32_t* cells;           // [64, G + 1], start and rise as two fp16 numbers, the last cell and all past M zero;
                                    // NaN where one line is too coarse: there the map itself is searched
-  const float* cell_scale;         // [64], cells for each unit of radius
+  const float* map_scales;         // [3, 64], cell_scale, last_slope and unit of each block, zero past M
   int32_t pieces;                  // K + 1
   int32_t bucket_count;
   const Segment<float>* segments;  // [M, K + 1]
