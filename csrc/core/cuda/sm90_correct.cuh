@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       }
     };
     const auto prefetch = [&] {
+      reads_before_copy_fence();
       warpgroup_sync(warpgroup);  // every thread has read the tile
       if (leader && tile + stride < tiles) load_tile(tile + stride);
     };
@@ -252,8 +253,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         own[v][3] += part.w;
       }
     }
-    warp_tells_others(parts_read);
-
     uint32_t own_k[kKinds][kOwnSteps][4];
     float rank_squares[2] = {};
 #pragma unroll
@@ -339,6 +338,10 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
       }
     }
+
+    // Only now, with the lookups behind it, whose addresses took every part: an arrival does not wait for loads under way, and
+    // the others' k would meet parts that are still to be read.
+    warp_tells_others(parts_read);
 
     // ---- k from all blocks
     const uint32_t norms_place = exchange + kNormsOffset + (warp * 8 + lane_row) * 16;
