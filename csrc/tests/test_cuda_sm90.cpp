@@ -152,7 +152,7 @@ class Suite {
       state = result.fetch("encode " + name_);
     }
     if (!size_.diagonal) {
-      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * size_.width);
+      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
       AlignedResult<double> result(size_.width);
       CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
       sums = result.fetch("sums " + name_);

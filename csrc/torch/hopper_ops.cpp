@@ -106,7 +106,7 @@ Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const I
     if (y.size(0) == 0) return;
     const Tensor rows = aligned_rows(y);
     const int64_t slots = aniso::sm90_sum_slots(operands.width);
-    Tensor parts = torch::stable::new_empty(y, {slots, y.size(1)}, ScalarType::Float);
+    Tensor parts = torch::stable::new_empty(y, {slots, y.size(1) + aniso::kSm90SumColumns}, ScalarType::Float);
     check_launch(aniso::sm90_correct_sums(operands, hopper_rows<S>(rows), mutable_data<float>(parts), mutable_data<double>(sums),
                                           stream_of(y)),
                  "hopper_correct_sums");

@@ -37,11 +37,12 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
   constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
   constexpr int32_t kOwnGroups = kOwnColumns / 8;
   // Groups of columns whose pieces of the radius map a thread awaits at once: as many as the registers have room for.
-  constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : 4;
+  constexpr int32_t kLookupGroups = kResult == Result::kRows ? 4 : kCluster / 2;
   constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
   constexpr int32_t kOwnSteps = kSteps / kCluster;
   // Norms of a scalar complement follow from p, k and y; those of a diagonal one are summed from w.
   constexpr bool kForms = !kDiagonal && kResult != Result::kState;
+  constexpr bool kSums = kResult == Result::kSums, kBuilds = !kSums;  // rows are built, of Q k
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Operands<S>& in = arguments.in;
   const uint32_t shared = shared_address(shared_memory);
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     offset_shift += __shfl_xor_sync(0xffffffffu, offset_shift, step);
     shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
   }
-  float column_sums[kChunks][2] = {};
+  // kSums: of y, k and 1 over |w|, for this thread's columns, coordinates and rows.
+  float y_sums[kSums ? kChunks : 1][16] = {}, coefficient_sums[kSums ? kOwnGroups : 1][2] = {}, inverse_sum = 0.f;
   const uint32_t* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
   shared_writes_fence();
   __syncthreads();
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     const int64_t first_row = tile * kTileRows;
     if (leader) {
       arrive_expecting(projected, (kCluster - 1) * kPartBytes);
-      arrive_expecting(mapped, (kCluster - 1) * (kPartBytes / 2 * kKinds + (kForms ? kNormsBytes : 0)));
+      arrive_expecting(mapped, (kCluster - 1) * ((kBuilds ? kPartBytes / 2 * kKinds : 0) + (kForms ? kNormsBytes : 0)));
       if (kDiagonal) arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
     }
 
@@ -201,7 +203,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     // ---- meanwhile s y into the sums; the diagonal complement still needs the row itself
     const uint32_t matrix_row = warp * 16 + lane % 16, matrix_unit = lane / 16;
     float w[kChunks][32];
-    const auto for_each_y = [&](const auto& body) {  // body(chunk, group, values of this thread, column)
+    uint32_t y_kept[kSums ? kChunks : 1][16];
+    const auto for_each_y = [&](const auto& body) {  // body(chunk, group, two packed pairs of this thread, column)
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -212,8 +215,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
                         fragment);
 #pragma unroll
           for (int32_t half = 0; half < 2; ++half) {
-            const float2 upper = unpack<S>(fragment[2 * half]), lower = unpack<S>(fragment[2 * half + 1]);
-            body(c, g + half, upper, lower, c * kChunkColumns + (g + half) * 8 + lane_pair);
+            body(c, g + half, fragment[2 * half], fragment[2 * half + 1], c * kChunkColumns + (g + half) * 8 + lane_pair);
           }
         }
       }
@@ -225,18 +227,29 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     };
     float squares[2] = {}, dot_shift[2] = {};  // of w, this block's part of them
     if constexpr (!kDiagonal) {
-      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t) {
-        w[c][4 * g] = scalar * upper.x;
-        w[c][4 * g + 1] = scalar * upper.y;
-        w[c][4 * g + 2] = scalar * lower.x;
-        w[c][4 * g + 3] = scalar * lower.y;
+      for_each_y([&](int32_t c, int32_t g, uint32_t upper_pair, uint32_t lower_pair, int32_t) {
+        const float2 upper = unpack<S>(upper_pair), lower = unpack<S>(lower_pair);
+        if constexpr (kSums) {
+          y_kept[c][2 * g] = upper_pair;
+          y_kept[c][2 * g + 1] = lower_pair;
+        } else {
+          w[c][4 * g] = scalar * upper.x;
+          w[c][4 * g + 1] = scalar * upper.y;
+          w[c][4 * g + 2] = scalar * lower.x;
+          w[c][4 * g + 3] = scalar * lower.y;
+        }
         if constexpr (kForms) {
           squares[0] = fmaf(upper.x, upper.x, fmaf(upper.y, upper.y, squares[0]));
           squares[1] = fmaf(lower.x, lower.x, fmaf(lower.y, lower.y, squares[1]));
         }
       });
+      if constexpr (kBuilds) {
 #pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+        for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+      } else {
+#pragma unroll
+        for (int32_t c = 0; c < kChunks; ++c) pin(y_kept[c]);  // packed: unpacked they would not fit
+      }
       prefetch();
     }
 
@@ -328,12 +341,16 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
           } else {
             // T(rho) (cos, sin) - s c_t with c_t = (a, b) - t
             const float ratio = radius * block.inverse - scalar;
-            k = pack<S>(at_origin ? radius + target.x : fmaf(ratio, a, target.x),
-                        at_origin ? target.y : fmaf(ratio, b, target.y));
-            const float2 kept = unpack<S>(k);  // the norms are those of the row that is built
+            float2 kept = make_float2(at_origin ? radius + target.x : fmaf(ratio, a, target.x),
+                                      at_origin ? target.y : fmaf(ratio, b, target.y));
+            if constexpr (kBuilds) {
+              k = pack<S>(kept.x, kept.y);
+              kept = unpack<S>(k);  // the norms are those of the row that is built
+            }
             rank_squares[half] = fmaf(kept.x, fmaf(2.f * scalar, a, cross.x) + kept.x, rank_squares[half]);
             rank_squares[half] = fmaf(kept.y, fmaf(2.f * scalar, b, cross.y) + kept.y, rank_squares[half]);
             dot_shift[half] = fmaf(kept.x, shift.x, fmaf(kept.y, shift.y, dot_shift[half]));
+            if constexpr (kSums) own[g][2 * half] = kept.x, own[g][2 * half + 1] = kept.y;
           }
         }
       }
@@ -367,7 +384,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(parts_read, parity);
     if constexpr (kForms) send_sums(sums, mapped);
 #pragma unroll
-    for (uint32_t to = 1; to < kCluster; ++to) {
+    for (uint32_t to = 1; to < (kBuilds ? kCluster : 1); ++to) {
       const uint32_t barrier = remote_address(mapped, ranks_on(to));
       const uint32_t target =
           remote_address(exchange + (kCluster - 1 - to) * (kPartBytes / 2 * kKinds) + thread * 16, ranks_on(to));
@@ -405,7 +422,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(mapped, parity);
     uint32_t tail_k[4] = {};
     if constexpr (kForms) scales_of_rows(scales);
-    if constexpr (!kDiagonal) {
+    if constexpr (!kDiagonal && kBuilds) {
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         const float length = kResult == Result::kRows && shifted ? scales[half].length : 0.f, high = rounded<S>(length);
@@ -469,7 +486,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         start_rebuild(1, part);
         wait_chunks();
       }
-      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t column) {
+      for_each_y([&](int32_t c, int32_t g, uint32_t upper_pair, uint32_t lower_pair, int32_t column) {
+        const float2 upper = unpack<S>(upper_pair), lower = unpack<S>(lower_pair);
         const float2 offset = load_pair(vectors.offset + column), scale = load_pair(vectors.scale + column);
         w[c][4 * g] = fmaf(scale.x, upper.x - w[c][4 * g], offset.x);
         w[c][4 * g + 1] = fmaf(scale.y, upper.y - w[c][4 * g + 1], offset.y);
@@ -481,7 +499,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       prefetch();
     }
 #pragma unroll
-    for (int32_t part = 0; part < kParts; ++part) {
+    for (int32_t part = 0; part < (kBuilds ? kParts : 0); ++part) {
       if (part > 0) wait_chunks();
       start_rebuild(0, part);
     }
@@ -511,19 +529,24 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     }
 
     // ---- out
-    if constexpr (kResult == Result::kSums) {
-      wait_chunks();
+    if constexpr (kSums) {
       const int64_t row = first_row + warp * 16 + lane_row;
       const float upper = row < arguments.count ? scales[0].inverse : 0.f;
       const float lower = row + 8 < arguments.count ? scales[1].inverse : 0.f;
+      const auto add_rows = [&](float& sum, float above, float below) { sum = fmaf(above, upper, fmaf(below, lower, sum)); };
+      add_rows(inverse_sum, 1.f, 1.f);
+#pragma unroll
+      for (int32_t g = 0; g < kOwnGroups; ++g) {
+        add_rows(coefficient_sums[g][0], own[g][0], own[g][2]);
+        add_rows(coefficient_sums[g][1], own[g][1], own[g][3]);
+      }
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
-        for (int32_t side = 0; side < 2; ++side) {
-          float values[8];
-#pragma unroll
-          for (int32_t g = 0; g < 8; ++g) values[g] = w[c][4 * g + side] * upper + w[c][4 * g + 2 + side] * lower;
-          column_sums[c][side] += sum_over_column(values, lane_row);
+        for (int32_t g = 0; g < 8; ++g) {
+          const float2 above = unpack<S>(y_kept[c][2 * g]), below = unpack<S>(y_kept[c][2 * g + 1]);
+          add_rows(y_sums[c][2 * g], above.x, below.x);
+          add_rows(y_sums[c][2 * g + 1], above.y, below.y);
         }
       }
     } else {
@@ -600,16 +623,31 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     warp_tells_others(exchange_free);
   }
 
-  if constexpr (kResult == Result::kSums) {
-    const int32_t slot_index = (int32_t(cluster_index()) * kWarpgroups + warpgroup) * kWarps + warp;
+  if constexpr (kSums) {
+    const int32_t slot = (int32_t(cluster_index()) * kWarpgroups + warpgroup) * kWarps + warp;
+    float* partial = arguments.partial + int64_t(slot) * (in.width + kSm90SumColumns);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair;
-      if (column >= in.width) continue;
-      float* partial = arguments.partial + int64_t(slot_index) * in.width + column;
-      partial[0] = column_sums[c][0];
-      if (column + 1 < in.width) partial[1] = column_sums[c][1];
+#pragma unroll
+      for (int32_t side = 0; side < 2; ++side) {
+        float values[8];
+#pragma unroll
+        for (int32_t g = 0; g < 8; ++g) values[g] = y_sums[c][2 * g + side];
+        const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair + side;
+        const float sum = scalar * sum_over_column(values, lane_row);
+        if (column < in.width) partial[column] = sum;
+      }
     }
+#pragma unroll
+    for (int32_t g = 0; g < kOwnGroups; ++g) {
+#pragma unroll
+      for (int32_t side = 0; side < 2; ++side) {
+        const float sum = sum_over_rows(coefficient_sums[g][side]);
+        if (lane_row == 0) partial[in.width + int32_t(rank) * kOwnColumns + g * 8 + lane_pair + side] = sum;
+      }
+    }
+    const float sum = sum_over_rows(inverse_sum);
+    if (lane == 0 && rank == 0) partial[in.width + kRank] = sum;
   }
   cluster_sync();  // no block leaves while another may still write to it
 #endif

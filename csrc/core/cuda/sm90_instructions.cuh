@@ -206,6 +206,12 @@ __device__ __forceinline__ void pin(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&packed)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(packed[i]));
+}
+
 #define ANISO_SUMS_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ANISO_SUMS_32(d, i) ANISO_SUMS_8(d, i), ANISO_SUMS_8(d, i + 8), ANISO_SUMS_8(d, i + 16), ANISO_SUMS_8(d, i + 24)

@@ -85,6 +85,13 @@ __device__ __forceinline__ float sum_over_row(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
+// Sum over the eight lanes that share a column.
+__device__ __forceinline__ float sum_over_rows(float value) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
 // One value of eight for each of the eight lanes that share a column: lane row i gets the sum of values[i] over them.
 __device__ __forceinline__ float sum_over_column(const float (&values)[8], int32_t lane_row) {
   float half[4], quarter[2];

@@ -13,6 +13,7 @@ namespace aniso {
 
 constexpr int32_t kSm90Width = 1280;
 constexpr int32_t kSm90Rank = 128;
+constexpr int32_t kSm90SumColumns = kSm90Rank + 1;  // of a slot of partial sums, after those of the D columns
 
 // Constants of the closed form. Q^T Q = I up to the rounding of S, as the norms of a scalar complement rely on it; all pointers are device pointers, matrices row-major.
 template <typename S>
@@ -57,7 +58,7 @@ template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
 
 // sums [D]: of e' over all rows, at least one, without calibration. Scalar complement. `partial` is memory for the launch,
-// [sm90_sum_slots(D), D]; everything is added up in a fixed order.
+// [sm90_sum_slots(D), D + kSm90SumColumns]; everything is added up in a fixed order.
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
                               cudaStream_t stream);
