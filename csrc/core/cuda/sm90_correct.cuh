@@ -10,16 +10,17 @@
 // A tile   1 the copy engine brings 64 rows; 2 partial p from the block's columns, and y.offset and y.shift with it; 3 each block
 //          collects its share of p from the others, 4 maps its blocks of the rank, 5 hands k and its part of both norms' sums to
 //          the others; meanwhile s y waits in registers and the next tile is on its way; 6 w on top of that, the offset and
-//          |w| shift with it; 7 out. The diagonal complement adds offset and shift itself, and exchanges the sums after 6.
+//          |w| shift with it; 7 out. The diagonal complement adds offset and shift itself, and exchanges the sums after 6. Sums of e'
+//          need no rows: k, y and 1 over |w| are added up, and Q meets the sum over all rows, so that 5 hands on the sums alone.
 // Shared   Q and the tail: 18 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and up to 26 KB that carry in
 //          turn the parts of p, of k with the sums, and the finished rows on their way out.
 // Registers  w stays in fp32: 32 kChunks a thread. Nothing is rounded but k and the result. Kernels of the scalar complement do
-//          not spill, those of the diagonal one up to 60 words, because c^ and c_t wait beside w.
+//          not spill (one word at D 512), those of the diagonal one up to 75 words, because c^ and c_t wait beside w.
 // Norms    |w|^2 = k.k + 2 k.(s p + Q^T offset) + |s y + offset|^2 and w.shift = k.Q^T shift + (s y + offset).shift, as Q^T Q = I;
 //          of the diagonal complement they are sums over w.
 // Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          of C go (C - 1) R (4 + 2) bytes for each row.
-// FLOP     4 D R for each row, 6 D R for the diagonal complement.
+// FLOP     4 D R for each row, 6 D R for the diagonal complement, 2 D R for the sums.
 #pragma once
 
 #include "sm90_layout.cuh"
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
   constexpr int32_t kOwnColumns = kRank / kCluster;       // of p, that a block maps; first in the order of its basis
   constexpr int32_t kOwnGroups = kOwnColumns / 8;
   // Groups of columns whose pieces of the radius map a thread awaits at once: as many as the registers have room for.
-  constexpr int32_t kLookupGroups = kResult == Result::kRows ? 4 : kCluster / 2;
+  constexpr int32_t kLookupGroups = kResult == Result::kState ? kCluster / 2 : 4;
   constexpr int32_t kKinds = kDiagonal ? 2 : 1;           // c^ alone, or c^ and c_t
   constexpr int32_t kOwnSteps = kSteps / kCluster;
   // Norms of a scalar complement follow from p, k and y; those of a diagonal one are summed from w.
