@@ -34,7 +34,8 @@ import aniso_ext as aniso
 from aniso_ext.align.fitting import FrameOptions, fit_frame
 from aniso_ext.align.prior import PhasePrior, fit_prior
 from aniso_ext.align.refiner import RefinedMap, RefinementOptions, Refiner
-from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_moments
+from aniso_ext.align.refiner.fitting import complement_trace, state_moments
+from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.rows import open_rows
 from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
 from aniso_ext.align.training import TrainingOptions, TrainingRows, UnpairedRows

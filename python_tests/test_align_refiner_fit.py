@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -22,7 +23,8 @@ from aniso_ext import ops
 from aniso_ext.align import PriorOptions, RefinementOptions, TrainingOptions
 from aniso_ext.align.prior import PhasePrior
 from aniso_ext.align.refiner import fit_refiner
-from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_moments
+from aniso_ext.align.refiner.fitting import complement_trace, state_moments
+from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.rows import open_rows
 from aniso_ext.errors import ArtefactError, DataError, InputError
 
@@ -199,6 +201,37 @@ def test_objective_is_the_weighted_sum_of_its_parts(literal: bool, fitted: aniso
         torch.randn(WIDTH, 64, generator=generator)  # the directions are drawn first
     score = float(prior.loss(theta, log_radius, generator)) / blocks
     assert float(parts["score"]) == pytest.approx(score, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 13, 32])
+@pytest.mark.parametrize(
+    "weights", [{}, {"score_weight": 0}, {"consistency_weight": 0}, {"complement_weight": 0}, "literal"]
+)
+def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
+    chunk_rows: int, weights: Any, fitted: aniso.AnisoAlign
+) -> None:
+    literal = weights == "literal"
+    options = RefinementOptions(**({"consistency_weight": 3.0} | ({} if literal else weights)))
+    batch = torch.from_numpy(SOURCE[:64]).float(), torch.from_numpy(TARGET[:64]).float()
+    found = []
+    for rows in (64, chunk_rows):
+        objective = Objective(
+            fitted.frame_, fitted.prior_, options, trace=0.5, literal=literal, backend="auto", chunk_rows=rows
+        )
+        refiner = copy.deepcopy(fitted.refiner_).requires_grad_(True)
+        total, parts = objective(refiner, batch, torch.Generator().manual_seed(0))
+        total.backward()
+        gradients = [parameter.grad for parameter in refiner.parameters()]
+        with torch.no_grad():
+            held_out = objective(refiner, batch, torch.Generator().manual_seed(0))[0]
+        found.append(({"loss": total, "held out": held_out, **parts}, gradients))
+    (whole, expected), (chunked, gradients) = found
+    assert set(whole) == set(chunked)
+    for name, value in whole.items():
+        # sums of float32 in another order; what is subtracted in them is of order 1
+        assert float(chunked[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_statistics_of_the_states_and_of_the_complement() -> None:

@@ -34,6 +34,15 @@ class Update:
         """theta^ [n, M]; not wrapped, as everything that reads it is periodic."""
         return self.theta0 + self.turn
 
+    def complement(self, directions: torch.Tensor) -> torch.Tensor:
+        """Coordinates of v^ along directions of V [D, P], [n, P]."""
+        return (self.v0 + self.move) @ directions
+
+    @property
+    def move_energy(self) -> torch.Tensor:
+        """Mean over the rows of |a_v tanh dv|^2."""
+        return self.move.square().sum(dim=1).mean()
+
 
 def bounded_update(
     state: torch.Tensor, deltas: torch.Tensor, basis: torch.Tensor, bounds: Bounds, *, literal: bool = False
@@ -136,6 +145,10 @@ def complement_objective(
         penalty: weight of the second term.
     """
     dimensions = update.v0.shape[1] - 2 * update.turn.shape[1]
-    moved = (update.v0 + update.move) @ directions
-    distance = dimensions * sliced_wasserstein(moved, target @ directions)
-    return (distance + penalty * update.move.square().sum(dim=1).mean()) / trace
+    distance = complement_distance(update.complement(directions), target @ directions, dimensions)
+    return (distance + penalty * update.move_energy) / trace
+
+
+def complement_distance(moved: torch.Tensor, target: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """(D - R) SW2^2 of coordinates [n, P] of v^ and of the target along directions of V, of ``dimensions`` D - R."""
+    return dimensions * sliced_wasserstein(moved, target)
