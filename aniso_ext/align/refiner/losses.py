@@ -13,35 +13,45 @@ WEIGHT_FLOOR = 1e-30
 
 
 @dataclass(frozen=True)
-class Update:
-    """A bounded update of n rows in polar form, with gradients to the deltas (METHOD section 4).
+class PolarUpdate:
+    """A bounded update of the phases and radii of n rows, with gradients to the deltas (METHOD section 4).
 
     ``theta0`` [n, M] is a constant of the data, so that theta^ = theta0 + turn needs no derivative of atan2; ``turn`` =
-    a_theta tanh(dtheta) and ``log_radius`` = log rho0 + a_rho tanh(drho) are [n, M], ``radius0`` = rho0 is [n, M];
-    ``v0`` and ``move`` are [n, D], with v^ = v0 + move in V. What ``move`` has outside V, before the projection of the
-    default order, is invisible to directions in V.
+    a_theta tanh(dtheta) and ``log_radius`` = log rho0 + a_rho tanh(drho) are [n, M], ``radius0`` = rho0 is [n, M].
     """
 
     theta0: torch.Tensor
     turn: torch.Tensor
     radius0: torch.Tensor
     log_radius: torch.Tensor
-    v0: torch.Tensor
-    move: torch.Tensor
 
     @property
     def theta(self) -> torch.Tensor:
         """theta^ [n, M]; not wrapped, as everything that reads it is periodic."""
         return self.theta0 + self.turn
 
-    def complement(self, directions: torch.Tensor) -> torch.Tensor:
-        """Coordinates of v^ along directions of V [D, P], [n, P]."""
-        return (self.v0 + self.move) @ directions
 
-    @property
-    def move_energy(self) -> torch.Tensor:
-        """Mean over the rows of |a_v tanh dv|^2."""
-        return self.move.square().sum(dim=1).mean()
+@dataclass(frozen=True)
+class Update(PolarUpdate):
+    """The update of whole rows: ``v0`` and ``move`` are [n, D], with v^ = v0 + move in V.
+
+    What ``move`` has outside V, before the projection of the default order, is invisible to directions in V.
+    """
+
+    v0: torch.Tensor
+    move: torch.Tensor
+
+
+def polar_update(polar: torch.Tensor, deltas: torch.Tensor, bounds: Bounds) -> PolarUpdate:
+    """The update of phases and radii: ``polar`` [n, 3M] and ``deltas`` [n, 2M], first columns of state and deltas."""
+    sin, cos, log_radius = polar.detach().chunk(3, dim=1)
+    turn, stretch = deltas.chunk(2, dim=1)
+    return PolarUpdate(
+        theta0=torch.atan2(sin, cos),
+        turn=bounds.a_theta * turn.tanh(),
+        radius0=log_radius.exp(),
+        log_radius=log_radius + bounds.a_rho * stretch.tanh(),
+    )
 
 
 def bounded_update(
@@ -57,19 +67,11 @@ def bounded_update(
         literal: (I - QQ^T) before the tanh, as printed (METHOD D11).
     """
     width, rank = basis.shape
-    blocks = rank // 2
-    sin, cos, log_radius, v0 = state.detach().split((blocks, blocks, blocks, width), dim=1)
-    turn, stretch, move = deltas.split((blocks, blocks, width), dim=1)
+    polar, v0 = state.detach().split((3 * rank // 2, width), dim=1)
+    angles, move = deltas.split((rank, width), dim=1)
     if literal:
         move = move - move @ basis @ basis.T
-    return Update(
-        theta0=torch.atan2(sin, cos),
-        turn=bounds.a_theta * turn.tanh(),
-        radius0=log_radius.exp(),
-        log_radius=log_radius + bounds.a_rho * stretch.tanh(),
-        v0=v0,
-        move=bounds.a_v * move.tanh(),
-    )
+    return Update(**vars(polar_update(polar, angles, bounds)), v0=v0, move=bounds.a_v * move.tanh())
 
 
 def phase_consistency(
@@ -145,10 +147,6 @@ def complement_objective(
         penalty: weight of the second term.
     """
     dimensions = update.v0.shape[1] - 2 * update.turn.shape[1]
-    distance = complement_distance(update.complement(directions), target @ directions, dimensions)
-    return (distance + penalty * update.move_energy) / trace
-
-
-def complement_distance(moved: torch.Tensor, target: torch.Tensor, dimensions: int) -> torch.Tensor:
-    """(D - R) SW2^2 of coordinates [n, P] of v^ and of the target along directions of V, of ``dimensions`` D - R."""
-    return dimensions * sliced_wasserstein(moved, target)
+    moved = (update.v0 + update.move) @ directions
+    distance = dimensions * sliced_wasserstein(moved, target @ directions)
+    return (distance + penalty * update.move.square().sum(dim=1).mean()) / trace

@@ -37,14 +37,15 @@ class OptimiserStep:
         self,
         module: nn.Module,
         loss: Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[torch.Tensor],
         averages: Sequence[torch.Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         autocast: bool,
     ) -> None:
         self.module, self.loss, self.optimizer = module, loss, optimizer
-        self.parameters, self.averages = list(parameters), list(averages)
+        self.parameters: list[torch.Tensor] = list(parameters)
+        self.averages = list(averages)
         self.device = self.parameters[0].device
         self._autocast = autocast and self.device.type == "cuda"
 
