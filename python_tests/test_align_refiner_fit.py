@@ -22,10 +22,12 @@ import aniso_ext as aniso
 from aniso_ext import ops
 from aniso_ext.align import PriorOptions, RefinementOptions, TrainingOptions
 from aniso_ext.align.prior import PhasePrior
-from aniso_ext.align.refiner import fit_refiner
+from aniso_ext.align.refiner import Refiner, fit_refiner
 from aniso_ext.align.refiner.fitting import complement_trace, state_moments
 from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.rows import open_rows
+from aniso_ext.align.training import TrainingRows, UnpairedRows
+from aniso_ext.align.training.loop import TrainingRun
 from aniso_ext.errors import ArtefactError, DataError, InputError
 
 WIDTH, RANK = 24, 8
@@ -232,6 +234,38 @@ def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
         assert float(chunked[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
     for one, other in zip(gradients, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_rows", [128, 48], ids=["at once", "in chunks"])
+def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, fitted: aniso.AnisoAlign) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    frame, prior = fitted.frame_.with_output_mean(None).to(device=device), copy.deepcopy(fitted.prior_).to(device)
+    options = TrainingOptions(steps=50, batch_rows=128, learning_rate=5e-3, warmup_steps=5, autocast=False)
+    rows = UnpairedRows(
+        TrainingRows.sample(open_rows(SOURCE, "source"), device=device),
+        TrainingRows.sample(open_rows(TARGET, "target"), device=device),
+    )
+    objective = Objective(
+        frame, prior, RefinementOptions(), trace=0.5, literal=False, backend="auto", chunk_rows=chunk_rows
+    )
+    losses: list[list[dict[str, float]]] = []
+    for records in (True, False):
+        refiner = Refiner(RANK // 2, WIDTH, bounds=RefinementOptions().bounds(WIDTH)).to(device)
+        run = TrainingRun(refiner, objective, rows, options, "refiner", objective, {}, None, None)
+        if not records:
+            run.runner.recorder = None
+        losses.append([])
+        for _ in range(options.steps):
+            run.advance()
+            losses[-1].append({name: float(value) for name, value in run._pending[-1][1].items()})
+        assert run.runner.recorded == records
+    # the same kernels on the same numbers; where libraries choose others, rounding that 50 steps may carry on
+    for recorded, plain in zip(*losses, strict=True):
+        assert recorded == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert losses[0][-1]["loss"] < 0.99 * losses[0][0]["loss"]
 
 
 def test_statistics_of_the_states_and_of_the_complement() -> None:

@@ -82,14 +82,20 @@ class Objective:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, a mean over rows, and its parts by name; ``concentration`` is the mean |E e^{i theta^}| (D16)."""
         source, target = batch
-        with torch.no_grad():
-            state = encode(source.float(), self.frame, backend=self.backend)
-        draws = self._draw(len(source), generator)
-        if len(source) > self.chunk_rows:
-            chunks = _Chunks(self, refiner.bounds, state, target, draws)
-            deltas = refiner(state, chunk_rows=self.chunk_rows)
-            del state  # what the chunks need of it they have
-            return chunks.loss(deltas)
+        draws = self.draw(len(source), generator)
+        if len(source) <= self.chunk_rows:
+            return self.at_once(refiner, source, target, draws)
+        state = self._state(source)
+        chunks = _Chunks(self, refiner.bounds, state, target, draws)
+        deltas = refiner(state, chunk_rows=self.chunk_rows)
+        del state  # what the chunks need of it they have
+        return chunks.loss(deltas)
+
+    def at_once(
+        self, refiner: Refiner, source: torch.Tensor, target: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and its parts, of all rows together."""
+        state = self._state(source)
         deltas = refiner(state).float()
         terms: dict[str, torch.Tensor] = {}
         # distances are differences of nearly equal numbers: products in bfloat16 would leave nothing of them
@@ -107,7 +113,12 @@ class Objective:
         total = deltas.sum() * 0 + self.weighted(terms)
         return total, {**terms, "concentration": _units(update).mean(dim=0).abs().mean()}
 
-    def _draw(self, rows: int, generator: torch.Generator) -> Draws:
+    @torch.no_grad()
+    def _state(self, source: torch.Tensor) -> torch.Tensor:
+        return encode(source.float(), self.frame, backend=self.backend)
+
+    def draw(self, rows: int, generator: torch.Generator) -> Draws:
+        """All that is random in the loss of a batch."""
         directions = scale = noise = None
         if self.options.complement_weight and not self.literal and self.trace > 0:
             directions = complement_directions(self._basis, self.options.projections, generator)
