@@ -9,7 +9,7 @@ step       one optimiser step of Stage II: loss, backward pass, clipping, fused 
            training loop's, "ours, kernel by kernel" the same without its CUDA graph. The rivals are the same objective
            on the reference backend, all rows together, under stock autograd: as it is ("eager"), under torch.compile
            without a graph break ("compiled"), and that with mode="reduce-overhead", which records CUDA graphs of its
-           own. Refiner, prior, batch and draws are the same for all; with and without bfloat16 autocast.
+           own. Refiner, prior, batch and draws are the same for all. With bfloat16 autocast; the first size without, too.
 transform  the refined map of bfloat16 rows against what it cannot do without: the refiner's matrix products, plus the
            closed form.
 
@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,48 +190,47 @@ def fitted(sizes: Sizes, device: torch.device) -> Fitted:
     return Fitted(frame, prior, refiner, rows, complement_trace(rows.target.train, frame))
 
 
-def time_steps(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
-    if device.type != "cuda":
-        return [line for batch in sizes.batches for line in time_batch(sizes, batch, "float32", device)]
-    # a stream other than the default one can be recorded: one stream, one set of workspaces for all
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        return [
-            line
-            for batch in sizes.batches
-            for precision in ("bfloat16 autocast", "float32")
-            for line in time_batch(sizes, batch, precision, device)
-        ]
-
-
-def time_batch(sizes: Sizes, batch: int, precision: str, device: torch.device) -> list[dict[str, Any]]:
-    """Every variant of a step at one size of batch."""
+def time_steps(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     ready = fitted(sizes, device)
-    shared = {"rows": batch, "D": sizes.width, "R": sizes.rank, "precision": precision}
+    for number, batch in enumerate(sizes.batches):
+        if device.type != "cuda":
+            yield from time_batch(ready, batch, "float32", device, sizes.rounds)
+            continue
+        # a stream other than the default one can be recorded: one stream, one set of workspaces for all
+        stream = torch.cuda.Stream(device)
+        for precision in ("bfloat16 autocast", "float32") if number == 0 else ("bfloat16 autocast",):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                lines = time_batch(ready, batch, precision, device, sizes.rounds)
+            yield from lines
+
+
+def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Every variant of a step at one size of batch."""
+    shared = {"rows": batch, "D": ready.frame.width, "R": ready.frame.rank, "precision": precision}
     options = TrainingOptions(batch_rows=batch, autocast=precision != "float32")
     torch._dynamo.reset()
     settled(refiner_run(ready, options, "eager"), device)  # makes workspaces and cached operands
     runs: dict[str, Callable[[], None]] = {}
-    peaks: dict[str, float | None] = {}
+    more: dict[str, dict[str, Any]] = {}
     for name in STEPS if device.type == "cuda" else STEPS[:-1]:
         before = held(device)
         try:
             loop = refiner_run(ready, options, name)
             peak = settled(loop, device)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             print(f"step {name} at {batch} rows does not run: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             continue
+        more[name] = {"peak_mb": None if peak is None else (peak - before - state_bytes(loop)) / 2**20}
         if name == "ours" and device.type == "cuda" and not loop.runner.recorded:
-            raise SystemExit("the step was not recorded: see the warning")
-        peaks[name] = None if peak is None else (peak - before - state_bytes(loop)) / 2**20
-        runs[name] = lambda loop=loop: one_step(loop)  # type: ignore[misc]
-    times = interleaved({name: ignoring(step) for name, step in runs.items()}, device, sizes.rounds)
-    found = []
-    for name, measured in times.items():
-        ratio = measured.median / times["ours"].median
-        found.append(row("step", name, measured, **shared, peak_mb=peaks[name], over_ours=ratio))
-    return found
+            more[name]["note"] = "not recorded"
+        runs[name] = functools.partial(one_step, loop)
+    times = interleaved({name: ignoring(step) for name, step in runs.items()}, device, rounds)
+    ours = times["ours"].median
+    return [
+        row("step", name, measured, **shared, **more[name], over_ours=measured.median / ours)
+        for name, measured in times.items()
+    ]
 
 
 STEPS = ("ours", "ours, kernel by kernel", "eager", "compiled", "compiled, reduce-overhead")
@@ -349,18 +349,22 @@ def main() -> int:
     named = {name: getattr(arguments, name) for name in vars(sizes) if getattr(arguments, name) is not None}
     sizes = replace(sizes, **named)
     measured: list[dict[str, Any]] = []
-    parts = {"fit": time_fit, "step": time_steps, "transform": time_maps}
+    parts: dict[str, Callable[[Sizes, torch.device], Iterable[dict[str, Any]]]] = {
+        "fit": time_fit,
+        "step": time_steps,
+        "transform": time_maps,
+    }
     out = arguments.out or RESULTS / f"{short_name(device)}_refiner_speed.csv"
     header = {**facts(device), "rows are": "synthetic, see the head of benchmarks/refiner_speed.py"}
     for part in arguments.parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        measured += parts[part](sizes, device)
-        write_table(out, header, measured)
-        for line in [item for item in measured if item["part"] == part]:
+        for line in parts[part](sizes, device):
+            measured.append(line)
+            write_table(out, header, measured)
             ratio = "" if line["over_ours"] is None else f", {line['over_ours']:.2f} x ours"
             memory = "" if line["peak_mb"] is None else f", {line['peak_mb']:.0f} MB"
-            print(f"{part:10s} {line['variant']:40s} {line['precision']:18s} {1e3 * line['seconds']:10.3f} ms"
-                  f"{ratio}{memory} {line['note']}")
+            print(f"{part:10s} {line['variant']:40s} {line['rows']:8d} rows {line['precision']:18s} "
+                  f"{1e3 * line['seconds']:10.3f} ms{ratio}{memory} {line['note']}", flush=True)
     print(out)
     return 0
 

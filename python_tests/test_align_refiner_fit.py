@@ -226,7 +226,7 @@ def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
         gradients = [parameter.grad for parameter in refiner.parameters()]
         with torch.no_grad():
             held_out = objective(refiner, batch, torch.Generator().manual_seed(0))[0]
-        found.append(({"loss": total, "held out": held_out, **parts}, gradients))
+        found.append(({"loss": total.detach(), "held out": held_out, **parts}, gradients))
     (whole, expected), (chunked, gradients) = found
     assert set(whole) == set(chunked)
     for name, value in whole.items():

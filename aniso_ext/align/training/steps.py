@@ -120,7 +120,7 @@ class CudaGraphs:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """CUDA graphs on a GPU. None elsewhere, and for several processes, whose all-reduce goes through the host."""
+    """CUDA graphs on a GPU. None elsewhere, and for several processes, whose all-reduces are not recorded."""
     return CudaGraphs(device) if device.type == "cuda" and world()[1] == 1 else None
 
 
