@@ -127,5 +127,5 @@ def test_what_is_a_url_and_what_a_path(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "memory:" / "b").mkdir(parents=True)
     assert to_location(Path("memory://b")) == Path("memory:/b")  # but a folder of that name wins
-    with pytest.raises(DataError, match=r"nosuch://x: cannot be opened \(Protocol not known: nosuch\): pass a local"):
+    with pytest.raises(DataError, match=r"nosuch://x: cannot be opened \(Protocol not known: nosuch\): pass a path"):
         to_location("nosuch://x")

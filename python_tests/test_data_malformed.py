@@ -120,11 +120,11 @@ def empty_side(folder: Path) -> Path:
 F64 = npy_bytes(GOOD.astype("float64"))
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "path that is not there": (lambda folder: folder / "gone.npy", "does not exist"),
-    "url": (lambda folder: Path("s3://bucket/x.npy"), "copy it to a local folder"),
+    "url": (lambda folder: Path("memory://bucket/x.npy"), "does not exist"),
     "dangling link": (dangling_link, "does not exist"),
     "zero bytes": (raw("x.npy", b""), r"empty file \(0 bytes\)"),
     "unknown suffix": (raw("x.csv", b"1,2"), "unknown suffix '.csv'"),
-    "pickle": (raw("x.pkl", pickle.dumps(GOOD)), "pickles are never loaded"),
+    "pickle": (raw("x.pkl", pickle.dumps(GOOD)), "pickles are never loaded: convert it once with aniso import-pickle"),
     "torch file": (raw("x.pt", b"PK"), "pickles are never loaded"),
     "pickle called npy": (raw("x.npy", pickle.dumps(GOOD)), "does not start like a .npy file"),
     "npz called npy": (raw("x.npy", b"PK\x03\x04" + b"\0" * 60), "does not start like a .npy file"),
@@ -187,7 +187,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "parquet no rows": (parquet({"embedding": lists(values=[])}), r"empty, shape \[0, 3\]"),
     "empty folder": (folder_of(), "no embeddings in it"),
     "folder of notes": (folder_of(notes__txt=b"hi"), "no embeddings in it"),
-    "folder of pickles": (folder_of(a__pkl=b"x"), "only pickles such as a.pkl, which are never loaded"),
+    "folder of pickles": (folder_of(a__pkl=b"x"), "only pickles such as a.pkl, which .*import-pickle"),
     "mixed formats": (folder_of(a__npy=npy_bytes(), b__safetensors=safetensors({"a": entry()})), "mixes npy and safe"),
     "mixed dtypes": (folder_of(a__npy=npy_bytes(), b__npy=F64), "stored dtype is float64, but a.npy has float32"),
     "mixed widths": (folder_of(a__npy=npy_bytes(), b__npy=npy_bytes(GOOD[:, :2])), "width is 2, but a.npy has 3"),

@@ -192,7 +192,7 @@ def to_location(place: str | os.PathLike[str] | RemotePath) -> Location:
     except ImportError as error:
         raise _no_protocol(text, f"needs a library that is not installed ({error})", "install it") from None
     except ValueError as error:
-        raise _no_protocol(text, f"cannot be opened ({error})", "pass a local path or a URL that fsspec knows") from None
+        raise _no_protocol(text, f"cannot be opened ({error})", "pass a path or a URL that fsspec knows") from None
     except Exception as error:  # whatever the library of the protocol raises without credentials or network
         raise _no_protocol(text, f"cannot be opened ({error})", "check the URL and the credentials") from None
     return Path(key) if protocol in _LOCAL else RemotePath(filesystem, key)

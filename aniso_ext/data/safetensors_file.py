@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from aniso_ext.data.dtypes import item_bytes
+from aniso_ext.data.locations import Location, why
 from aniso_ext.data.shards import RawShard, check_matrix, file_size, little_endian_host, unusable
 
 NAMES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
@@ -14,7 +14,7 @@ TENSOR_NAME = "embeddings"
 _LARGEST_HEADER = 100_000_000
 
 
-def open_safetensors(path: Path, tensor: str | None = None) -> RawShard:
+def open_safetensors(path: Location, tensor: str | None = None) -> RawShard:
     """The shard in a .safetensors file: the tensor named ``tensor``, else "embeddings", else the only one.
 
     Raises:
@@ -24,7 +24,7 @@ def open_safetensors(path: Path, tensor: str | None = None) -> RawShard:
     try:
         header, offset = _read_header(path, size)
     except OSError as error:
-        raise unusable(path, f"cannot be read ({error.strerror})", "check the permissions") from None
+        raise unusable(path, f"cannot be read ({why(error)})", "check the permissions") from None
     name = _choose(path, header, tensor)
     entry = header[name]
     try:
@@ -47,8 +47,8 @@ def open_safetensors(path: Path, tensor: str | None = None) -> RawShard:
     return RawShard(path.name, path, "safetensors", rows, width, NAMES[dtype], offset + begin)
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    with open(path, "rb") as file:
+def _read_header(path: Location, size: int) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise unusable(path, "does not start like a .safetensors file, or is truncated", "copy or write it again")
@@ -63,7 +63,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _choose(path: Path, header: dict[str, Any], tensor: str | None) -> str:
+def _choose(path: Location, header: dict[str, Any], tensor: str | None) -> str:
     names = ", ".join(sorted(header)) or "none"
     if tensor is not None:
         if tensor not in header:

@@ -6,13 +6,15 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import FileIO
+from io import RawIOBase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from aniso_ext.data.dtypes import array_dtype, item_bytes, widen_bfloat16
+from aniso_ext.data.locations import Location, open_unbuffered, why
+from aniso_ext.data.ranged import RangedMatrix
 from aniso_ext.errors import DataError
 
 SAMPLED_ROWS = 256
@@ -31,11 +33,11 @@ class Shard:
     """Rows [rows, width] of one file, read in bounded batches.
 
     ``dtype`` is what batches have, ``stored_dtype`` what the file has; they differ for bfloat16 only (handed out as
-    float32). ``path`` is None for an array in memory.
+    float32). ``path`` is where the file lies, None for an array in memory.
     """
 
     name: str
-    path: Path | None
+    path: Location | None
     format: str
     rows: int
     width: int
@@ -90,7 +92,7 @@ class RawShard(Shard):
 
     Consecutive rows are read with ordinary reads into a fresh array: the pages never count as this process's memory,
     and a file that shrinks meanwhile is an error instead of a bus error. Scattered rows and Fortran-ordered files go
-    through a memory map that lives for one call only.
+    through a memory map that lives for one call only, or through range requests.
     """
 
     offset: int
@@ -103,20 +105,24 @@ class RawShard(Shard):
     def _hand_out(self, stored: np.ndarray) -> np.ndarray:
         return widen_bfloat16(stored) if self.stored_dtype == "bfloat16" else stored
 
-    def _map(self) -> np.ndarray:
+    def _pick(self, rows: Any) -> np.ndarray:
+        """A fresh C-ordered array of the rows at a slice or at indices."""
         assert self.path is not None
         order: Literal["C", "F"] = "F" if self.fortran_order else "C"
         shape = (self.rows, self.width)
         try:
-            return np.memmap(self.path, self._file_dtype, mode="r", offset=self.offset, shape=shape, order=order)
+            if not isinstance(self.path, Path):
+                ranged = RangedMatrix(self.path, self._file_dtype, self.offset, shape, self.fortran_order)
+                return np.ascontiguousarray(ranged[rows])
+            mapped = np.memmap(self.path, self._file_dtype, mode="r", offset=self.offset, shape=shape, order=order)
+            return np.array(mapped[rows], order="C")
         except (OSError, ValueError) as error:
             raise unusable(self.path, f"cannot be mapped ({error})", "check the file and its permissions") from None
 
     def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
         if self.fortran_order:
             for first in range(start, stop, batch_rows):
-                rows = np.array(self._map()[first : min(first + batch_rows, stop)], order="C")
-                yield self._hand_out(rows)
+                yield self._hand_out(self._pick(slice(first, min(first + batch_rows, stop))))
             return
         with self._opened() as file:
             row_bytes = self.width * self._file_dtype.itemsize
@@ -126,28 +132,31 @@ class RawShard(Shard):
                 self._fill(file, rows)
                 yield self._hand_out(rows)
 
-    def _opened(self) -> FileIO:
+    def _opened(self) -> RawIOBase:
         assert self.path is not None
         try:
-            return FileIO(self.path, "r")
+            return open_unbuffered(self.path)
         except OSError as error:
-            raise unusable(self.path, f"cannot be opened ({error.strerror})", "check the permissions") from None
+            raise unusable(self.path, f"cannot be opened ({why(error)})", "check the permissions") from None
 
-    def _fill(self, file: FileIO, rows: np.ndarray) -> None:
+    def _fill(self, file: RawIOBase, rows: np.ndarray) -> None:
         buffer = rows.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(buffer):
-            got = file.readinto(buffer[done:])
+            try:
+                got = file.readinto(buffer[done:])
+            except OSError as error:
+                raise unusable(self.path, f"cannot be read ({why(error)})", "check the disk or the network") from None
             if not got:
                 reason = "became shorter while it was being read"
                 raise unusable(self.path, reason, "do not write to embeddings that are in use")
             done += got
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._hand_out(np.ascontiguousarray(self._map()[rows]))
+        return self._hand_out(self._pick(rows))
 
 
-def check_matrix(path: Path, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def check_matrix(path: Location, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and width of a stored shape, which must be two-dimensional and not empty."""
     if len(shape) != 2:
         raise unusable(
@@ -159,13 +168,16 @@ def check_matrix(path: Path, what: str, shape: tuple[int, ...]) -> tuple[int, in
     return rows, width
 
 
-def file_size(path: Path) -> int:
+def file_size(path: Location) -> int:
     """Size of a regular file that is not empty."""
-    if not path.exists():
-        raise unusable(path, "does not exist", "check the path")
-    if not path.is_file():
-        raise unusable(path, "is not a regular file", "remove it from the folder or pass a file")
-    size = path.stat().st_size
+    try:
+        if not path.exists():
+            raise unusable(path, "does not exist", "check the path")
+        if not path.is_file():
+            raise unusable(path, "is not a regular file", "remove it from the folder or pass a file")
+        size = path.stat().st_size
+    except OSError as error:
+        raise unusable(path, f"cannot be reached ({why(error)})", "check the path and the permissions") from None
     if size == 0:
         raise unusable(path, "is an empty file (0 bytes)", "remove it or write it again")
     return size
