@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from aniso_ext.data.locations import Location, why
 from aniso_ext.data.shards import unusable
@@ -43,7 +44,7 @@ def natural_key(path: Location) -> list[tuple[int, int | str]]:
     return [(0, int(piece)) if piece.isdecimal() else (1, piece) for piece in pieces]
 
 
-def format_of(path: Location) -> str | None:
+def format_of(path: Location | PurePath) -> str | None:
     """npy, parquet, safetensors or arrow by suffix; None for anything else."""
     return FORMATS.get(path.suffix.lower())
 

@@ -12,6 +12,7 @@ from aniso_ext.data.columns import ColumnShard, OtherColumns
 from aniso_ext.data.dtypes import round_to_bfloat16, stored_name
 from aniso_ext.data.folder import FORMATS, format_of
 from aniso_ext.data.locations import Draft, Location, make_folders, remove_folders, to_location, why
+from aniso_ext.data.locations import temporary_name as temporary_name
 from aniso_ext.data.shards import Shard, unusable
 from aniso_ext.data.sinks import SINKS, TABLES, Sink
 from aniso_ext.errors import DataError, InputError
