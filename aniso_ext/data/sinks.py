@@ -137,9 +137,11 @@ class _TableSink:
 
         kind = self._schema.field(self._column).type
         lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
-        columns = {} if others is None else {name: others.column(name) for name in others.column_names}
-        columns = {name: column.slice(first, len(rows)) for name, column in columns.items()}
-        columns[self._column] = lists
+        columns = {self._column: lists}
+        if others is not None:
+            # a copy, as the bytes of a slice depend on what it was cut from
+            copied = others.take(np.arange(first, first + len(rows)))
+            columns |= {name: copied.column(name) for name in copied.column_names}
         return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
 
     def finish(self, rows: int) -> None:
@@ -149,7 +151,7 @@ class _TableSink:
 
     def discard(self) -> None:
         self._pending, self._pending_others = [], []
-        with suppress(OSError):  # closing writes a footer, which a full disk refuses
+        with suppress(OSError, ValueError):  # closing writes a footer, which a full disk or a closed file refuses
             self._writer.close()
 
 
