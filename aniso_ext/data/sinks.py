@@ -22,7 +22,10 @@ _SAFETENSORS_HEADER = 248
 
 
 class Sink(Protocol):
-    """Writes one file format into a temporary file; ``others`` is an Arrow table of columns beside the rows."""
+    """Writes one file format into a temporary file; keeps no rows that it was given.
+
+    ``others`` is an Arrow table of columns beside the rows.
+    """
 
     def write(self, rows: np.ndarray, others: Any = None) -> None: ...
 
@@ -99,9 +102,9 @@ class _TableSink:
         self._schema = pa.schema(fields, metadata=others.metadata)
         self._flat = [item.name for item in fields if item.name != self._column and not pa.types.is_nested(item.type)]
         self._group_rows = max(1, _GROUP_BYTES // (width * item_bytes(stored_dtype)))
-        self._pending: list[np.ndarray] = []
-        self._pending_others: list[Any] = []
-        self._pending_rows = 0
+        self._group = np.empty((0, width), stored_dtype)
+        self._others: list[Any] = []
+        self._filled = 0
         self._writer = self._open(path)
 
     def _open(self, path: Path) -> Any:
@@ -111,46 +114,42 @@ class _TableSink:
         raise NotImplementedError
 
     def write(self, rows: np.ndarray, others: Any = None) -> None:
-        self._pending.append(rows)
-        if others is not None:
-            self._pending_others.append(others)
-        self._pending_rows += len(rows)
-        if self._pending_rows >= self._group_rows:
-            self._flush(whole_groups_only=True)
+        done = 0
+        while done < len(rows):
+            if not len(self._group):
+                self._group = np.empty((self._group_rows, rows.shape[1]), self._group.dtype)
+            part = rows[done : done + self._group_rows - self._filled]
+            self._group[self._filled : self._filled + len(part)] = part
+            if others is not None:
+                self._others.append(others.slice(done, len(part)))
+            self._filled += len(part)
+            done += len(part)
+            if self._filled == self._group_rows:
+                self._flush()
 
-    def _flush(self, *, whole_groups_only: bool) -> None:
-        import pyarrow as pa
-
-        rows = np.concatenate(self._pending)
-        others = pa.concat_tables(self._pending_others) if self._pending_others else None
-        stop = len(rows) // self._group_rows * self._group_rows if whole_groups_only else len(rows)
-        try:
-            for first in range(0, stop, self._group_rows):
-                self._put(self._table(rows[first : min(first + self._group_rows, stop)], others, first))
-        except pa.ArrowException as error:
-            raise OSError(f"a column beside the embeddings does not fit: {error}") from None
-        self._pending, self._pending_rows = [rows[stop:].copy()], len(rows) - stop
-        self._pending_others = [] if others is None else [others.slice(stop)]
-
-    def _table(self, rows: np.ndarray, others: Any, first: int) -> Any:
+    def _flush(self) -> None:
         import pyarrow as pa
 
         kind = self._schema.field(self._column).type
-        lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
-        columns = {self._column: lists}
-        if others is not None:
-            # a copy, as the bytes of a slice depend on what it was cut from
-            copied = others.take(np.arange(first, first + len(rows)))
-            columns |= {name: copied.column(name) for name in copied.column_names}
-        return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+        values = pa.array(self._group[: self._filled].reshape(-1))
+        columns = {self._column: pa.FixedSizeListArray.from_arrays(values, type=kind)}
+        try:
+            if self._others:
+                # a copy, as the bytes of slices depend on what they were cut from
+                others = pa.concat_tables(self._others).take(np.arange(self._filled))
+                columns |= {name: others.column(name) for name in others.column_names}
+            self._put(pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema))
+        except pa.ArrowException as error:
+            raise OSError(f"a column beside the embeddings does not fit: {error}") from None
+        self._others, self._filled = [], 0
 
     def finish(self, rows: int) -> None:
-        if self._pending_rows:
-            self._flush(whole_groups_only=False)
+        if self._filled:
+            self._flush()
         self._writer.close()
 
     def discard(self) -> None:
-        self._pending, self._pending_others = [], []
+        self._others = []
         with suppress(OSError, ValueError):  # closing writes a footer, which a full disk or a closed file refuses
             self._writer.close()
 

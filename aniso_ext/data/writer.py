@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from aniso_ext.data.columns import ColumnShard, OtherColumns
-from aniso_ext.data.dtypes import round_to_bfloat16, stored_name
+from aniso_ext.data.dtypes import file_dtype, round_to_bfloat16, stored_name
 from aniso_ext.data.folder import FORMATS, format_of
-from aniso_ext.data.locations import Draft, Location, make_folders, remove_folders, to_location, why
+from aniso_ext.data.locations import Draft, Location, make_folders, remove_folders, sync, to_location, why
 from aniso_ext.data.locations import temporary_name as temporary_name
 from aniso_ext.data.shards import Shard, unusable
 from aniso_ext.data.sinks import SINKS, TABLES, Sink
@@ -96,21 +96,45 @@ class EmbeddingWriter:
         if batch.ndim != 2 or batch.dtype.kind != "f" or (self.width is not None and batch.shape[1] != self.width):
             wanted = "D" if self.width is None else self.width
             raise InputError(f"{self.path}: needs floating [n, {wanted}] rows, got {batch.dtype} {list(batch.shape)}")
-        others = self._next_others(len(batch), dropped)
-        if len(batch) == 0:
+        if len(batch) == 0 and self._table is None:
+            return
+        self.width = batch.shape[1]
+        self.stored_dtype = self.stored_dtype or stored_name(batch.dtype)
+        self._check_dtype()
+        self.write_stored(self._stored(batch), dropped=dropped)
+
+    def write_stored(self, rows: np.ndarray, *, dropped: np.ndarray | None = None) -> None:
+        """Append C-ordered rows that are in the stored dtype already, bfloat16 as bit patterns (uint16).
+
+        Needs ``dtype`` and ``width``; no value is looked at. The memory of the rows may be used again afterwards.
+        """
+        assert self.width is not None and self.stored_dtype is not None
+        if rows.ndim != 2 or rows.shape[1] != self.width or rows.dtype != file_dtype(self.stored_dtype):
+            wanted = f"[n, {self.width}] rows of {file_dtype(self.stored_dtype)}"
+            raise InputError(f"{self.path}: needs {wanted}, got {rows.dtype} {list(rows.shape)}")
+        others = self._next_others(len(rows), dropped)
+        if len(rows) == 0:
             return
         if self._sink is None:
-            self.width = batch.shape[1]
-            self.stored_dtype = self.stored_dtype or stored_name(batch.dtype)
-            self._check_dtype()
             self._open()
         assert self._sink is not None
-        rows = self._stored(batch)
         try:
             self._sink.write(rows, others)
         except OSError as error:
             raise self._unwritable(error) from None
-        self.rows += len(batch)
+        self.rows += len(rows)
+
+    def sync(self) -> None:
+        """Bring to disk what was written so far, so that little is left for :meth:`close`.
+
+        May run in another thread than :meth:`write`, but not beside :meth:`close` or :meth:`abort`.
+        """
+        if self._draft is None:
+            return
+        try:
+            sync(self._draft.path)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def close(self) -> None:
         """Finish the file and put it in place; a second call does nothing."""
@@ -188,7 +212,7 @@ class EmbeddingWriter:
         overflown = ~finite & np.isfinite(batch)
         if overflown.any():
             row = self.rows + int(np.flatnonzero(overflown.any(axis=1))[0])
-            raise unusable(self.path, f"row {row} overflows {self.stored_dtype}", "store a wider dtype")
+            raise overflow_error(self.path, row, self.stored_dtype)
         return stored
 
     def _check_free(self) -> None:
@@ -207,3 +231,8 @@ class EmbeddingWriter:
 
     def _unwritable(self, error: OSError) -> DataError:
         return unusable(self.path, f"cannot be written ({why(error)})", "check the space and permissions")
+
+
+def overflow_error(path: Location, row: int, stored_dtype: str | None) -> DataError:
+    """The error of a finite row that does not fit the stored dtype."""
+    return unusable(path, f"row {row} overflows {stored_dtype}", "store a wider dtype")
