@@ -81,11 +81,11 @@ def plan_outputs(
     metadata: tuple[tuple[Location, Location], ...] = ()
     if format_of(output) is not None and not output.is_dir():
         _check_single(embeddings, output, format)
+        _check_is_folder(output.parent)
         paths = [output]
         folder, manifest = output.parent, output.with_name(f"{output.name}.{MANIFEST}")
     else:
-        if output.exists() and not output.is_dir():
-            raise unusable(output, "is not a folder", "pass a folder, or a file with a known suffix")
+        _check_is_folder(output)
         folder = output if embeddings.half is None else output / embeddings.half
         paths = [folder / _file_name(shard, format) for shard in embeddings.shards]
         manifest = folder / MANIFEST
@@ -97,6 +97,13 @@ def plan_outputs(
     _check_folder(embeddings, folder)
     _say_what_stays_behind(targets)
     return Plan(tuple(targets), folder, manifest, stored_dtype, metadata)
+
+
+def _check_is_folder(place: Location) -> None:
+    """Refuse a folder that is, or lies below, a file."""
+    existing = next((above for above in (place, *place.parents) if above.exists()), place)
+    if existing.exists() and not existing.is_dir():
+        raise unusable(existing, "is not a folder", "pass a folder, or a file with a known suffix")
 
 
 def _check_single(embeddings: EmbeddingSet, output: Location, format: str | None) -> None:
