@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from malformed_files import CASES, GOOD, lists, parquet
@@ -112,6 +113,10 @@ def large_rows(folder: Path) -> None:
     aniso.make_aligner("identity").fit(UNIT, UNIT).save_pretrained(folder / "aligner")
 
 
+def protocol_without_library(folder: Path) -> None:
+    fsspec.register_implementation("absent", "no_such_library.Files", clobber=True, errtxt="pip install absent")
+
+
 def other_aligner(folder: Path) -> None:
     aniso.make_aligner("mean_shift").fit(-UNIT, UNIT[::-1]).save_pretrained(folder / "aligner")
 
@@ -165,7 +170,8 @@ CONVERSIONS: dict[str, Wrong] = {
         prepare=folder_of_pickles, input="in",
     ),
     "url of an unknown protocol": Wrong(r"nosuch://.*Protocol not known.*: pass a path or", input="nosuch://b/x.npy"),
-    "url without its library": Wrong(r"(gs|libarchive)://.*not installed.*: install it", input="libarchive://b/x.npy"),
+    "url without its library": Wrong(r"absent://.*needs a library.*pip install absent.*: install it",
+                                     prepare=protocol_without_library, input="absent://b/x.npy"),
     "url that is not there": Wrong(r"memory://.*gone\.npy: does not exist: check", input="memory://nowhere/gone.npy"),
     "file url that is not there": Wrong(r"/nowhere/gone\.npy: does not exist: check", input="file:///nowhere/gone.npy"),
     "output is a url of an unknown protocol": Wrong(r"nosuch://.*Protocol not known.*: pass", output="nosuch://b/out"),

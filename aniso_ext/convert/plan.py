@@ -153,8 +153,8 @@ def _say_what_stays_behind(targets: Sequence[Target]) -> None:
             if others:
                 listed = ", ".join(others)
                 warnings.warn(
-                    f"{shard.name}: {target.format} holds embeddings only, the columns {listed} are not carried along; "
-                    f"--format parquet keeps them",
+                    f"{shard.name}: {target.format} holds embeddings only, the columns {listed} are not carried along: "
+                    "format='parquet' keeps them",
                     UserWarning,
                     stacklevel=4,
                 )

@@ -349,6 +349,8 @@ class _RangeFile(RawIOBase):
             return 0
         with _as_oserror(self._place):
             content = self._place.filesystem.cat_file(self._place.key, start=self._position, end=stop)
+        if len(content) > stop - self._position:
+            raise OSError(errno.ENOTSUP, "the server sends more than the range asked for", str(self._place))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
