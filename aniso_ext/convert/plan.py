@@ -49,8 +49,8 @@ class Plan:
 
     def remove_leftovers(self) -> None:
         """Delete temporary files of a run that was killed; only the holder of the manifest's lock may do that."""
-        for target in self.targets:
-            for path in self.folder.glob(f".{escape(target.name)}.*.tmp"):
+        for place in (*(target.path for target in self.targets), *(copy for _, copy in self.metadata)):
+            for path in place.parent.glob(f".{escape(place.name)}.*.tmp"):
                 path.unlink(missing_ok=True)
 
 
@@ -128,9 +128,10 @@ def _check_targets(targets: Sequence[Target], stored_dtype: str) -> None:
             raise unusable(target.path, "is both input and output", "convert into another folder")
         if stored_dtype == "bfloat16" and target.format != "safetensors":
             raise InputError(f"{target.path}: {target.format} cannot hold bfloat16: choose another dtype or format")
-        other = sources.setdefault(target.name, target.shard.name)
-        if other is not target.shard.name:
-            raise InputError(f"{other} and {target.shard.name} would both become {target.name}: rename one of them")
+        if target.name in sources:
+            both = f"{sources[target.name]} and {target.shard.name}"
+            raise InputError(f"{both} would both become {target.name}: rename one of them")
+        sources[target.name] = target.shard.name
 
 
 def _check_folder(embeddings: EmbeddingSet, folder: Location) -> None:
