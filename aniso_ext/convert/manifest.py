@@ -82,6 +82,8 @@ class Manifest:
     def _open(self) -> BinaryIO:
         """The manifest, locked; a run that ends badly may unlink it, so the locked file must still be the one there."""
         path = self._plan.manifest
+        if not isinstance(path, Path):
+            raise unusable(path, "cannot be locked at a remote place", "convert into a local folder and copy that")
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except OSError as error:

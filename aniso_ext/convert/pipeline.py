@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aniso_ext.convert.manifest import Manifest
+from aniso_ext.convert.metadata import check_metadata, copy_metadata
 from aniso_ext.convert.plan import Plan, plan_outputs
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.rows import UsableRows
@@ -36,6 +36,7 @@ def convert_embeddings(
     on_existing: str = "resume",
     on_bad: str = "fail",
     dtype: Any = None,
+    format: str | None = None,
     kind: str | None = None,
     column: str | None = None,
     progress: Progress | None = None,
@@ -49,13 +50,16 @@ def convert_embeddings(
     Args:
         aligner: a fitted aligner.
         input: anything that :func:`aniso_ext.data.open_embeddings` takes, together with ``kind`` and ``column``.
-        output: a folder (shards keep their names and formats), or for a single shard also a file.
+        output: a folder (shards keep their names and formats), or for a single shard also a file. An input that was
+            opened as the root of a clip-retrieval folder goes to the same half of ``output``, its metadata with it.
         batch_rows: rows per batch; part of the manifest, because results may depend on it in the last bit.
         calibration: ``fitted`` (one pass) or ``corpus`` (first takes the corpus mean from the input; METHOD D17). A
             resumed corpus run repeats that first pass and must arrive at the same aligner.
         on_existing: ``resume`` an earlier run of the same conversion, ``overwrite`` it, or ``fail``.
         on_bad: ``fail`` at the first row that is zero or not finite, ``drop`` such rows, or write ``zero`` rows.
         dtype: stored dtype of the output; by default that of the input. With a wider one, rows are mapped in it.
+        format: ``npy``, ``parquet``, ``safetensors`` or ``arrow``; by default that of the input. Tables keep their
+            other columns in a table.
         progress: called with (rows done, rows in all) after each batch.
 
     Returns:
@@ -88,7 +92,9 @@ def convert_embeddings(
         )
     if embeddings.rows == 0:
         raise InputError("the input has no rows: there is nothing to convert")
-    plan = plan_outputs(embeddings, Path(output), embeddings.stored_dtype if dtype is None else stored_name(dtype))
+    stored_dtype = embeddings.stored_dtype if dtype is None else stored_name(dtype)
+    plan = plan_outputs(embeddings, output, stored_dtype, format)
+    check_metadata(plan, on_existing, on_bad)
     header = {
         "aligner": aligner.fingerprint(),
         "input": embeddings.fingerprint(),
@@ -105,6 +111,7 @@ def convert_embeddings(
         if resumed < len(plan.targets):
             run = _Run(aligner, embeddings, plan, manifest, int(batch_rows), calibration, on_bad, progress)
             run.execute()
+        copy_metadata(plan)
         lines = manifest.finished
     return _report(plan, header, lines, resumed, time.perf_counter() - started)
 

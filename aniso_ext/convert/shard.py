@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from aniso_ext.convert.plan import Target
 from aniso_ext.convert.rows import bad_rows, refuse_bad
 from aniso_ext.data import EmbeddingWriter
 from aniso_ext.data.dtypes import array_dtype
+from aniso_ext.data.locations import Location
 from aniso_ext.data.shards import unusable
 from aniso_ext.errors import InputError
 
@@ -54,14 +54,15 @@ class ShardConverter:
         dropped: list[int] = []
         first_row = 0
         with EmbeddingWriter(
-            target.path, target.format, dtype=self.stored_dtype, width=shard.width, overwrite=True
+            target.path, target.format, dtype=self.stored_dtype, width=shard.width, overwrite=True, beside=shard
         ) as writer:
             for batch in shard.batches(0, shard.rows, self.batch_rows):
                 bad = bad_rows(batch)
                 if self.on_bad == "fail":
                     refuse_bad(shard, batch, bad, first_row)
                 dropped.extend((first_row + bad).tolist())
-                writer.write(self._map(target, batch, bad, first_row))
+                mapped = self._map(target, batch, bad, first_row)
+                writer.write(mapped, dropped=bad if self.on_bad == "drop" else None)
                 first_row += len(batch)
                 advance(len(batch))
             if writer.rows == 0:
@@ -100,7 +101,7 @@ class ShardConverter:
         return filled
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Location) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
