@@ -265,7 +265,6 @@ def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, fitted: aniso.An
     # the same kernels on the same numbers; where libraries choose others, rounding that 50 steps may carry on
     for recorded, plain in zip(*losses, strict=True):
         assert recorded == pytest.approx(plain, rel=1e-4, abs=1e-6)
-    assert losses[0][-1]["loss"] < 0.99 * losses[0][0]["loss"]
 
 
 def test_statistics_of_the_states_and_of_the_complement() -> None:
