@@ -8,7 +8,8 @@ fit        AnisoAlign().fit on --rows x --width float16 rows of each side with d
 step       one optimiser step of Stage II: loss, backward pass, clipping, fused AdamW, averaged weights. "ours" is the
            training loop's, "ours, kernel by kernel" the same without its CUDA graph. The rivals are the same objective
            on the reference backend, all rows together, under stock autograd: as it is ("eager"), under torch.compile
-           ("compiled"), and that with mode="reduce-overhead", which records CUDA graphs of its own. Refiner, prior, batch and draws are the same for all. The first size is timed without autocast, too.
+           ("compiled"), and that with mode="reduce-overhead", which records CUDA graphs of its own. Refiner, prior,
+           batch and draws are the same for all. The first size is timed without autocast, too.
 transform  the refined map of bfloat16 rows against what it cannot do without: the refiner's matrix products, plus the
            closed form.
 
