@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aniso_ext.convert.rows import bad_indices, magnitudes
-from aniso_ext.data.dtypes import array_dtype, round_to_bfloat16, widen_bfloat16
+from aniso_ext.convert.rows import bad_indices, magnitudes, not_finite
+from aniso_ext.data.dtypes import array_dtype, file_dtype, round_to_bfloat16, widen_bfloat16
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,15 @@ class TensorMap:
 
     def __call__(self, stored: np.ndarray) -> Mapped:
         mapped = as_array(self._stand_ins(as_tensor(padded(stored), self._source)))[: len(stored)]
-        return Mapped(mapped, magnitudes(stored), magnitudes(mapped))
+        found = magnitudes(mapped)
+        return Mapped(mapped, self._suspected(stored, found), found)
+
+    def _suspected(self, stored: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Magnitudes of the rows that may be bad, and 1 for the others: a stand-in stays non-finite if its row was."""
+        suspects = np.flatnonzero((stored[:, 0] == 0) | not_finite(found, self.stored_dtype))
+        result = np.ones(len(stored), file_dtype(self.source_dtype).str.replace("f", "u"))
+        result[suspects] = magnitudes(stored[suspects])
+        return result
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows: a multiple of ROW_MULTIPLE."""
