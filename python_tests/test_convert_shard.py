@@ -288,7 +288,9 @@ def test_memory_is_bounded_whatever_the_length(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         ((_, mapper),) = converter._prepared.values()
-        assert len(mapper._buffers) <= mapper.depth + 1  # type: ignore[union-attr]
+        assert isinstance(mapper, HostMapper)
+        assert len(mapper._sources) <= mapper.depth + 1
+        assert len(mapper._results) <= mapper.depth
     assert peaks[1] < 1.05 * peaks[0] < 2_000_000
     with pytest.raises(InputError, match=r"memory of 1000 bytes is too little: width 16 needs \d+"):
         convert(Large(1.0), source, tmp_path / "out.npy", "float32", memory=1000)
