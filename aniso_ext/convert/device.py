@@ -337,8 +337,10 @@ def make_mapper(row_map: RowMap, extent: Extent, device: str | None, threads: in
     """The mapper for a device, ``cpu`` or a CUDA one; ``threads`` are cores for the CPU, by default those of torch.
 
     Raises:
-        InputError: no such device, or ``memory`` is too little.
+        InputError: no such device, no thread, or ``memory`` is too little.
     """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
     if isinstance(row_map, ArrayMap) or device is None:
         return HostMapper(row_map, extent, 1)
     import torch

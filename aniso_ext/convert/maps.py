@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aniso_ext.convert.rows import bad_indices, magnitudes, not_finite
-from aniso_ext.data.dtypes import array_dtype, file_dtype, round_to_bfloat16, widen_bfloat16
+from aniso_ext.convert.rows import bad_indices, magnitudes
+from aniso_ext.data.dtypes import array_dtype, round_to_bfloat16, widen_bfloat16
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,18 +109,11 @@ class TensorMap:
         What the aligner allocates ends here, in the thread that allocated it: the allocator then uses it again, where
         blocks that other threads free would scatter over its arenas.
         """
+        found = magnitudes(stored)
         mapped = self._transformed(as_tensor(padded(stored), self._source))
         as_tensor(result, self._stored).copy_(mapped[: len(stored)])
         del mapped
-        found = magnitudes(result)
-        return Mapped(result, self._suspected(stored, found), found)
-
-    def _suspected(self, stored: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """Magnitudes of the rows that may be bad, and 1 for the others: a stand-in stays non-finite if its row was."""
-        suspects = np.flatnonzero((stored[:, 0] == 0) | not_finite(found, self.stored_dtype))
-        result = np.ones(len(stored), file_dtype(self.source_dtype).str.replace("f", "u"))
-        result[suspects] = magnitudes(stored[suspects])
-        return result
+        return Mapped(result, found, magnitudes(result))
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows: a multiple of ROW_MULTIPLE."""
