@@ -8,7 +8,6 @@ leaves is therefore a prefix of what an unbroken run writes, plus records, plus 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from aniso_ext.convert.lines import (
+    CALIBRATED,
+    KIND,
+    START_OVER,
+    check_same,
+    differing,
+    first_line,
+    fits,
+    parse,
+    refusal,
+)
 from aniso_ext.convert.locks import ByteLocks
 from aniso_ext.convert.plan import Plan
 from aniso_ext.convert.records import SHARD, RecordFolder, encoded, sync_folder
@@ -25,11 +35,7 @@ from aniso_ext.data.shards import unusable
 from aniso_ext.data.writer import make_folders, temporary_name
 from aniso_ext.errors import DataError
 
-KIND = "aniso_ext.convert"
-VERSION = 1
-CALIBRATED = "calibrated"
 _BEGINNING = f'{{"manifest":"{KIND}"'.encode()
-_START_OVER = "pass the same, or another output, or on_existing='overwrite'"
 _ARRIVALS = 20
 """How often a manifest may vanish, because a run that ended without a shard removed it, before that is an error."""
 
@@ -44,7 +50,7 @@ class Manifest:
         self.records = RecordFolder(plan.manifest)
         self._plan = plan
         self._worker = worker or Worker()
-        self._wanted = {"manifest": KIND, "version": VERSION, **header}
+        self._wanted = first_line(header)
         self._lines: list[dict[str, Any]] = []
         self._end = 0
         self._made: list[Path] = []
@@ -76,7 +82,7 @@ class Manifest:
                 self._end = 0
                 self._put(encoded(self._header))
             elif stored != calibrated:
-                self._refuse("calibrated aligner", stored, calibrated)
+                raise refusal(self._plan, "calibrated aligner", stored, calibrated)
 
     def add(self, index: int, line: Mapping[str, Any]) -> None:
         """Record a shard that is in place."""
@@ -185,7 +191,7 @@ class Manifest:
     def _check_company(self, world: int) -> None:
         """Refuse to join those who are there unless they share this very conversion, among as many workers."""
         lines, _ = self._read_lines(0)
-        if self._worker.world == 1 or world == 1 or not lines or self._differing(lines[0]):
+        if self._worker.world == 1 or world == 1 or not lines or differing(lines[0], self._wanted):
             raise self._in_use("")
         if world != self._worker.world:
             raise self._in_use(f"{world} workers share it, and this is the {self._worker}")
@@ -204,7 +210,7 @@ class Manifest:
     def _remove_unused(self) -> None:
         """Remove the manifest if nothing came of this conversion; only under the mutex."""
         lines, _ = self._read_lines(0)
-        ours = len(lines) == 1 and not self._differing(lines[0])
+        ours = len(lines) == 1 and not differing(lines[0], self._wanted)
         if ours and self._locks.others() is None and not self.records and self._is_in_place():
             self.records.clear()
             self._plan.manifest.unlink()
@@ -240,7 +246,7 @@ class Manifest:
             content = self._content()
             torn = b"\n" not in content and (content.startswith(_BEGINNING) or _BEGINNING.startswith(content))
             if not torn:
-                raise unusable(self._plan.manifest, "is not the manifest of a conversion", _START_OVER)
+                raise unusable(self._plan.manifest, "is not the manifest of a conversion", START_OVER)
             self.records.clear()
             self._write_first_line()
         self._load()
@@ -250,7 +256,7 @@ class Manifest:
         self._file.truncate(self._end)
         for index in self.records.indices(SHARD):
             record = self.records.read(SHARD, index)
-            if index < kept or record is None or not self._fits(index, record):
+            if index < kept or record is None or not fits(self._plan, index, record):
                 self.records.remove(SHARD, index)
         self._merge()
 
@@ -258,38 +264,14 @@ class Manifest:
         """Read the manifest from its beginning and check that it is that of this conversion."""
         lines, self._end = self._read_lines(0)
         self._header, self._lines = lines[0], lines[1:]
-        for key, (stored, wanted) in self._differing(self._header).items():
-            self._refuse(key.replace("_", " "), stored, wanted)
-        for line, target in zip(self._lines, self._plan.targets, strict=False):
-            if line.get("shard") != target.name:
-                self._refuse("shard", line.get("shard"), target.name)
-
-    def _differing(self, header: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Entries of a first line that are not those of this conversion: stored and wanted."""
-        keys = [*self._wanted, *(key for key in header if key not in self._wanted and key != CALIBRATED)]
-        pairs = {key: (header.get(key), self._wanted.get(key)) for key in keys}
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-    def _refuse(self, what: str, stored: Any, wanted: Any) -> None:
-        reason = f"was started with {what} {stored}, now it is {wanted}"
-        raise unusable(self._plan.manifest, reason, _START_OVER)
+        check_same(self._plan, lines, self._wanted)
 
     def _still_there(self) -> int:
         """How many shards from the first on are in place with the recorded size."""
         if CALIBRATED not in self._header:
             return 0
-        fits = (self._fits(index, line) for index, line in enumerate(self._lines[: len(self._plan.targets)]))
-        return next((index for index, fit in enumerate(fits) if not fit), min(len(self._lines), self._total))
-
-    def _fits(self, index: int, line: Mapping[str, Any]) -> bool:
-        if index >= self._total or line.get("shard") != self._plan.targets[index].name:
-            return False
-        path = self._plan.targets[index].path
-        return path.is_file() and path.stat().st_size == line.get("bytes")
-
-    @property
-    def _total(self) -> int:
-        return len(self._plan.targets)
+        most = min(len(self._lines), len(self._plan.targets))
+        return next((index for index in range(most) if not fits(self._plan, index, self._lines[index])), most)
 
     # Reading and writing, under the mutex
 
@@ -306,18 +288,7 @@ class Manifest:
         return self._file.read()
 
     def _read_lines(self, start: int) -> tuple[list[dict[str, Any]], int]:
-        """The complete lines from a position up to the first that is not a JSON object, and where they end."""
-        lines: list[dict[str, Any]] = []
-        for text in self._content(start).splitlines(keepends=True):
-            try:
-                line = json.loads(text) if text.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if not isinstance(line, dict):
-                break
-            lines.append(line)
-            start += len(text)
-        return lines, start
+        return parse(self._content(start), start)
 
     def _catch_up(self) -> None:
         """Read what other workers have appended; what one was killed at is cut off."""
@@ -367,4 +338,3 @@ class Manifest:
 
     def _unwritable(self, error: OSError) -> DataError:
         return unusable(self._plan.manifest, f"cannot be written ({error.strerror})", "check the space and permissions")
-

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aniso_ext.convert.conversion import Conversion, Machine, check_choice, prepare
+from aniso_ext.convert.conversion import Conversion, Machine, check_choice, named_errors, prepare
 from aniso_ext.convert.corpus import CorpusCalibration
+from aniso_ext.convert.inputs import warn_of_norms
 from aniso_ext.convert.manifest import Manifest
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
@@ -32,6 +33,9 @@ def convert_embeddings(
     dtype: Any = None,
     kind: str | None = None,
     column: str | None = None,
+    memory: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
     worker: Worker | tuple[int, int] | None = None,
     wait: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -58,6 +62,11 @@ def convert_embeddings(
         on_existing: ``resume`` an earlier run of the same conversion, ``overwrite`` it, or ``fail``.
         on_bad: ``fail`` at the first row that is zero or not finite, ``drop`` such rows, or write ``zero`` rows.
         dtype: stored dtype of the output; by default that of the input. With a wider one, rows are mapped in it.
+        memory: bytes that the pipeline may take, beside what Python and its libraries take. Without ``batch_rows`` it
+            decides them: the largest power of two up to 8192 that fits.
+        device: where rows are mapped, such as ``cuda``; by default the CPU, or the device of the aligner. Its kind is
+            part of the manifest, as results differ in the last bits.
+        threads: of the operations on the CPU; by default PyTorch's.
         worker: (rank, number of workers) of this process; by default it is alone. Workers can only resume.
         wait: with a corpus calibration, wait for the sums of other workers; by default the worker ends where it needs
             them (``missing_sums`` of the report) and goes on when it is called again.
@@ -73,6 +82,9 @@ def convert_embeddings(
         DataError: an input or output file cannot be used, a row is bad, or a resume does not fit what is there (both
             fingerprints are named). The shard at hand leaves nothing behind; finished ones stay for a resume.
         StoppedError: ``stop`` said so.
+
+    Warns:
+        UserWarning: rows are not normalised as those were that the aligner was fitted on.
 
     Example:
         >>> import numpy as np, tempfile
@@ -100,8 +112,9 @@ def convert_embeddings(
         dtype=dtype,
         kind=kind,
         column=column,
-        machine=Machine(),
+        machine=Machine(memory, device, threads),
     )
+    warn_of_norms(aligner, conversion.embeddings)
     header = conversion.header()
     with Manifest(conversion.plan, header, on_existing, me) as manifest:
         run = _Run(conversion, manifest, me, stop or _never, progress)
@@ -184,7 +197,9 @@ class _Run:
         fingerprint = self.conversion.aligner.fingerprint()
         for number, index in enumerate(left):
             self._check_stop(shards - len(left) + number, shards)
-            line = converter.convert(self.conversion.plan.targets[index], self._advance)
+            target = self.conversion.plan.targets[index]
+            with named_errors(target.shard):
+                line = converter.convert(target, self._advance)
             self.manifest.add(index, {**line, "aligner": fingerprint})
 
     def _check_stop(self, finished: int, shards: int) -> None:
