@@ -207,8 +207,8 @@ def _plan_lines(plan: ConversionPlan) -> list[str]:
     if plan.done_shards:
         lines.append(f"{plan.done_shards} of {plan.shards} shards are done")
     lines.append(
-        f"{plan.rows_left:,} rows left: about {plan.seconds_left:.1f} s, at {plan.rows_per_second:,.0f} rows/s measured "
-        "on the first batches"
+        f"{plan.rows_left:,} rows left: about {plan.seconds_left:.1f} s, at the {plan.rows_per_second:,.0f} rows/s of "
+        "the first batches"
     )
     return [*lines, "nothing was written"]
 

@@ -17,6 +17,7 @@ from aniso_ext.convert.lines import fits, read_recorded
 from aniso_ext.convert.rows import bad_rows
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.workers import Worker, shares
+from aniso_ext.data import open_embeddings
 from aniso_ext.data.dtypes import item_bytes
 from aniso_ext.data.shards import MemoryShard
 
@@ -153,7 +154,7 @@ def _measured_rate(conversion: Conversion) -> float:
         return float("nan")
     aligner: RowAligner = conversion.aligner
     if conversion.calibration == "corpus":
-        aligner = aligner.calibrated(usable, calibration="corpus")
+        aligner = aligner.calibrated(open_embeddings(usable), calibration="corpus")
     with tempfile.TemporaryDirectory() as folder:
         _seconds(conversion, aligner, usable[: conversion.batch_rows], folder)
         return len(usable) / _seconds(conversion, aligner, usable, folder)

@@ -231,18 +231,16 @@ def _check_bad(shard: Shard, found: np.ndarray, recorded: np.ndarray, first_row:
 
 def _compare(output: Shard, start: int, again: Shard) -> None:
     """Compare rows of the output from ``start`` on with those that were made again, byte by byte."""
-    row = start
-    for wanted in again.batches(0, again.rows, again.rows):
-        (found,) = output.batches(row, row + len(wanted), len(wanted))
-        differing = (found.view(np.uint8) != wanted.view(np.uint8)).reshape(*found.shape, -1).any(axis=2)
-        if differing.any():
-            first, column = (int(indices[0]) for indices in np.nonzero(differing))
-            reason = (
-                f"row {row + first} is not the stand-in of its input row "
-                f"(column {column} is {found[first, column]:.6g}, it should be {wanted[first, column]:.6g})"
-            )
-            raise unusable(output.path, reason, _REMEDY)
-        row += len(wanted)
+    wanted = np.concatenate(list(again.batches(0, again.rows, again.rows)))
+    found = np.concatenate(list(output.batches(start, start + len(wanted), len(wanted))))
+    differing = (found.view(np.uint8) != wanted.view(np.uint8)).reshape(*found.shape, -1).any(axis=2)
+    if differing.any():
+        row, column = (int(indices[0]) for indices in np.nonzero(differing))
+        reason = (
+            f"row {start + row} is not the stand-in of its input row "
+            f"(column {column} is {found[row, column]:.6g}, it should be {wanted[row, column]:.6g})"
+        )
+        raise unusable(output.path, reason, _REMEDY)
 
 
 def _ignore(rows: int) -> None:
