@@ -208,10 +208,15 @@ class Manifest:
                 raise unusable(target.path, reason, "choose another output or on_existing='overwrite'")
 
     def _remove_unused(self) -> None:
-        """Remove the manifest if nothing came of this conversion; only under the mutex."""
+        """Remove the manifest if nothing came of this conversion; only under the mutex.
+
+        A shard that is in place without a line needs the manifest: it would look like somebody else's.
+        """
         lines, _ = self._read_lines(0)
+        alone = self._locks.others() is None and self._is_in_place()
         ours = len(lines) == 1 and not differing(lines[0], self._wanted)
-        if ours and self._locks.others() is None and not self.records and self._is_in_place():
+        empty = not self.records and not any(target.path.exists() for target in self._plan.targets)
+        if alone and ours and empty:
             self.records.clear()
             self._plan.manifest.unlink()
 
