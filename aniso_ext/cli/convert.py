@@ -9,8 +9,11 @@ import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
 from aniso_ext.cli.signals import stop_requests
+from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from aniso_ext.align import Aligner
@@ -122,14 +125,15 @@ def convert(
         from aniso_ext.convert import parse_worker, worker_from_environment
         from aniso_ext.convert.memory import parse_size
 
-        me = worker_from_environment() if worker is None else parse_worker(worker)
+        me = worker_from_environment() if worker is None else _parsed("--worker", parse_worker, worker)
+        budget = None if memory is None else _parsed("--memory", parse_size, memory)
         model = load_aligner(aligner)
         options: dict[str, Any] = {
             "batch_rows": batch_rows,
             "calibration": calibration,
             "on_bad": on_bad,
             "dtype": dtype,
-            "memory": None if memory is None else parse_size(memory),
+            "memory": budget,
             "device": device,
             "threads": threads,
             "worker": me,
@@ -138,9 +142,17 @@ def convert(
         if dry_run:
             return _preview(model, input, output, found, me, {**options, "on_existing": on_existing})
         if verify:
-            return _verify(model, input, output, found, {**options, "rows": verify, "stop": stop})
+            return _verify(model, input, output, found, me, {**options, "rows": verify, "stop": stop})
         options |= {"on_existing": on_existing, "wait": me.together if wait is None else wait, "stop": stop}
         return _convert(model, input, output, found, me, options)
+
+
+def _parsed(option: str, parse: Callable[[str], Any], text: str) -> Any:
+    """The value of an option; what cannot be read is bad usage."""
+    try:
+        return parse(text)
+    except InputError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 def _convert(
@@ -153,26 +165,29 @@ def _convert(
 
     def show(console: Console) -> None:
         _say_worker(console, worker)
+        if report.missing_sums:
+            say(console, _missing_sums(report))
+            return
         resumed = f", {report.resumed_shards} of them by an earlier run" if report.resumed_shards else ""
         say(console, f"{report.rows:,} rows by {model.method} in {report.shards} shard(s){resumed}")
         if report.bad_rows:
             say(console, f"{report.bad_rows:,} bad rows ({options['on_bad']}); their indices are in {report.manifest}")
         if report.missing_shards:
-            say(console, _what_is_missing(report))
+            shards = report.shards + report.missing_shards
+            missing = f"{report.missing_shards} of {shards} shards of the conversion are not yet"
+            say(console, f"this worker's shards are done; {missing}")
         else:
             say(console, f"{output}: written in {report.seconds:.1f} s")
 
     return Result({**found, **report.to_dict()}, show)
 
 
-def _what_is_missing(report: ConversionReport) -> str:
-    shards = report.shards + report.missing_shards
-    if report.missing_sums:
-        return (
-            f"this worker's sums for the corpus mean are done; those of {report.missing_sums} of {shards} shards are "
-            "not yet: run the same command again once all workers have ended"
-        )
-    return f"this worker's shards are done; {report.missing_shards} of {shards} shards of the conversion are not yet"
+def _missing_sums(report: ConversionReport) -> str:
+    return (
+        f"this worker's sums for the corpus mean are done; those of {report.missing_sums} of "
+        f"{report.shards + report.missing_shards} shards are not yet: run the same command again once all workers have "
+        "ended"
+    )
 
 
 def _preview(
@@ -213,13 +228,16 @@ def _plan_lines(plan: ConversionPlan) -> list[str]:
     return [*lines, "nothing was written"]
 
 
-def _verify(model: Aligner, input: Path, output: Path, found: dict[str, Any], options: dict[str, Any]) -> Result:
+def _verify(
+    model: Aligner, input: Path, output: Path, found: dict[str, Any], worker: Worker, options: dict[str, Any]
+) -> Result:
     from aniso_ext.convert import verify_conversion
 
     with progress_bar("verifying") as update:
         report = verify_conversion(model, input, output, progress=update, **options)
 
     def show(console: Console) -> None:
+        _say_worker(console, worker)
         say(console, f"{report.shards} shard(s) of {report.rows:,} rows: files as in {report.manifest}")
         say(console, f"{report.checked_rows:,} stand-ins made again: the same to the bit ({report.seconds:.1f} s)")
 
