@@ -202,8 +202,9 @@ class Manifest:
         return unusable(self._plan.manifest, reason, "wait for it or choose another output")
 
     def _check_foreign(self) -> None:
+        """Refuse files that nobody accounts for; a worker that has just arrived makes its manifest before a shard."""
         for target in self._plan.targets:
-            if target.path.exists():
+            if target.path.exists() and not self._plan.manifest.exists():
                 reason = "exists already and no manifest says what it is"
                 raise unusable(target.path, reason, "choose another output or on_existing='overwrite'")
 

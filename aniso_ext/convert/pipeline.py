@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from aniso_ext.convert.conversion import Conversion, Machine, check_choice, named_errors, prepare
@@ -120,8 +120,7 @@ def convert_embeddings(
         run = _Run(conversion, manifest, me, stop or _never, progress)
         run.execute(wait)
         lines = manifest.finished()
-    report = _report(conversion, header, me, lines, time.perf_counter() - started)
-    return replace(report, resumed_shards=run.resumed, missing_sums=run.missing_sums)
+    return _report(run, header, lines, time.perf_counter() - started)
 
 
 def _never() -> bool:
@@ -129,13 +128,9 @@ def _never() -> bool:
 
 
 def _report(
-    conversion: Conversion,
-    header: dict[str, Any],
-    worker: Worker,
-    lines: dict[int, dict[str, Any]],
-    seconds: float,
+    run: _Run, header: dict[str, Any], lines: dict[int, dict[str, Any]], seconds: float
 ) -> ConversionReport:
-    plan = conversion.plan
+    plan = run.conversion.plan
     indices = {plan.targets[index].shard.name: line["bad_rows"] for index, line in lines.items() if line["bad_rows"]}
     return ConversionReport(
         rows=sum(line["rows"] for line in lines.values()),
@@ -144,16 +139,17 @@ def _report(
         seconds=seconds,
         outputs=tuple(str(plan.targets[index].path) for index in lines),
         manifest=str(plan.manifest),
-        resumed_shards=0,
+        resumed_shards=run.resumed,
         aligner=header["aligner"],
         input=header["input"],
         dtype=plan.stored_dtype,
         calibration=header["calibration"],
         bad_rows=sum(map(len, indices.values())),
         bad_row_indices=indices,
-        worker=worker.rank,
-        workers=worker.world,
+        worker=run.worker.rank,
+        workers=run.worker.world,
         missing_shards=len(plan.targets) - len(lines),
+        missing_sums=run.missing_sums,
     )
 
 

@@ -41,10 +41,10 @@ class Plan:
 
         Only for shards that no living worker may be writing.
         """
-        names = {target.name for target in self.targets} if indices is None else set()
-        names |= {self.targets[index].name for index in indices or ()}
         if indices is None:
-            names.add(self.manifest.name)
+            names = {self.manifest.name, *(target.name for target in self.targets)}
+        else:
+            names = {self.targets[index].name for index in indices}
         for path in self.folder.glob(".*.tmp"):
             name, _, token = path.name[1:].removesuffix(".tmp").rpartition(".")
             if name in names and token:
