@@ -74,7 +74,7 @@ def verify_conversion(
 ) -> VerificationReport:
     """Check a finished conversion against its manifest, its input and its aligner.
 
-    Of every output file: size and SHA-256, rows, width and dtype. Of its rows: the stand-ins are made again by the code
+    Of every output file: rows, width, dtype, size and hash. Of its rows: the stand-ins are made again by the code
     that converts, in the same batches, and their bytes are compared.
 
     Args:
@@ -152,16 +152,15 @@ def _check_file(target: Target, stored_dtype: str, line: dict[str, Any]) -> None
             digest.update(block)
     shard = _opened(path)
     found = {
-        "bytes": path.stat().st_size,
-        "sha256": digest.hexdigest(),
-        "rows": shard.rows,
-        "width": shard.width,
-        "dtype": shard.stored_dtype,
+        "rows": (shard.rows, line.get("rows")),
+        "width": (shard.width, target.shard.width),
+        "dtype": (shard.stored_dtype, stored_dtype),
+        "bytes": (path.stat().st_size, line.get("bytes")),
+        "sha256": (digest.hexdigest(), line.get("sha256")),
     }
-    wanted = {**{key: line.get(key) for key in ("bytes", "sha256", "rows")}, "dtype": stored_dtype}
-    for key, value in {**wanted, "width": target.shard.width}.items():
-        if found[key] != value:
-            raise unusable(path, f"has {key} {found[key]}, it should be {value}", _REMEDY)
+    for key, (value, wanted) in found.items():
+        if value != wanted:
+            raise unusable(path, f"has {key} {value}, it should be {wanted}", _REMEDY)
 
 
 def _opened(path: Path) -> Shard:
