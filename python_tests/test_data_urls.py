@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import aniso_ext as aniso
 from aniso_ext.convert import convert_embeddings
 from aniso_ext.data import EmbeddingWriter, open_embeddings, read_metadata, write_clip_retrieval
 from aniso_ext.data import ranged as ranged_module
@@ -168,3 +170,34 @@ def test_conversion_reads_urls_and_file_urls(tmp_path: Path, url: str) -> None:
     report = convert_embeddings(aligner, f"{url}/in", f"file://{tmp_path}/out")
     assert report.outputs == tuple(str(tmp_path / "out" / f"part_{number}.npy") for number in range(3))
     assert np.array_equal(open_embeddings(tmp_path / "out").numpy(), aligner.transform(ROWS))
+
+
+def test_a_conversion_to_a_remote_place_resumes_and_ends_as_a_local_one(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is at its place after every shard; what runs is locked on this machine."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "in").mkdir()
+    rows = np.random.default_rng(0).standard_normal((3, 40, 4)).astype(np.float32)
+    for index, part in enumerate(rows):
+        np.save(tmp_path / "in" / f"part_{index}.npy", part)
+    aligner = aniso.make_aligner("mean_shift").fit(rows[0], rows[1])
+    convert_embeddings(aligner, tmp_path / "in", tmp_path / "out", batch_rows=16)
+
+    def stop_in_the_second_shard(done: int, total: int) -> None:
+        if done > 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_embeddings(aligner, tmp_path / "in", url, batch_rows=16, progress=stop_in_the_second_shard)
+    folder = to_location(url)
+    assert sorted(place.name for place in folder.iterdir()) == ["manifest.jsonl", "part_0.npy"]
+    assert len((folder / "manifest.jsonl").read_bytes().splitlines()) == 2
+    shutil.rmtree(tmp_path / "state")  # as on another machine
+    report = convert_embeddings(aligner, tmp_path / "in", url, batch_rows=16)
+    assert report.resumed_shards == 1
+    for place in (tmp_path / "out").iterdir():
+        assert (folder / place.name).read_bytes() == place.read_bytes()
+    assert len(list(folder.iterdir())) == 4
+    with pytest.raises(DataError, match="cannot be locked at a remote place: let workers share a local folder"):
+        convert_embeddings(aligner, tmp_path / "in", url, batch_rows=16, worker=(0, 2))

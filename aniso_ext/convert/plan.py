@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import escape
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from aniso_ext.data import EmbeddingSet, Shard
 from aniso_ext.data.clip_retrieval import METADATA, metadata_files
@@ -47,11 +47,33 @@ class Plan:
     stored_dtype: str
     metadata: tuple[tuple[Location, Location], ...] = ()
 
-    def remove_leftovers(self) -> None:
-        """Delete temporary files of a run that was killed; only the holder of the manifest's lock may do that."""
-        for place in (*(target.path for target in self.targets), *(copy for _, copy in self.metadata)):
-            for path in place.parent.glob(f".{escape(place.name)}.*.tmp"):
-                path.unlink(missing_ok=True)
+    @property
+    def ledger(self) -> Path:
+        """The local file that is locked and written while a conversion runs: the manifest itself, where it is local.
+
+        That of a remote output lies in a folder of the user's and is copied to its place at every change.
+        """
+        if isinstance(self.manifest, Path):
+            return self.manifest
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        key = hashlib.sha256(str(self.manifest).encode()).hexdigest()[:32]
+        return state / "aniso_ext" / "conversions" / key / self.manifest.name
+
+    def remove_leftovers(self, indices: Sequence[int] | None = None) -> None:
+        """Delete temporary files of killed runs: of some shards, or of all, the metadata and the manifest.
+
+        Only for shards that no living worker may be writing.
+        """
+        if indices is None:
+            places = {self.manifest, *(target.path for target in self.targets), *(copy for _, copy in self.metadata)}
+        else:
+            places = {self.targets[index].path for index in indices}
+        names = {(place.parent, place.name) for place in places}
+        for folder in {place.parent for place in places}:
+            for path in folder.glob(".*.tmp"):
+                name, _, token = path.name[1:].removesuffix(".tmp").rpartition(".")
+                if token and (folder, name) in names:
+                    path.unlink(missing_ok=True)
 
 
 def plan_outputs(
