@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ROW_MULTIPLE = 32
 """Products of fewer rows take other paths through their libraries, which round differently."""
+DEVICE_ROWS = 8192
+"""Rows of every product on a device, where libraries choose by the number of rows how to add, and so how to round."""
 
 
 class RowAligner(Protocol):
@@ -116,8 +118,14 @@ class TensorMap:
         return Mapped(result, found, magnitudes(result))
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows: a multiple of ROW_MULTIPLE."""
-        mapped = self._transformed(stored).to(self._stored).contiguous()
+        """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows.
+
+        A row's stand-in is the same to the bit in whatever batch it comes.
+        """
+        import torch
+
+        blocks = (self._transformed(_whole(block))[: len(block)] for block in stored.split(DEVICE_ROWS))
+        mapped = torch.cat([block.to(self._stored) for block in blocks])
         return mapped, _tensor_magnitudes(stored), _tensor_magnitudes(mapped)
 
     def is_finite(self, stored: np.ndarray) -> bool:
@@ -156,6 +164,14 @@ def padded(stored: np.ndarray) -> np.ndarray:
     """The rows, the last one repeated until ROW_MULTIPLE divides their number."""
     missing = -len(stored) % ROW_MULTIPLE
     return np.concatenate((stored, np.repeat(stored[-1:], missing, axis=0))) if missing else stored
+
+
+def _whole(block: torch.Tensor) -> torch.Tensor:
+    """DEVICE_ROWS rows: those of the block, the last one repeated."""
+    import torch
+
+    missing = DEVICE_ROWS - len(block)
+    return torch.cat((block, block[-1:].expand(missing, -1))) if missing else block
 
 
 def as_tensor(stored: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
