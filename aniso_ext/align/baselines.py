@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from aniso_ext.align.base import Aligner, Arrays, Fields
-from aniso_ext.align.moments import first_moments, full_moments, mean_of
+from aniso_ext.align.moments import first_moments, full_moments
 from aniso_ext.align.noise import row_choice, row_noise
 from aniso_ext.align.registry import register
 from aniso_ext.align.rows import Rows, normalize
@@ -130,7 +131,7 @@ class C3Code(Aligner):
         return {"source_mean": source_moments.mean, "target_mean": target_moments.mean}, summary
 
     def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+        return {"source_mean": source.mean()}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         centred = rows - self._constant("source_mean", rows)
@@ -151,7 +152,7 @@ class Unicorn(Aligner):
         return {"source_mean": source_moments.mean}, summary
 
     def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+        return {"source_mean": source.mean()}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         return rows - self._constant("source_mean", rows)
@@ -176,12 +177,12 @@ class ReAlign(Aligner):
             "target_mean": target_moments.mean,
             "scale": torch.tensor([scale], dtype=torch.float64),
         }
-        arrays["output_mean"] = mean_of(_anchor(batch, **arrays) for batch in source.exact_batches())
+        arrays["output_mean"] = source.mean(partial(_anchor, **arrays))
         return arrays, summary | {"trace_scale": scale}
 
     def _corpus_arrays(self, source: Rows) -> Arrays:
         constants = self._anchor_constants(torch.zeros((), dtype=torch.float64))
-        return {"output_mean": mean_of(_anchor(batch, **constants) for batch in source.exact_batches())}
+        return {"output_mean": source.mean(partial(_anchor, **constants))}
 
     def _check_arrays(self, arrays: Arrays) -> None:
         if float(arrays["scale"]) < 0:
@@ -320,12 +321,12 @@ class Permuted(Aligner):
         _, _, summary = first_moments(source, target)
         kept = min(int(self.kept_rows), target.count)
         chosen = np.sort(np.random.default_rng(self.seed).choice(target.count, kept, replace=False))
-        parts, start = [], 0
+        parts, start = [], target.share[0]
         for batch in target.batches():
             inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
             parts.append(batch[torch.from_numpy(inside).to(batch.device)].to(device="cpu", dtype=torch.float32))
             start += len(batch)
-        return {"target_rows": torch.cat(parts)}, summary | {"kept_target_rows": kept}
+        return {"target_rows": target.gathered(torch.cat(parts))}, summary | {"kept_target_rows": kept}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         chosen = row_choice(rows, self.seed, len(self.target_rows_))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aniso_ext.align.mixing import mixing_matrix
-from aniso_ext.align.moments import SideMoments, full_moments, mean_of
+from aniso_ext.align.moments import SideMoments, full_moments
 from aniso_ext.align.rows import Rows
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame
@@ -131,7 +131,7 @@ def radius_knots(rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: in
         coordinates = (batch + shift) @ basis
         squared = coordinates[:, 0::2] ** 2 + coordinates[:, 1::2] ** 2
         sketch.update((squared + RADIUS_EPS).sqrt().numpy())
-    return torch.from_numpy(sketch.knots(knots))
+    return torch.from_numpy(rows.merged(sketch).knots(knots))
 
 
 def limit_slope(source_knots: torch.Tensor, target_knots: torch.Tensor, limit: float) -> torch.Tensor:
@@ -174,6 +174,7 @@ def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame,
     subspace = fit_subspace(source_moments, target_moments, options.rank)
     origin = target_moments.mean if options.center else torch.zeros_like(target_moments.mean)
     basis, mixing_summary = mix(target, origin, subspace, options)
+    basis = target.agreed(basis)
     source_knots = radius_knots(source, target_moments.mean - source_moments.mean - origin, basis, options.knots)
     target_knots = radius_knots(target, -origin, basis, options.knots)
     if options.slope_limit is not None:
@@ -210,12 +211,14 @@ def calibrate(
     A step m_hat <- m_hat + mean(e) - m_t makes up for what the second normalisation moves. One pass for the mean, one
     for each step, and one more to ``measure`` the error that is left.
     """
-    bare = frame.with_output_mean(None)
-    output_mean = mean_of(correct(batch, bare) for batch in source.exact_batches())
+
+    def mean(frame: Frame) -> torch.Tensor:
+        return source.mean(lambda batch: correct(batch, frame))
+
+    output_mean = mean(frame.with_output_mean(None))
     errors = [float((output_mean - frame.target_mean).norm())]
     for step in range(iterations + int(measure)):
-        calibrated = frame.with_output_mean(output_mean)
-        offset = mean_of(correct(batch, calibrated) for batch in source.exact_batches()) - frame.target_mean
+        offset = mean(frame.with_output_mean(output_mean)) - frame.target_mean
         errors.append(float(offset.norm()))
         if step < iterations:
             output_mean = output_mean + offset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +31,12 @@ class SideMoments:
 
 def _side(rows: Rows, diagonal: bool) -> SideMoments:
     moments = Moments(rows.width, diagonal=diagonal)
-    seen = 0
+    seen = rows.share[0]
     for batch in rows.exact_batches():
         check_values(batch, rows.name, seen)
         moments.update(batch.numpy())
         seen += len(batch)
+    moments = rows.merged(moments)
     return SideMoments(
         mean=torch.from_numpy(moments.mean),
         std=torch.from_numpy(moments.std),
@@ -58,15 +58,6 @@ def first_moments(source: Rows, target: Rows) -> tuple[SideMoments, SideMoments,
 def full_moments(source: Rows, target: Rows) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
     """Means and covariances of both sides, and the summary entry |m_s - m_t|; memory O(D^2)."""
     return _both(source, target, diagonal=False)
-
-
-def mean_of(batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Mean [D] of the rows of float64 batches."""
-    total, count = torch.zeros(()), 0
-    for batch in batches:
-        total = total + batch.sum(dim=0)
-        count += len(batch)
-    return total / count
 
 
 def check_values(batch: torch.Tensor, name: str, first_row: int) -> None:

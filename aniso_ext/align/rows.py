@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
+from aniso_ext.align.processes import gather, gather_states, world
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
     from aniso_ext.data import EmbeddingSet
+    from aniso_ext.stats import Moments, PhaseMoments, RadiusSketch
 
+    Accumulator = TypeVar("Accumulator", Moments, PhaseMoments, RadiusSketch)
     Embeddings: TypeAlias = np.ndarray | torch.Tensor | str | PathLike[str] | EmbeddingSet
 
 BATCH_ROWS = 8192
@@ -28,26 +31,94 @@ _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Rows:
-    """A named set of ``count`` rows of one ``width`` that can be streamed any number of times, in order."""
+    """A named set of ``count`` rows of one ``width`` that can be streamed any number of times, in order.
+
+    Shared rows are streamed by all processes of torch.distributed together: each gets a contiguous share of them, and
+    what it has found there is merged with what the others found, in order of rank, so that all hold the same.
+    """
 
     name: str
     count: int
     width: int
-    _batches: Callable[[int], Iterator[torch.Tensor]]
+    _batches: Callable[[int, int, int], Iterator[torch.Tensor]]
+    """Called with the first row, the last + 1 and the most rows of a batch."""
     _fingerprint: Callable[[], str]
+    processes: tuple[int, int] = (0, 1)
+    """Rank of this process, and how many share the rows."""
+
+    def shared(self) -> Rows:
+        """These rows, shared among all processes.
+
+        Raises:
+            InputError: there are more processes than rows.
+        """
+        processes = world()
+        if processes[1] > self.count:
+            raise InputError(f"{self.name} has {self.count} rows for {processes[1]} processes: start fewer of them")
+        return replace(self, processes=processes)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """First and last + 1 of the rows that this process streams."""
+        rank, processes = self.processes
+        return rank * self.count // processes, (rank + 1) * self.count // processes
 
     def batches(self, batch_rows: int = BATCH_ROWS) -> Iterator[torch.Tensor]:
-        """[n, D] batches in the stored dtype and on the stored device; n is at most ``batch_rows``."""
-        return self._batches(batch_rows)
+        """[n, D] batches of this process's share, as stored (dtype and device); n is at most ``batch_rows``."""
+        return self._batches(*self.share, batch_rows)
 
     def exact_batches(self) -> Iterator[torch.Tensor]:
         """The batches in float64 on the CPU, the form in which everything is fitted."""
-        for batch in self._batches(BATCH_ROWS):
+        for batch in self.batches():
             yield batch.to(device="cpu", dtype=torch.float64)
+
+    def mean(self, function: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Mean [D] over all rows of what ``function`` makes of them, batch by float64 batch; of themselves if None."""
+        batches = self.exact_batches()
+        total, count = sum_of(batches if function is None else map(function, batches))
+        return self.total(total) / self.total(torch.tensor(count))
+
+    def merged(self, own: Accumulator) -> Accumulator:
+        """An accumulator of everything that those of all processes have seen; ``own`` if there is one process."""
+        if self.processes[1] == 1:
+            return own
+        total: Accumulator | None = None
+        for state in gather_states(own.state_dict()):
+            found: Accumulator = type(own).from_state_dict(state)
+            total = found if total is None else total.merge(found)
+        assert total is not None
+        return total
+
+    def gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows [n, ...] that all processes have picked from their shares, in the order of the set."""
+        return own if self.processes[1] == 1 else torch.cat(gather(own))
+
+    def total(self, own: torch.Tensor) -> torch.Tensor:
+        """Sum of the tensors of all processes."""
+        return own if self.processes[1] == 1 else torch.stack(gather(own[None])).sum(dim=0)[0]
+
+    def agreed(self, own: torch.Tensor) -> torch.Tensor:
+        """The tensor of process 0; what all compute alike may differ in the last bit from machine to machine."""
+        return own if self.processes[1] == 1 else gather(own if self.processes[0] == 0 else own[:0])[0]
 
     def fingerprint(self) -> str:
         """Cheap hash of the content, from the shape and a sample of the rows."""
         return self._fingerprint()
+
+
+def sum_of(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Sum [D] of the rows of batches, and their number."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        total = total + batch.sum(dim=0)
+        count += len(batch)
+    return total, count
+
+
+def mean_of(batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Mean [D] of the rows of float64 batches."""
+    total, count = sum_of(batches)
+    return total / count
 
 
 def normalize(rows: torch.Tensor) -> torch.Tensor:
@@ -102,9 +173,9 @@ def _from_array(array: np.ndarray, name: str) -> Rows:
     if array.dtype not in _NUMPY_DTYPES or not array.dtype.isnative:
         raise InputError(f"{name} is {array.dtype.str}: convert it to float16, float32 or float64 in native byte order")
 
-    def batches(batch_rows: int) -> Iterator[torch.Tensor]:
-        for start in range(0, len(array), batch_rows):
-            yield as_tensor(array[start : start + batch_rows])
+    def batches(first: int, last: int, batch_rows: int) -> Iterator[torch.Tensor]:
+        for start in range(first, last, batch_rows):
+            yield as_tensor(array[start : min(start + batch_rows, last)])
 
     return Rows(name, array.shape[0], array.shape[1], batches, lambda: _hash(array))
 
@@ -115,15 +186,16 @@ def _from_tensor(tensor: torch.Tensor, name: str) -> Rows:
     if tensor.dtype not in _TORCH_DTYPES:
         raise InputError(f"{name} is {tensor.dtype}: convert it to float16, bfloat16, float32 or float64")
 
-    def batches(batch_rows: int) -> Iterator[torch.Tensor]:
-        yield from tensor.split(batch_rows)
+    def batches(first: int, last: int, batch_rows: int) -> Iterator[torch.Tensor]:
+        yield from tensor[first:last].split(batch_rows)
 
     return Rows(name, tensor.shape[0], tensor.shape[1], batches, lambda: _hash(tensor))
 
 
 def _from_set(embeddings: EmbeddingSet, name: str) -> Rows:
-    def batches(batch_rows: int) -> Iterator[torch.Tensor]:
-        for batch in embeddings.iter_batches(batch_rows):
+    def batches(first: int, last: int, batch_rows: int) -> Iterator[torch.Tensor]:
+        part = () if (first, last) == (0, embeddings.rows) else (first, last)
+        for batch in embeddings.iter_batches(batch_rows, *part):
             yield as_tensor(batch)
 
     return Rows(name, embeddings.rows, embeddings.width, batches, embeddings.fingerprint)
