@@ -36,6 +36,7 @@ class FrameOptions:
     seed: int
     center: bool = False
     slope_limit: float | None = SLOPE_LIMIT
+    device: torch.device | str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,17 @@ def complement_scale(source: SideMoments, target: SideMoments, basis: torch.Tens
     return ratio.clamp(*RATIO_LIMITS) if complement == "diagonal_projected" else ratio
 
 
-def radius_knots(rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: int) -> torch.Tensor:
-    """K quantiles of the block radii of the rows plus ``shift``, [M, K], streamed (METHOD D9)."""
+def radius_knots(
+    rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """K quantiles of the block radii of the rows plus ``shift``, [M, K], streamed, products on ``device`` (D9)."""
+    place = torch.device("cpu" if device is None else device)
+    shift, basis = shift.to(place), basis.to(place)
     sketch = RadiusSketch(basis.shape[1] // 2)
-    for batch in rows.exact_batches():
+    for batch in rows.exact_batches(place):
         coordinates = (batch + shift) @ basis
         squared = coordinates[:, 0::2] ** 2 + coordinates[:, 1::2] ** 2
-        sketch.update((squared + RADIUS_EPS).sqrt().numpy())
+        sketch.update((squared + RADIUS_EPS).sqrt().cpu().numpy())
     return torch.from_numpy(rows.merged(sketch).knots(knots))
 
 
@@ -170,13 +175,14 @@ def mix(
 
 def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame, dict[str, Any]]:
     """An uncalibrated frame in float64 and the numbers of the fit; two passes over each side."""
-    source_moments, target_moments, summary = full_moments(source, target)
+    source_moments, target_moments, summary = full_moments(source, target, options.device)
     subspace = fit_subspace(source_moments, target_moments, options.rank)
     origin = target_moments.mean if options.center else torch.zeros_like(target_moments.mean)
     basis, mixing_summary = mix(target, origin, subspace, options)
     basis = target.agreed(basis)
-    source_knots = radius_knots(source, target_moments.mean - source_moments.mean - origin, basis, options.knots)
-    target_knots = radius_knots(target, -origin, basis, options.knots)
+    shift = target_moments.mean - source_moments.mean - origin
+    source_knots = radius_knots(source, shift, basis, options.knots, options.device)
+    target_knots = radius_knots(target, -origin, basis, options.knots, options.device)
     if options.slope_limit is not None:
         target_knots = limit_slope(source_knots, target_knots, options.slope_limit)
     frame = Frame(

@@ -67,10 +67,10 @@ class Rows:
         """[n, D] batches of this process's share, as stored (dtype and device); n is at most ``batch_rows``."""
         return self._batches(*self.share, batch_rows)
 
-    def exact_batches(self) -> Iterator[torch.Tensor]:
-        """The batches in float64 on the CPU, the form in which everything is fitted."""
+    def exact_batches(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+        """The batches in float64, the form in which everything is fitted."""
         for batch in self.batches():
-            yield batch.to(device="cpu", dtype=torch.float64)
+            yield batch.to(device).to(torch.float64)
 
     def mean(self, function: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Mean [D] over all rows of what ``function`` makes of them, batch by float64 batch; of themselves if None."""
