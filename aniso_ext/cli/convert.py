@@ -42,6 +42,15 @@ def convert(
         Literal["float16", "float32", "float64"] | None,
         typer.Option("--dtype", help="Number format of the output.", show_default="that of the input"),
     ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            "--worker",
+            metavar="N/M",
+            help="Convert as worker N (from 0) of M that share the conversion.",
+            show_default="from torchrun or Slurm, else alone",
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Result:
@@ -56,8 +65,9 @@ def convert(
       aniso convert --aligner aligner --input text_emb --output stand_ins --calibration corpus --on-existing overwrite
     """
     from aniso_ext.align import load_aligner
-    from aniso_ext.convert import convert_embeddings
+    from aniso_ext.convert import convert_embeddings, parse_worker, worker_from_environment
 
+    me = worker_from_environment() if worker is None else parse_worker(worker)
     model = load_aligner(aligner)
     with progress_bar("converting") as update:
         report = convert_embeddings(
@@ -69,6 +79,7 @@ def convert(
             on_existing=on_existing,
             on_bad=on_bad,
             dtype=dtype,
+            worker=me,
             progress=update,
         )
     data = {"command": "convert", "method": model.method, "aligner_path": str(aligner), **report.to_dict()}

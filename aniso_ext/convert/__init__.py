@@ -3,5 +3,13 @@
 from aniso_ext.convert.pipeline import convert_embeddings
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
+from aniso_ext.convert.workers import Worker, parse_worker, worker_from_environment
 
-__all__ = ["ConversionReport", "RowAligner", "convert_embeddings"]
+__all__ = [
+    "ConversionReport",
+    "RowAligner",
+    "Worker",
+    "convert_embeddings",
+    "parse_worker",
+    "worker_from_environment",
+]
