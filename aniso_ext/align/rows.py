@@ -194,8 +194,9 @@ def _from_tensor(tensor: torch.Tensor, name: str) -> Rows:
 
 def _from_set(embeddings: EmbeddingSet, name: str) -> Rows:
     def batches(first: int, last: int, batch_rows: int) -> Iterator[torch.Tensor]:
-        part = () if (first, last) == (0, embeddings.rows) else (first, last)
-        for batch in embeddings.iter_batches(batch_rows, *part):
+        whole = (first, last) == (0, embeddings.rows)
+        found = embeddings.iter_batches(batch_rows) if whole else embeddings.iter_range(first, last, batch_rows)
+        for batch in found:
             yield as_tensor(batch)
 
     return Rows(name, embeddings.rows, embeddings.width, batches, embeddings.fingerprint)

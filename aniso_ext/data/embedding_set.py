@@ -105,15 +105,22 @@ class EmbeddingSet:
     def __repr__(self) -> str:
         return f"EmbeddingSet(rows={self.rows}, width={self.width}, {self.stored_dtype}, shards={len(self.shards)})"
 
-    def iter_batches(self, batch_rows: int = 8192, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
-        """Rows first..last (all of them) in order, [n, D], n at most ``batch_rows``; a batch never spans two shards.
+    def iter_batches(self, batch_rows: int = 8192) -> Iterator[np.ndarray]:
+        """All rows in order, [n, D] with n at most ``batch_rows``; a batch never spans two shards.
 
         Every batch is a fresh writable C-ordered array; memory is one batch.
         """
         if isinstance(batch_rows, bool) or not isinstance(batch_rows, (int, np.integer)) or batch_rows < 1:
             raise InputError(f"batch_rows must be a positive integer, got {batch_rows!r}")
-        for shard, start, stop in self._pieces(first, self.rows if last is None else last):
-            yield from shard.batches(start, stop, int(batch_rows))
+        yield from self.iter_range(0, self.rows, int(batch_rows))
+
+    def iter_range(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Rows start..stop in order, as :meth:`iter_batches` gives all."""
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            offset = int(end) - shard.rows
+            first, last = max(start - offset, 0), min(stop - offset, shard.rows)
+            if first < last:
+                yield from shard.batches(first, last, batch_rows)
 
     def read(self, rows: Any) -> np.ndarray:
         """A copy of chosen rows, [n, D].
@@ -149,19 +156,10 @@ class EmbeddingSet:
     def _read_range(self, start: int, stop: int) -> np.ndarray:
         result = np.empty((stop - start, self.width), self.dtype)
         done = 0
-        for shard, first, last in self._pieces(start, stop):
-            for batch in shard.batches(first, last, max(1, (8 << 20) // (8 * self.width))):
-                result[done : done + len(batch)] = batch
-                done += len(batch)
+        for batch in self.iter_range(start, stop, max(1, (8 << 20) // (8 * self.width))):
+            result[done : done + len(batch)] = batch
+            done += len(batch)
         return result
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
-        """What rows start..stop are in each shard that has any of them."""
-        for shard, end in zip(self.shards, self._ends, strict=True):
-            offset = int(end) - shard.rows
-            first, last = max(start - offset, 0), min(stop - offset, shard.rows)
-            if first < last:
-                yield shard, first, last
 
     def _indices(self, rows: Any) -> np.ndarray:
         indices = np.asarray(rows)
