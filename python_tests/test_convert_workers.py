@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ from test_convert_embeddings import Affine, contents, make_input
 from aniso_ext.convert import Worker, convert_embeddings, parse_worker, worker_from_environment
 from aniso_ext.convert.workers import shares
 from aniso_ext.errors import DataError, InputError
-
-HERE = Path(__file__).parent
 
 
 def convert(folder: Path, output: Path, worker: tuple[int, int] = (0, 1), aligner: Any = None, **options: Any) -> Any:
@@ -187,85 +182,3 @@ def test_temporary_files_are_removed_only_where_nobody_can_be_writing(tmp_path: 
     convert(tmp_path / "in", tmp_path / "out")
     assert not any((tmp_path / "out" / name).exists() for name in names)
     assert all((tmp_path / "out" / name).exists() for name in foreign)
-
-
-# Deaths: a process that performs its n-th durable step, or dies just before it.
-
-DURABLE = """
-import os, sys, itertools
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_convert_embeddings import Affine, contents
-from aniso_ext.convert import convert_embeddings
-
-STEPS = ("replace", "rename", "fsync", "pwrite", "link", "unlink", "rmdir", "ftruncate", "truncate", "mkdir")
-
-def die_at(step, after):
-    done = itertools.count(1)
-    for name in STEPS:
-        def call(*arguments, perform=getattr(os, name), **options):
-            number = next(done)
-            if number == step and not after:
-                os._exit(9)
-            try:
-                return perform(*arguments, **options)
-            finally:
-                if number == step:
-                    os._exit(9)
-        setattr(os, name, call)
-
-def run(output, worker, step=None, after=False):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if step is not None:
-                die_at(step, after)
-            convert_embeddings(Affine(), sys.argv[2], output, batch_rows=4, worker=worker)
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-root, want = Path(sys.argv[3]), contents(Path(sys.argv[4]))
-plans = {
-    "alone": ([], (0, 1), [(0, 1)]),
-    "first of two": ([], (0, 2), [(1, 2), (0, 2)]),
-    "second of two": ([(0, 2)], (1, 2), [(1, 2)]),
-    "other number": ([(1, 2)], (0, 2), [(1, 3), (0, 3), (2, 3)]),
-    "then alone": ([(2, 3)], (0, 3), [(0, 1)]),
-}
-for name, (before, killed, after_it) in plans.items():
-    for after in (False, True):
-        for step in itertools.count(1):
-            output = root / f"{name} {step} {after}"
-            for worker in before:
-                assert run(output, worker) == 0, (name, step, worker)
-            code = run(output, killed, step, after)
-            if code == 0:
-                break
-            assert code == 9, (name, step, code)
-            for worker in after_it:
-                assert run(output, worker) == 0, (name, step, after, worker)
-            assert contents(output) == want, (name, step, after)
-        print(name, step - 1)
-"""
-
-
-def test_death_at_any_durable_step_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    make_input(tmp_path / "in")
-    convert(tmp_path / "in", tmp_path / "whole")
-    arguments = [str(HERE), str(tmp_path / "in"), str(tmp_path / "runs"), str(tmp_path / "whole")]
-    (tmp_path / "runs").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", DURABLE, *arguments],
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-    assert done.returncode == 0, done.stderr
-    steps = [int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()]
-    assert len(steps) == 10
-    assert steps[::2] == steps[1::2], done.stdout
-    assert min(steps) >= 5, done.stdout  # one shard alone: two flushes and a rename, then two of its line

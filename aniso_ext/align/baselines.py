@@ -130,8 +130,15 @@ class C3Code(Aligner):
         source_moments, target_moments, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean, "target_mean": target_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": source.mean()}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         centred = rows - self._constant("source_mean", rows)
@@ -151,8 +158,15 @@ class Unicorn(Aligner):
         source_moments, _, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": source.mean()}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         return rows - self._constant("source_mean", rows)
@@ -180,9 +194,16 @@ class ReAlign(Aligner):
         arrays["output_mean"] = source.mean(partial(_anchor, **arrays))
         return arrays, summary | {"trace_scale": scale}
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        constants = self._anchor_constants(torch.zeros((), dtype=torch.float64))
-        return {"output_mean": source.mean(partial(_anchor, **constants))}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        exact = batch.to(torch.float64)
+        return _anchor(exact, **self._anchor_constants(exact)).sum(dim=0)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"output_mean": mean}
 
     def _check_arrays(self, arrays: Arrays) -> None:
         if float(arrays["scale"]) < 0:

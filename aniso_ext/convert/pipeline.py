@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aniso_ext.convert.conversion import Conversion, Machine, check_choice, prepare
+from aniso_ext.convert.corpus import CorpusCalibration
 from aniso_ext.convert.manifest import Manifest
 from aniso_ext.convert.report import ConversionReport
-from aniso_ext.convert.rows import UsableRows
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.workers import Worker
 from aniso_ext.errors import InputError, StoppedError
@@ -33,6 +33,7 @@ def convert_embeddings(
     kind: str | None = None,
     column: str | None = None,
     worker: Worker | tuple[int, int] | None = None,
+    wait: bool = False,
     stop: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -53,13 +54,16 @@ def convert_embeddings(
         batch_rows: rows per batch, by default 8192; part of the manifest, because results may depend on it in the last
             bit.
         calibration: ``fitted`` (one pass) or ``corpus`` (first takes the corpus mean from the input; METHOD D17). A
-            resumed corpus run must arrive at the same aligner.
+            resumed corpus run takes over the sums of the shards that were read, and must arrive at the same aligner.
         on_existing: ``resume`` an earlier run of the same conversion, ``overwrite`` it, or ``fail``.
         on_bad: ``fail`` at the first row that is zero or not finite, ``drop`` such rows, or write ``zero`` rows.
         dtype: stored dtype of the output; by default that of the input. With a wider one, rows are mapped in it.
         worker: (rank, number of workers) of this process; by default it is alone. Workers can only resume.
+        wait: with a corpus calibration, wait for the sums of other workers; by default the worker ends where it needs
+            them (``missing_sums`` of the report) and goes on when it is called again.
         stop: asked before each shard; once it says True, the run ends with :class:`StoppedError`.
-        progress: called with (rows done, rows of this worker) after each batch.
+        progress: called with (rows done, rows of this worker) after each batch; a corpus calibration reads rows more
+            than once and counts them each time.
 
     Returns:
         A :class:`ConversionReport`; where other workers have shards left, of the shards that are finished.
@@ -101,9 +105,10 @@ def convert_embeddings(
     header = conversion.header()
     with Manifest(conversion.plan, header, on_existing, me) as manifest:
         run = _Run(conversion, manifest, me, stop or _never, progress)
-        run.execute(header["aligner"])
+        run.execute(wait)
         lines = manifest.finished()
-    return _report(conversion, header, me, lines, run.resumed, time.perf_counter() - started)
+    report = _report(conversion, header, me, lines, time.perf_counter() - started)
+    return replace(report, resumed_shards=run.resumed, missing_sums=run.missing_sums)
 
 
 def _never() -> bool:
@@ -115,7 +120,6 @@ def _report(
     header: dict[str, Any],
     worker: Worker,
     lines: dict[int, dict[str, Any]],
-    resumed: int,
     seconds: float,
 ) -> ConversionReport:
     plan = conversion.plan
@@ -127,7 +131,7 @@ def _report(
         seconds=seconds,
         outputs=tuple(str(plan.targets[index].path) for index in lines),
         manifest=str(plan.manifest),
-        resumed_shards=resumed,
+        resumed_shards=0,
         aligner=header["aligner"],
         input=header["input"],
         dtype=plan.stored_dtype,
@@ -150,32 +154,38 @@ class _Run:
     stop: Callable[[], bool]
     progress: Progress | None
     resumed: int = field(default=0, init=False)
+    missing_sums: int = field(default=0, init=False)
     done: int = field(default=0, init=False)
     total: int = field(default=0, init=False)
 
-    def execute(self, fingerprint: str) -> None:
-        rows = self.conversion.shard_rows()
+    def execute(self, wait: bool) -> None:
+        conversion, rows = self.conversion, self.conversion.shard_rows()
         finished = self.manifest.finished()
         own = self.worker.share(rows)
         left = [index for index in own if index not in finished]
         self.resumed = len(own) - len(left)
-        if not left:
-            return
-        calibrated = self._calibrated()
-        self.manifest.start(calibrated.fingerprint())
-        converter = self.conversion.converter(calibrated)
         self.total = sum(rows[index] for index in own)
-        self._advance(self.total - sum(rows[index] for index in left))
+        if len(finished) == len(rows):
+            return
+        aligner: RowAligner | None = conversion.aligner
+        if conversion.calibration == "corpus":
+            calibration = CorpusCalibration(conversion, self.manifest, own, self._check_stop, self._advance)
+            self.total *= 1 + calibration.passes
+            aligner = calibration.run(wait and bool(left))
+            self.missing_sums = calibration.missing_sums
+        if aligner is None or not left:
+            return
+        self.manifest.start(aligner.fingerprint())
+        self._advance(sum(rows[index] for index in own if index in finished))
+        self._convert(aligner, left, len(own))
+
+    def _convert(self, aligner: RowAligner, left: list[int], shards: int) -> None:
+        converter = self.conversion.converter(aligner)
+        fingerprint = self.conversion.aligner.fingerprint()
         for number, index in enumerate(left):
-            self._check_stop(self.resumed + number, len(own))
+            self._check_stop(shards - len(left) + number, shards)
             line = converter.convert(self.conversion.plan.targets[index], self._advance)
             self.manifest.add(index, {**line, "aligner": fingerprint})
-
-    def _calibrated(self) -> RowAligner:
-        conversion = self.conversion
-        if conversion.calibration == "fitted":
-            return conversion.aligner
-        return conversion.aligner.calibrated(UsableRows(conversion.embeddings, conversion.on_bad), calibration="corpus")
 
     def _check_stop(self, finished: int, shards: int) -> None:
         if self.stop():

@@ -24,7 +24,9 @@ class ConversionReport:
         bad_rows: number of input rows that were dropped or zeroed.
         bad_row_indices: their indices within each input shard, by shard name; only shards that have any.
         worker, workers: rank of this process and number of workers.
-        missing_shards: shards that other workers have not finished yet.
+        missing_shards: shards that are not finished yet.
+        missing_sums: shards whose sums for the corpus calibration other workers have yet to take; the worker has then
+            converted nothing, and goes on when it is called again.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class ConversionReport:
     worker: int = 0
     workers: int = 1
     missing_shards: int = 0
+    missing_sums: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
