@@ -166,3 +166,25 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     path = write(tmp_path / "x.npy", [ROWS])
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix, dtype", [(".npy", "float16"), (".parquet", "float32"), (".safetensors", "bfloat16")])
+def test_stored_batches_copy_a_file_through_one_buffer(tmp_path: Path, suffix: str, dtype: str) -> None:
+    path = write(tmp_path / f"x{suffix}", [ROWS], dtype=dtype)
+    shard = open_embeddings(path).shards[0]
+    buffer = np.empty((5, 4), np.uint16 if dtype == "bfloat16" else dtype)
+    copy = tmp_path / f"copy{suffix}"
+    with EmbeddingWriter(copy, dtype=dtype, width=4) as writer:
+        for batch in shard.stored_batches(0, 23, 5, lambda: buffer):
+            assert suffix == ".parquet" or np.shares_memory(batch, buffer)
+            writer.write_stored(batch)
+            writer.sync()
+            batch[:] = 0
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_stored_rows_must_be_as_they_are_stored(tmp_path: Path) -> None:
+    with EmbeddingWriter(tmp_path / "x.safetensors", dtype="bfloat16", width=4) as writer:
+        with pytest.raises(InputError, match=r"needs \[n, 4\] rows of uint16, got float32 \[23, 4\]"):
+            writer.write_stored(ROWS)
+        writer.write(ROWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from aniso_ext.data.dtypes import array_dtype, item_bytes, widen_bfloat16
+from aniso_ext.data.dtypes import array_dtype, file_dtype, item_bytes, round_to_bfloat16, widen_bfloat16
 from aniso_ext.errors import DataError
 
 SAMPLED_ROWS = 256
@@ -53,6 +53,17 @@ class Shard:
     def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Rows start..stop in order as writable C-ordered arrays of at most ``batch_rows`` rows."""
         raise NotImplementedError
+
+    def stored_batches(
+        self, start: int, stop: int, batch_rows: int, memory: Callable[[], np.ndarray] | None = None
+    ) -> Iterator[np.ndarray]:
+        """What :meth:`batches` gives, as it is in the file: bfloat16 as bit patterns, uint16.
+
+        ``memory()`` hands out a C-ordered array [batch_rows or more, width] for the next batch, which is then a view of
+        its first rows. A format whose reader brings its own memory does not ask.
+        """
+        for batch in self.batches(start, stop, batch_rows):
+            yield round_to_bfloat16(batch) if self.stored_dtype == "bfloat16" else batch
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The rows at ascending or unordered non-negative indices, [len(rows), width]."""
@@ -96,10 +107,6 @@ class RawShard(Shard):
     offset: int
     fortran_order: bool = False
 
-    @property
-    def _file_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.stored_dtype == "bfloat16" else self.stored_dtype)
-
     def _hand_out(self, stored: np.ndarray) -> np.ndarray:
         return widen_bfloat16(stored) if self.stored_dtype == "bfloat16" else stored
 
@@ -108,23 +115,31 @@ class RawShard(Shard):
         order: Literal["C", "F"] = "F" if self.fortran_order else "C"
         shape = (self.rows, self.width)
         try:
-            return np.memmap(self.path, self._file_dtype, mode="r", offset=self.offset, shape=shape, order=order)
+            return np.memmap(
+                self.path, file_dtype(self.stored_dtype), mode="r", offset=self.offset, shape=shape, order=order
+            )
         except (OSError, ValueError) as error:
             raise unusable(self.path, f"cannot be mapped ({error})", "check the file and its permissions") from None
 
     def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        for stored in self.stored_batches(start, stop, batch_rows):
+            yield self._hand_out(stored)
+
+    def stored_batches(
+        self, start: int, stop: int, batch_rows: int, memory: Callable[[], np.ndarray] | None = None
+    ) -> Iterator[np.ndarray]:
         if self.fortran_order:
             for first in range(start, stop, batch_rows):
-                rows = np.array(self._map()[first : min(first + batch_rows, stop)], order="C")
-                yield self._hand_out(rows)
+                yield np.array(self._map()[first : min(first + batch_rows, stop)], order="C")
             return
+        dtype = file_dtype(self.stored_dtype)
         with self._opened() as file:
-            row_bytes = self.width * self._file_dtype.itemsize
-            file.seek(self.offset + start * row_bytes)
+            file.seek(self.offset + start * self.width * dtype.itemsize)
             for first in range(start, stop, batch_rows):
-                rows = np.empty((min(batch_rows, stop - first), self.width), self._file_dtype)
+                count = min(batch_rows, stop - first)
+                rows = np.empty((count, self.width), dtype) if memory is None else memory()[:count]
                 self._fill(file, rows)
-                yield self._hand_out(rows)
+                yield rows
 
     def _opened(self) -> FileIO:
         assert self.path is not None

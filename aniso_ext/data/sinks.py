@@ -22,7 +22,7 @@ _SAFETENSORS_HEADER = 248
 
 
 class Sink(Protocol):
-    """Writes one file format into a temporary file."""
+    """Writes one file format into a temporary file; keeps no rows that it was given."""
 
     def write(self, rows: np.ndarray) -> None: ...
 
@@ -95,36 +95,38 @@ class _ParquetSink:
         self._width = width
         self._schema = pa.schema([pa.field(COLUMN, pa.list_(pa.field("item", element, False), width), False)])
         self._group_rows = max(1, _ROW_GROUP_BYTES // (width * item_bytes(stored_dtype)))
-        self._pending: list[np.ndarray] = []
-        self._pending_rows = 0
+        self._group = np.empty((0, width), stored_dtype)
+        self._filled = 0
         self._writer = pq.ParquetWriter(
             path, self._schema, compression="none", use_dictionary=False, write_statistics=False
         )
 
     def write(self, rows: np.ndarray) -> None:
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        if self._pending_rows >= self._group_rows:
-            self._flush(whole_groups_only=True)
+        done = 0
+        while done < len(rows):
+            if not len(self._group):
+                self._group = np.empty((self._group_rows, self._width), self._group.dtype)
+            part = rows[done : done + self._group_rows - self._filled]
+            self._group[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            done += len(part)
+            if self._filled == self._group_rows:
+                self._flush()
 
-    def _flush(self, *, whole_groups_only: bool) -> None:
+    def _flush(self) -> None:
         import pyarrow as pa
 
-        rows = np.concatenate(self._pending)
-        stop = len(rows) // self._group_rows * self._group_rows if whole_groups_only else len(rows)
-        for first in range(0, stop, self._group_rows):
-            part = rows[first : min(first + self._group_rows, stop)]
-            lists = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), type=self._schema.field(0).type)
-            self._writer.write_table(pa.Table.from_arrays([lists], schema=self._schema), row_group_size=len(part))
-        self._pending, self._pending_rows = [rows[stop:].copy()], len(rows) - stop
+        values = pa.array(self._group[: self._filled].reshape(-1))
+        lists = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field(0).type)
+        self._writer.write_table(pa.Table.from_arrays([lists], schema=self._schema), row_group_size=self._filled)
+        self._filled = 0
 
     def finish(self, rows: int) -> None:
-        if self._pending_rows:
-            self._flush(whole_groups_only=False)
+        if self._filled:
+            self._flush()
         self._writer.close()
 
     def discard(self) -> None:
-        self._pending = []
         with suppress(OSError):  # closing writes a footer, which a full disk refuses
             self._writer.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aniso_ext.data.dtypes import round_to_bfloat16, stored_name
+from aniso_ext.data.dtypes import file_dtype, round_to_bfloat16, stored_name
 from aniso_ext.data.folder import FORMATS, format_of
 from aniso_ext.data.shards import unusable
 from aniso_ext.data.sinks import SINKS, Sink
@@ -86,18 +86,42 @@ class EmbeddingWriter:
             raise InputError(f"{self.path}: needs floating [n, {wanted}] rows, got {batch.dtype} {list(batch.shape)}")
         if len(batch) == 0:
             return
+        self.width = batch.shape[1]
+        self.stored_dtype = self.stored_dtype or stored_name(batch.dtype)
+        self._check_dtype()
+        self.write_stored(self._stored(batch))
+
+    def write_stored(self, rows: np.ndarray) -> None:
+        """Append C-ordered rows that are in the stored dtype already, bfloat16 as bit patterns (uint16).
+
+        Needs ``dtype`` and ``width``; no value is looked at. The memory of the rows may be used again afterwards.
+        """
+        assert self.width is not None and self.stored_dtype is not None
+        if rows.ndim != 2 or rows.shape[1] != self.width or rows.dtype != file_dtype(self.stored_dtype):
+            wanted = f"[n, {self.width}] rows of {file_dtype(self.stored_dtype)}"
+            raise InputError(f"{self.path}: needs {wanted}, got {rows.dtype} {list(rows.shape)}")
+        if len(rows) == 0:
+            return
         if self._sink is None:
-            self.width = batch.shape[1]
-            self.stored_dtype = self.stored_dtype or stored_name(batch.dtype)
-            self._check_dtype()
             self._open()
         assert self._sink is not None
-        rows = self._stored(batch)
         try:
             self._sink.write(rows)
         except OSError as error:
             raise self._unwritable(error) from None
-        self.rows += len(batch)
+        self.rows += len(rows)
+
+    def sync(self) -> None:
+        """Bring to disk what was written so far, so that little is left for :meth:`close`.
+
+        May run in another thread than :meth:`write`, but not beside :meth:`close` or :meth:`abort`.
+        """
+        if self._temporary is None:
+            return
+        try:
+            _sync(self._temporary)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def close(self) -> None:
         """Finish the file and put it in place; a second call does nothing."""
@@ -160,7 +184,7 @@ class EmbeddingWriter:
         overflown = ~finite & np.isfinite(batch)
         if overflown.any():
             row = self.rows + int(np.flatnonzero(overflown.any(axis=1))[0])
-            raise unusable(self.path, f"row {row} overflows {self.stored_dtype}", "store a wider dtype")
+            raise overflow_error(self.path, row, self.stored_dtype)
         return stored
 
     def _check_free(self) -> None:
@@ -175,6 +199,11 @@ class EmbeddingWriter:
 
     def _unwritable(self, error: OSError) -> DataError:
         return unusable(self.path, f"cannot be written ({error.strerror or error})", "check the space and permissions")
+
+
+def overflow_error(path: Path, row: int, stored_dtype: str | None) -> DataError:
+    """The error of a finite row that does not fit the stored dtype."""
+    return unusable(path, f"row {row} overflows {stored_dtype}", "store a wider dtype")
 
 
 def temporary_name(name: str) -> str:
