@@ -14,7 +14,7 @@ import numpy as np
 
 from aniso_ext.convert.conversion import Conversion
 from aniso_ext.convert.manifest import Manifest
-from aniso_ext.convert.rows import UsableRows, bad_rows, refuse_bad
+from aniso_ext.convert.rows import UsableRows, bad_indices, magnitudes, refuse_bad
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.data import Shard
 from aniso_ext.data.dtypes import array_dtype
@@ -109,9 +109,10 @@ class CorpusCalibration:
         dtype = np.promote_types(shard.dtype, array_dtype(conversion.plan.stored_dtype))
         total, count, first_row = np.zeros(shard.width), 0, 0
         for batch in shard.batches(0, shard.rows, conversion.batch_rows):
-            bad = bad_rows(batch)
+            found = magnitudes(batch)
+            bad = bad_indices(found, batch.dtype.name)
             if conversion.on_bad == "fail":
-                refuse_bad(shard, batch, bad, first_row)
+                refuse_bad(shard, found, bad, first_row)
             usable = np.delete(batch, bad, axis=0) if len(bad) else batch
             if len(usable):
                 sums = aligner.corpus_sums(usable.astype(dtype, copy=False), number)
