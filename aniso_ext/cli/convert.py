@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +51,10 @@ def convert(
             show_default="from torchrun or Slurm, else alone",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--engine", help="Who works: this process, or Ray (that of RAY_ADDRESS, else a local one)."),
+    ] = "local",
     json: Json = False,
     debug: Debug = False,
 ) -> Result:
@@ -65,23 +69,25 @@ def convert(
       aniso convert --aligner aligner --input text_emb --output stand_ins --calibration corpus --on-existing overwrite
     """
     from aniso_ext.align import load_aligner
-    from aniso_ext.convert import convert_embeddings, parse_worker, worker_from_environment
+    from aniso_ext.convert import convert_embeddings, convert_on_ray, parse_worker, worker_from_environment
 
-    me = worker_from_environment() if worker is None else parse_worker(worker)
+    if engine == "ray" and worker is not None:
+        raise typer.BadParameter("Ray hands out the work by itself", param_hint="--worker")
     model = load_aligner(aligner)
     with progress_bar("converting") as update:
-        report = convert_embeddings(
-            model,
-            input,
-            output,
-            batch_rows=batch_rows,
-            calibration=calibration,
-            on_existing=on_existing,
-            on_bad=on_bad,
-            dtype=dtype,
-            worker=me,
-            progress=update,
-        )
+        options: dict[str, Any] = {
+            "batch_rows": batch_rows,
+            "calibration": calibration,
+            "on_existing": on_existing,
+            "on_bad": on_bad,
+            "dtype": dtype,
+            "progress": update,
+        }
+        if engine == "ray":
+            report = convert_on_ray(aligner, input, output, **options)
+        else:
+            me = worker_from_environment() if worker is None else parse_worker(worker)
+            report = convert_embeddings(model, input, output, worker=me, **options)
     data = {"command": "convert", "method": model.method, "aligner_path": str(aligner), **report.to_dict()}
 
     def show(console: Console) -> None:

@@ -1,6 +1,7 @@
 """Conversion of embedding sets from files to files: atomic shards, a manifest, resume."""
 
 from aniso_ext.convert.pipeline import convert_embeddings
+from aniso_ext.convert.ray_engine import convert_on_ray
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.workers import Worker, parse_worker, worker_from_environment
@@ -10,6 +11,7 @@ __all__ = [
     "RowAligner",
     "Worker",
     "convert_embeddings",
+    "convert_on_ray",
     "parse_worker",
     "worker_from_environment",
 ]
