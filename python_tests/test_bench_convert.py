@@ -63,7 +63,7 @@ def test_nothing_is_timed_that_computes_something_else(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(convert, "realign_records", shifted)
     options = convert.Options(WIDTH, 4, 1, 100, "cpu", tmp_path)
-    with pytest.raises(AnisoError, match="realign and NumPy over records differ by .* nothing was timed"):
+    with pytest.raises(AnisoError, match=r"realign and NumPy over records differ by .* nothing was timed"):
         convert.measure(200, options, lambda done, total: None)
     assert list(tmp_path.iterdir()) == []
 
