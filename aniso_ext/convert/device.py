@@ -180,6 +180,15 @@ class CudaRuntime:
 
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
+    def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def copy(self, pinned: torch.Tensor, result: torch.Tensor) -> None:
+        """Begin to copy from the device, on the current stream."""
+        pinned.copy_(result, non_blocking=True)
+
     def used_on(self, tensor: torch.Tensor, stream: Any) -> None:
         """Keep the memory of a tensor from being used again before the stream is done with it."""
         tensor.record_stream(stream)
@@ -200,7 +209,7 @@ class _Slot:
         source, stored = getattr(torch, row_map.source_dtype), getattr(torch, row_map.stored_dtype)
         self.source = runtime.pinned((rows, width), source)
         self.array = as_array(self.source)
-        self.on_device = torch.empty((rows, width), dtype=source, device=runtime.device)
+        self.on_device = runtime.on_device((rows, width), source)
         self.results = (
             runtime.pinned((rows, width), stored),
             runtime.pinned((rows,), integers[source.itemsize]),
@@ -278,7 +287,7 @@ class CudaMapper:
         with runtime.on(self._download):
             self._download.wait_event(slot.mapped)
             for pinned, result in zip(slot.results, results, strict=True):
-                pinned[:count].copy_(result[:count], non_blocking=True)
+                runtime.copy(pinned[:count], result[:count])
                 runtime.used_on(result, self._download)
             slot.downloaded.record(self._download)
 

@@ -12,23 +12,31 @@ from aniso_ext.data.dtypes import widen_bfloat16
 from aniso_ext.data.shards import unusable
 
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
-_TILE_BYTES = 256 << 10
-"""Rows whose bits are looked at together, so that the copy without signs stays in cache."""
+_TILE_BYTES = 512 << 10
+"""Rows that are read twice while they are in cache."""
 NORM_STEP = 64
 
 
 def magnitudes(stored: np.ndarray) -> np.ndarray:
-    """The largest magnitude of each row of [n, D], as the bits of the number without its sign.
+    """The largest magnitude of each row of C-ordered [n, D], as the bits of the number without its sign.
 
-    Such bits are ordered as the magnitudes are, with infinity and NaN above: one pass over the bits tells exactly which
-    rows are zero or not finite. Floating-point tests are several times slower in half precision.
+    Such bits are ordered as the magnitudes are, with infinity and NaN above, so that they tell exactly which rows are
+    zero or not finite. Floating-point tests are ten times slower in half precision.
     """
-    bits = stored.view(f"u{stored.itemsize}")
-    mask = bits.dtype.type(2 ** (8 * stored.itemsize - 1) - 1)
-    tile = max(1, _TILE_BYTES // max(1, stored.itemsize * stored.shape[1]))
-    result = np.empty(len(bits), bits.dtype)
-    for first in range(0, len(bits), tile):
-        np.max(bits[first : first + tile] & mask, axis=1, out=result[first : first + tile])
+    size, width = stored.itemsize, stored.shape[1]
+    unsigned = stored.reshape(-1).view(f"u{size}")
+    signed = unsigned.view(f"i{size}")
+    without_sign = unsigned.dtype.type(2 ** (8 * size - 1) - 1)
+    tile = max(1, _TILE_BYTES // (size * width))
+    starts = np.arange(0, min(tile, len(stored)) * width, width)
+    result = np.empty(len(stored), unsigned.dtype)
+    for first in range(0, len(stored), tile):
+        rows = min(tile, len(stored) - first)
+        span = slice(first * width, (first + rows) * width)
+        # the greatest as unsigned is the largest negative number, if there is one; as signed the largest positive one
+        negative = np.maximum.reduceat(unsigned[span], starts[:rows]) & without_sign
+        positive = np.maximum.reduceat(signed[span], starts[:rows]).view(unsigned.dtype) & without_sign
+        np.maximum(negative, positive, out=result[first : first + rows])
     return result
 
 
