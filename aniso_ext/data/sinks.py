@@ -52,7 +52,8 @@ class _NpySink:
         self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+            self._file.close()
 
 
 class _SafetensorsSink:
@@ -81,7 +82,8 @@ class _SafetensorsSink:
         self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+            self._file.close()
 
 
 class _ParquetSink:
