@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from aniso_ext.bench.pickled_realign import read_embeddings, realign_records, wr
 from aniso_ext.cli.main import app
 from aniso_ext.errors import AnisoError
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 WIDTH = 16
 
 
@@ -72,3 +75,21 @@ def test_too_little_space_is_said_before_files_are_made(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "convert", "--rows", str(10**13), "--scratch", str(tmp_path)])
     assert done.exit_code == 1 and "name another folder with --scratch" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_derives_its_estimate_from_the_rates(tmp_path: Path) -> None:
+    specification = importlib.util.spec_from_file_location("render", REPOSITORY / "benchmarks" / "render_readme.py")
+    assert specification is not None and specification.loader is not None
+    render = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(render)
+    times = []
+    for rows, rate in ((1000, 1e5), (4000, 2e5)):
+        time = convert.ConversionTime(rows, 512, 128, convert.CONVERT, rows, rows / rate, 0.1, 0.2, rate, 0.5)
+        time.of_copy, time.of_op, time.peak_mb = 0.5, 0.875, 512.0
+        times.append(asdict(time))
+    facts = {"device": "Test", "memory": "1 GB", "load before": "0.1", "torch": "2", "date": "today", "commit": "abc"}
+    records.write_table(tmp_path / "convert.csv", facts, times)
+    text = render.conversion_tables([tmp_path / "convert.csv", tmp_path / "none.csv"])
+    assert "| 4,000 | anisoalign, files | 200,000 | 0.50 | 50% | 88% |  |  | 512 MB |" in text
+    # 10^9 rows of 1024 bytes at 200,000 rows/s
+    assert "1.02 TB" in text and "machine 1.4 hours at the rate of the 4,000 rows" in text and "0.1 hours" in text
