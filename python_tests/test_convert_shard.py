@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aniso_ext.align import AnisoAlign, list_aligners, make_aligner
+from aniso_ext.align import AnisoAlign, TrainingOptions, list_aligners, make_aligner
+from aniso_ext.bench.conversions import measure_conversion
 from aniso_ext.convert import overlap
 from aniso_ext.convert.device import Extent, HostMapper
 from aniso_ext.convert.digest import RowDigest, shard_digest
@@ -40,6 +41,13 @@ def unit(rows: int, seed: int = 0, shift: float = 0.3) -> np.ndarray:
 @pytest.fixture(scope="module")
 def aligner() -> AnisoAlign:
     return AnisoAlign(rank=8, refine=False, knots=32).fit(unit(400), unit(400, 1, -0.3))
+
+
+@pytest.fixture(scope="module")
+def refined() -> AnisoAlign:
+    schedule = TrainingOptions(steps=10, batch_rows=64)
+    model = AnisoAlign(rank=8, knots=32, prior_training=schedule, refinement_training=schedule)
+    return model.fit(unit(400), unit(400, 1, -0.3))
 
 
 def target_of(source: Path, output: Path) -> Target:
@@ -85,16 +93,31 @@ def test_bytes_do_not_depend_on_batches_threads_or_memory(tmp_path: Path, aligne
     assert np.array_equal(got[: 93 * 32], want.to(torch.float32 if dtype == "bfloat16" else want.dtype).numpy())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_of_refined_rows_do_not_depend_on_batches(tmp_path: Path, refined: AnisoAlign, dtype: str) -> None:
+    source = store(tmp_path / "in.safetensors", unit(5003, 2), dtype)
+    files = []
+    for batch_rows, threads in ((8192, 1), (8192, 2), (32, 2), (1000, 3)):
+        convert(refined, source, tmp_path / "out.safetensors", dtype, batch_rows=batch_rows, threads=threads)
+        files.append((tmp_path / "out.safetensors").read_bytes())
+    assert files == files[:1] * len(files)
+
+
 @pytest.mark.parametrize("method", [name for name in list_aligners() if name != "anisoalign"])
 def test_every_method_maps_row_by_row(tmp_path: Path, method: str) -> None:
     model = make_aligner(method).fit(unit(300), unit(300, 1, -0.3))
-    source = store(tmp_path / "in.npy", unit(500, 2), "float32")
+    rows = unit(500, 2).astype(np.float32)
+    rows[100, 3], rows[200, 0], rows[300] = np.inf, np.nan, 0
+    source = store(tmp_path / "in.npy", rows, "float32")
     for number, batch_rows in enumerate((32, 224, 512)):
-        convert(model, source, tmp_path / f"{number}.npy", "float32", batch_rows=batch_rows, threads=2)
+        options = {"batch_rows": batch_rows, "threads": 2, "on_bad": "drop"}
+        line = convert(model, source, tmp_path / f"{number}.npy", "float32", **options)
+        assert line["bad_rows"] == [100, 200, 300]
     first, second, third = (np.load(tmp_path / f"{number}.npy") for number in range(3))
     assert np.array_equal(first, second)
     assert np.array_equal(first, third)
-    assert np.abs(first - model.transform(unit(500, 2).astype(np.float32), calibration="fitted")).max() < 1e-6
+    good = np.delete(rows, [100, 200, 300], axis=0)
+    assert np.abs(first - model.transform(good, calibration="fitted")).max() < 1e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -288,7 +311,9 @@ def test_memory_is_bounded_whatever_the_length(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         ((_, mapper),) = converter._prepared.values()
-        assert len(mapper._buffers) <= mapper.depth + 1  # type: ignore[union-attr]
+        assert isinstance(mapper, HostMapper)
+        assert len(mapper._sources) <= mapper.depth + 1
+        assert len(mapper._results) <= mapper.depth
     assert peaks[1] < 1.05 * peaks[0] < 2_000_000
     with pytest.raises(InputError, match=r"memory of 1000 bytes is too little: width 16 needs \d+"):
         convert(Large(1.0), source, tmp_path / "out.npy", "float32", memory=1000)
@@ -337,3 +362,15 @@ def test_a_device_that_is_not_there(tmp_path: Path, aligner: AnisoAlign, monkeyp
     with pytest.raises(InputError, match="device 'cuda:1' is not there"):
         convert(aligner, source, tmp_path / "out.npy", "float32", device="cuda:1")
     assert left_behind(tmp_path) == []
+
+
+def test_a_conversion_is_measured_in_its_own_process(tmp_path: Path, aligner: AnisoAlign) -> None:
+    aligner.save_pretrained(tmp_path / "aligner")
+    source = store(tmp_path / "in.npy", unit(1000, 7), "float32")
+    found = measure_conversion(tmp_path / "aligner", source, tmp_path / "out", batch_rows=256)
+    assert (found.rows, found.bytes) == (1000, (tmp_path / "out" / "in.npy").stat().st_size)
+    assert found.peak_bytes > 1 << 25  # more than an interpreter alone
+    assert found.seconds > 0
+    assert found.rows_per_s == 1000 / found.seconds
+    with pytest.raises(DataError, match=r"nothing\.npy: does not exist"):
+        measure_conversion(tmp_path / "aligner", tmp_path / "nothing.npy", tmp_path / "out")

@@ -250,7 +250,9 @@ def test_files_through_a_device_are_what_transform_gives(tmp_path: Path, dtype: 
     rows = torch.from_numpy(open_embeddings(tmp_path / "in.safetensors").numpy()).to("cuda", getattr(torch, dtype))
     want = aligner.transform(rows).to(torch.float64).cpu().numpy()
     got = open_embeddings(tmp_path / "out.safetensors").numpy()
-    assert np.array_equal(got, want.astype(got.dtype))
+    # the library that multiplies for the refiner may choose another order of sums for batches of another size
+    allowed = 4 * torch.finfo(getattr(torch, dtype)).eps if refine else 0
+    assert np.abs(got - want).max() <= allowed
 
 
 @pytest.mark.gpu

@@ -106,8 +106,8 @@ class HostMapper:
             wanted = -(-wanted // ROW_MULTIPLE) * ROW_MULTIPLE
         self._most_rows = extent.limited(wanted, self.depth, self._workers)
         self.batch_rows = self._most_rows
-        self._buffers: dict[int, np.ndarray] = {}
-        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+        self._sources = _Buffers(self._most_rows, extent.width, extent.source_dtype)
+        self._results = _Buffers(self._most_rows, extent.width, extent.stored_dtype)
         self._pool: ThreadPoolExecutor | None = None
 
     def for_rows(self, rows: int) -> HostMapper:
@@ -118,23 +118,19 @@ class HostMapper:
         return self
 
     def buffer(self) -> np.ndarray:
-        try:
-            return self._free.get_nowait()
-        except Empty:
-            array = np.empty((self._most_rows, self._extent.width), file_dtype(self._extent.source_dtype))
-            self._buffers[address(array)] = array
-            return array
+        return self._sources.take()
 
     def submit(self, rows: np.ndarray) -> Pending:
         assert self._pool is not None
-        future = self._pool.submit(
-            copy_context().run, self._map, rows
-        )  # the caller's numpy.errstate holds in threads too
-        return Pending(rows, future.result, lambda: self._release(rows))
+        result = self._results.take()
+        # in the caller's context, so that its numpy.errstate holds in threads too
+        future = self._pool.submit(copy_context().run, self._map, rows, result[: len(rows)])
 
-    def _release(self, rows: np.ndarray) -> None:
-        if (array := self._buffers.get(address(rows))) is not None:
-            self._free.put(array)
+        def release() -> None:
+            self._sources.give(rows)
+            self._results.give(result)
+
+        return Pending(rows, future.result, release)
 
     def __enter__(self) -> HostMapper:
         start = (_limit_threads, (self._threads_each,)) if self._threads_each else (None, ())
@@ -148,7 +144,39 @@ class HostMapper:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
         if kind is not None:
-            self._buffers, self._free = {}, SimpleQueue()
+            self._sources.reclaim()
+            self._results.reclaim()
+
+
+class _Buffers:
+    """Arrays of one shape that are handed out, given back and handed out again."""
+
+    def __init__(self, rows: int, width: int, stored_dtype: str) -> None:
+        self._shape, self._dtype = (rows, width), file_dtype(stored_dtype)
+        self._made: dict[int, np.ndarray] = {}
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def take(self) -> np.ndarray:
+        try:
+            return self._free.get_nowait()
+        except Empty:
+            array = np.empty(self._shape, self._dtype)
+            self._made[address(array)] = array
+            return array
+
+    def give(self, rows: np.ndarray) -> None:
+        """Take back the array that the rows lie in; rows in other memory are none of ours."""
+        if (array := self._made.get(address(rows))) is not None:
+            self._free.put(array)
+
+    def reclaim(self) -> None:
+        """Take back everything: nobody works in it any more."""
+        self._free = SimpleQueue()
+        for array in self._made.values():
+            self._free.put(array)
 
 
 class CudaRuntime:
@@ -309,8 +337,10 @@ def make_mapper(row_map: RowMap, extent: Extent, device: str | None, threads: in
     """The mapper for a device, ``cpu`` or a CUDA one; ``threads`` are cores for the CPU, by default those of torch.
 
     Raises:
-        InputError: no such device, or ``memory`` is too little.
+        InputError: no such device, no thread, or ``memory`` is too little.
     """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
     if isinstance(row_map, ArrayMap) or device is None:
         return HostMapper(row_map, extent, 1)
     import torch

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aniso_ext.convert.rows import bad_indices, magnitudes, not_finite
-from aniso_ext.data.dtypes import array_dtype, file_dtype, round_to_bfloat16, widen_bfloat16
+from aniso_ext.convert.rows import bad_indices, magnitudes
+from aniso_ext.data.dtypes import array_dtype, round_to_bfloat16, widen_bfloat16
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class ArrayMap:
         self._aligner = aligner
         self._working = np.promote_types(array_dtype(source_dtype), array_dtype(stored_dtype))
 
-    def __call__(self, stored: np.ndarray) -> Mapped:
+    def __call__(self, stored: np.ndarray, result: np.ndarray) -> Mapped:
+        """Stand-ins of the rows, written to ``result``."""
         found = magnitudes(stored)
         bad = bad_indices(found, self.source_dtype)
         rows = self._widened(stored)
@@ -66,10 +67,10 @@ class ArrayMap:
             rows[bad] = rows[np.setdiff1d(np.arange(len(rows)), bad)[0]]
             mapped = self._transformed(rows)
         if self.stored_dtype == "bfloat16":
-            result = round_to_bfloat16(mapped)
+            result[:] = round_to_bfloat16(mapped)
         else:
             with np.errstate(over="ignore"):
-                result = np.ascontiguousarray(mapped, dtype=self.stored_dtype)
+                result[:] = mapped
         return Mapped(result, found, magnitudes(result))
 
     def is_finite(self, stored: np.ndarray) -> bool:
@@ -102,29 +103,26 @@ class TensorMap:
         wider = np.promote_types(array_dtype(source_dtype), array_dtype(stored_dtype))
         self._working = self._source if source_dtype == stored_dtype else getattr(torch, wider.name)
 
-    def __call__(self, stored: np.ndarray) -> Mapped:
-        mapped = as_array(self._stand_ins(as_tensor(padded(stored), self._source)))[: len(stored)]
-        found = magnitudes(mapped)
-        return Mapped(mapped, self._suspected(stored, found), found)
+    def __call__(self, stored: np.ndarray, result: np.ndarray) -> Mapped:
+        """Stand-ins of the rows, written to ``result``.
 
-    def _suspected(self, stored: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """Magnitudes of the rows that may be bad, and 1 for the others: a stand-in stays non-finite if its row was."""
-        suspects = np.flatnonzero((stored[:, 0] == 0) | not_finite(found, self.stored_dtype))
-        result = np.ones(len(stored), file_dtype(self.source_dtype).str.replace("f", "u"))
-        result[suspects] = magnitudes(stored[suspects])
-        return result
+        What the aligner allocates ends here, in the thread that allocated it: the allocator then uses it again, where
+        blocks that other threads free would scatter over its arenas.
+        """
+        found = magnitudes(stored)
+        mapped = self._transformed(as_tensor(padded(stored), self._source))
+        as_tensor(result, self._stored).copy_(mapped[: len(stored)])
+        del mapped
+        return Mapped(result, found, magnitudes(result))
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows: a multiple of ROW_MULTIPLE."""
-        mapped = self._stand_ins(stored)
+        mapped = self._transformed(stored).to(self._stored).contiguous()
         return mapped, _tensor_magnitudes(stored), _tensor_magnitudes(mapped)
 
     def is_finite(self, stored: np.ndarray) -> bool:
         """Whether the stand-ins of a few rows are finite before they are rounded to the stored dtype."""
         return bool(self._transformed(as_tensor(stored, self._source)).isfinite().all())
-
-    def _stand_ins(self, stored: torch.Tensor) -> torch.Tensor:
-        return self._transformed(stored).to(self._stored).contiguous()
 
     def _transformed(self, stored: torch.Tensor) -> torch.Tensor:
         mapped = self._transform(stored.to(self._working))

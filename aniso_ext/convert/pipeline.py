@@ -40,7 +40,7 @@ def convert_embeddings(
     """Write the stand-ins of a set of source embeddings, one output shard for each input shard.
 
     Every shard is written to a temporary file, synced and renamed, then recorded in ``manifest.jsonl`` (rows, bytes,
-    SHA-256, aligner). A run that was stopped at any point resumes with the shards that are not recorded and ends with
+    hash, aligner). A run that was stopped at any point resumes with the shards that are not recorded and ends with
     the same bytes, manifest included, as an unbroken one. Memory is a few batches.
 
     Several processes may share a conversion, on one machine or on many that see the same folders: each is called with

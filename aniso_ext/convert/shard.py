@@ -58,7 +58,7 @@ class ShardConverter:
         ``norms``: least and greatest norm of every 64th input row.
 
         Raises:
-            InputError: the device is not there, or ``memory`` is too little.
+            InputError: the device is not there, there is no thread, or ``memory`` is too little.
             DataError: a bad row with on_bad="fail", a file that cannot be read or written; nothing is left behind.
         """
         shard = target.shard

@@ -188,9 +188,7 @@ class PhasePrior(nn.Module):
     def _check(self, theta: torch.Tensor, log_rho: torch.Tensor) -> None:
         for name, value in (("theta", theta), ("log_rho", log_rho)):
             if value.dim() != 2 or value.shape[1] != self.phases or not value.is_floating_point():
-                raise InputError(
-                    f"{name} must be floating [n, {self.phases}], got {value.dtype} {list(value.shape)}"
-                )
+                raise InputError(f"{name} must be floating [n, {self.phases}], got {value.dtype} {list(value.shape)}")
         if len(theta) != len(log_rho):
             raise InputError(f"theta has {len(theta)} rows and log_rho {len(log_rho)}")
 

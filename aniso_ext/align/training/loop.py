@@ -219,9 +219,7 @@ class TrainingRun:
             group["lr"] = options.rate(step)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self.parameters.values()), 1 - options.decay(step)
-            )
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - options.decay(step))
         self.step += 1
         self._pending.append((self.step, values))
 
