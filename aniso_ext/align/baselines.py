@@ -17,7 +17,7 @@ from aniso_ext.align.base import Aligner, Arrays, Fields
 from aniso_ext.align.moments import first_moments, full_moments
 from aniso_ext.align.noise import row_choice, row_noise
 from aniso_ext.align.registry import register
-from aniso_ext.align.rows import Rows, normalize
+from aniso_ext.align.rows import Rows, normalize, normalize_
 from aniso_ext.errors import InputError
 
 
@@ -217,13 +217,14 @@ class ReAlign(Aligner):
         anchored = _anchor(rows, **constants)
         if not hasattr(self, "output_mean_"):
             return anchored
-        return normalize(anchored - self._constant("output_mean", rows) + constants["target_mean"])
+        return normalize_(anchored.sub_(self._constant("output_mean", rows)).add_(constants["target_mean"]))
 
 
 def _anchor(
     rows: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    return normalize(scale * (rows - source_mean) + target_mean)
+    # in place: fresh memory for every step would take longer than the steps
+    return normalize_((rows - source_mean).mul_(scale).add_(target_mean))
 
 
 @register("gaussian_monge")

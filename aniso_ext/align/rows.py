@@ -126,6 +126,11 @@ def normalize(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
 
+def normalize_(rows: torch.Tensor) -> torch.Tensor:
+    """:func:`normalize` in place."""
+    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(NORM_FLOOR))
+
+
 def open_rows(data: Any, name: str) -> Rows:
     """Wrap an array, a tensor, an embedding set or a path.
 
