@@ -63,6 +63,10 @@ def _worker(rank: int, folder: str) -> None:
     found["sample"] = {"train": TrainingRows.sample(rows, most=500, seed=3).train}
     with pytest.raises(InputError, match="short has 1 rows for 2 processes: start fewer of them"):
         open_rows(TARGET[:1], "short").shared()
+    broken = TARGET.copy()
+    broken[-1] = np.nan
+    with pytest.raises(InputError, match=r"target has 1 non-finite rows .* the first is row 8499"):
+        aligner_for("realign").fit(SOURCE, broken)
     found["uneven"] = {"gathered": torch.cat(gather(torch.full((rank, 3), 7, dtype=torch.bfloat16)))}
     if rank == 0:  # a process may transform alone, a corpus mean included
         alone = make_aligner("realign")

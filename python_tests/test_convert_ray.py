@@ -148,6 +148,11 @@ def test_a_task_whose_process_is_killed_is_done_by_another(cluster: None, files:
     assert contents(tmp_path / "out") == contents(files / "fitted")
 
 
+def test_a_task_that_fits_nowhere_is_refused(cluster: None, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="a task needs 3 CPUs, Ray has 2 CPUs"):
+        convert_on_ray(files / "aligner", files / "input", tmp_path / "out", cpus=3)
+
+
 def test_without_ray_the_extra_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'aniso_ext\[ray\]'"):

@@ -91,7 +91,9 @@ def _moments(rows: Rows, diagonal: bool, device: torch.device) -> Moments:
 
 
 def _side(rows: Rows, diagonal: bool, device: torch.device) -> SideMoments:
-    moments = rows.merged(_moments(rows, diagonal, device))
+    with rows.together():  # the first pass over all rows, where bad ones and unreadable files are found
+        found = _moments(rows, diagonal, device)
+    moments = rows.merged(found)
     return SideMoments(
         mean=torch.from_numpy(moments.mean),
         std=torch.from_numpy(moments.std),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from aniso_ext.align.processes import gather, gather_states, world
-from aniso_ext.errors import InputError
+from aniso_ext.errors import AnisoError, InputError
 
 if TYPE_CHECKING:
     from aniso_ext.data import EmbeddingSet
@@ -77,6 +78,22 @@ class Rows:
         batches = self.exact_batches()
         total, count = sum_of(batches if function is None else map(function, batches))
         return self.total(total) / self.total(torch.tensor(count))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A pass that ends well for all processes or for none: the error of one is raised by all."""
+        error: AnisoError | None = None
+        try:
+            yield
+        except AnisoError as found:
+            error = found
+        text = "" if error is None else str(error)
+        others = [] if self.processes[1] == 1 else gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+        if error is not None:
+            raise error
+        for message in others:
+            if len(message):
+                raise InputError(bytes(message.tolist()).decode())
 
     def merged(self, own: Accumulator) -> Accumulator:
         """An accumulator of everything that those of all processes have seen; ``own`` if there is one process."""

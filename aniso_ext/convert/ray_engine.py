@@ -32,6 +32,7 @@ TASKS_PER_PLACE = 4
 RETRIES = 5
 """How often a task whose process died is started again."""
 _DEFAULTS = {"batch_rows": None, "calibration": "fitted", "on_bad": "fail", "dtype": None, "kind": None, "column": None}
+_MACHINE = ("memory", "device", "threads")
 POLL_SECONDS = 0.5
 """How often a run looks whether it is to stop."""
 
@@ -55,14 +56,13 @@ def convert_on_ray(
         aligner: folder of a saved aligner.
         input, output: paths, as for ``convert_embeddings``; every node must see them at the same place.
         on_existing: as there; done before the first task.
-        cpus: cores of a task.
+        cpus: cores of a task; with a CUDA ``device`` it takes a GPU as well.
         stop: asked twice a second; once it says True, tasks are cancelled and the run ends with :class:`StoppedError`.
         progress: called with (rows of finished tasks, rows in all); a corpus calibration counts its passes too.
-        options: ``batch_rows``, ``calibration``, ``on_bad``, ``dtype``, ``kind`` and ``column`` of
-            ``convert_embeddings``.
+        options: what else ``convert_embeddings`` may be told about rows, files and the machine.
 
     Raises:
-        BackendUnavailableError: Ray is not installed, or cannot start or be reached.
+        BackendUnavailableError: Ray is not installed, cannot start or be reached, or has no place for a task.
         WorkerError: the process of a task died again and again.
         InputError, DataError, ArtefactError, StoppedError: as ``convert_embeddings``.
     """
@@ -70,17 +70,20 @@ def convert_on_ray(
     check_choice("on_existing", on_existing, ON_EXISTING)
     places = (_absolute(input), _absolute(output))
     model = _load(_absolute(aligner))
-    conversion = prepare(model, *places, machine=Machine(), **{**_DEFAULTS, **options})
+    machine = Machine(*(options.get(name) for name in _MACHINE))
+    kept = {name: value for name, value in options.items() if name not in _MACHINE}
+    conversion = prepare(model, *places, machine=machine, **{**_DEFAULTS, **kept})
     with Manifest(conversion.plan, conversion.header(), on_existing) as manifest:
         finished = manifest.finished()
     rows = conversion.shard_rows()
     if len(finished) < len(rows):
         passes = 1 + (model.corpus_passes if conversion.calibration == "corpus" else 0)
-        with _Cluster() as cluster:
-            world = min(len(rows), TASKS_PER_PLACE * cluster.places(cpus))
+        gpus = int(machine.device is not None and machine.device.startswith("cuda"))
+        with _Cluster(cpus, gpus) as cluster:
+            world = min(len(rows), TASKS_PER_PLACE * cluster.places())
             job = _Job(_absolute(aligner), *places, options, world, model.fingerprint())
             loads = [sum(rows[index] for index in share) for share in shares(rows, world)]
-            _run_tasks(cluster, job, loads, passes, cpus, stop or _never, progress)
+            _run_tasks(cluster, job, loads, passes, stop or _never, progress)
     # Nothing is left to do: this reads what the tasks have recorded.
     report = convert_embeddings(model, *places, **options)
     return replace(report, resumed_shards=len(finished), seconds=time.perf_counter() - started)
@@ -130,7 +133,6 @@ def _run_tasks(
     job: _Job,
     loads: list[int],
     passes: int,
-    cpus: int,
     stop: Callable[[], bool],
     progress: Progress | None,
 ) -> None:
@@ -138,7 +140,7 @@ def _run_tasks(
     left = list(range(job.world))
     reached = [0] * job.world
     for number in range(passes):
-        tasks = {cluster.submit(_convert_share, job, rank, cpus=cpus): rank for rank in left}
+        tasks = {cluster.submit(_convert_share, job, rank): rank for rank in left}
         left = []
         for task, missing in cluster.results(list(tasks), stop):
             rank = tasks[task]
@@ -151,9 +153,9 @@ def _run_tasks(
 
 
 class _Cluster:
-    """A connection to Ray, for as long as it is entered."""
+    """A connection to Ray, for as long as it is entered; ``cpus`` and ``gpus`` are what one task takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int, gpus: int) -> None:
         try:
             import ray
         except ImportError:
@@ -161,6 +163,7 @@ class _Cluster:
                 "the engine 'ray' needs Ray, which is not installed: pip install 'aniso_ext[ray]'"
             ) from None
         self._ray = ray
+        self._needs = {"CPU": cpus, "GPU": gpus}
         self._ours = not ray.is_initialized()
 
     def __enter__(self) -> _Cluster:
@@ -179,13 +182,23 @@ class _Cluster:
         if self._ours:
             self._ray.shutdown()
 
-    def places(self, cpus: int) -> int:
-        """How many tasks of so many cores can run at the same time."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)) // cpus)
+    def places(self) -> int:
+        """How many tasks can run at the same time.
 
-    def submit(self, function: Callable[..., Any], *arguments: Any, cpus: int) -> Any:
+        Raises:
+            BackendUnavailableError: not one.
+        """
+        there = self._ray.cluster_resources()
+        for name, needed in self._needs.items():
+            if needed > there.get(name, 0):
+                reason = f"a task needs {needed} {name}s, Ray has {there.get(name, 0):g} {name}s"
+                raise BackendUnavailableError(f"{reason}: ask for less, or add nodes")
+        return min(int(there[name] // needed) for name, needed in self._needs.items() if needed)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Start a task; another process takes it over if its own dies."""
-        return self._ray.remote(num_cpus=cpus, max_retries=RETRIES, retry_exceptions=False)(function).remote(*arguments)
+        needs: dict[str, Any] = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"]}
+        return self._ray.remote(max_retries=RETRIES, **needs)(function).remote(*arguments)
 
     def results(self, tasks: list[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, Any]]:
         """(task, result) as the tasks end; all are cancelled where one fails or ``stop`` says so."""
