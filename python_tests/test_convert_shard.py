@@ -249,7 +249,7 @@ def test_errors_while_writing_leave_nothing(tmp_path: Path, monkeypatch: pytest.
     if stage == "write":
         monkeypatch.setattr(sinks_module._NpySink, "write", fail)
     elif stage == "sync":
-        monkeypatch.setattr("aniso_ext.data.writer._sync", fail)
+        monkeypatch.setattr("aniso_ext.data.writer.sync", fail)
     elif stage == "hash":
         monkeypatch.setattr(RowDigest, "update", fail)
         wanted = OSError

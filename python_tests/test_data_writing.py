@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from aniso_ext.data import EmbeddingWriter, open_embeddings
+from aniso_ext.data import locations as locations_module
 from aniso_ext.data import sinks as sinks_module
-from aniso_ext.data import writer as writer_module
 from aniso_ext.data.dtypes import round_to_bfloat16
 from aniso_ext.errors import DataError, InputError
 
@@ -63,7 +63,7 @@ def test_bytes_do_not_depend_on_the_batches(
 ) -> None:
     folder = tmp_path_factory.mktemp("writer")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sinks_module, "_ROW_GROUP_BYTES", 5 * 16)  # row groups of 5
+        patch.setattr(sinks_module, "_GROUP_BYTES", 5 * 16)  # row groups of 5
         whole = write(folder / f"a{suffix}", [ROWS])
         parts = write(folder / f"b{suffix}", np.split(ROWS, sorted(cuts)))
     assert whole.read_bytes() == parts.read_bytes()
@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "_sync", full)
+    monkeypatch.setattr(locations_module, "sync", full)
     with pytest.raises(DataError, match=rf"x{suffix}: cannot be written \(No space left on device\)"):
         write(tmp_path / "new" / f"x{suffix}", [ROWS])
     assert list(tmp_path.iterdir()) == []

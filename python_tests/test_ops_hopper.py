@@ -24,9 +24,11 @@ def folded(case: Case, dtype: torch.dtype) -> hopper.HopperOperands:
 
 def table_values(found: hopper.HopperOperands, block: int, radii: np.ndarray) -> np.ndarray:
     """T(rho) as the kernel takes it from the table; NaN where it would search."""
-    cells = found.cells.numpy()
-    cell = np.minimum((radii * float(found.cell_scale[block])).astype(int), cells.shape[1] - 1)
-    return cells[block, cell, 0] + radii * cells[block, cell, 1]
+    cells = found.cells[block].numpy().view(np.float16).reshape(-1, 2).astype(np.float64)
+    cell_scale, last_slope, unit = found.map_scales[:, block].double().numpy()
+    place = np.minimum(radii * cell_scale, len(cells) - 1)
+    cell = place.astype(int)
+    return radii * last_slope + unit * (cells[cell, 0] + cells[cell, 1] * (place - cell))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -42,8 +44,7 @@ def test_a_cell_is_off_by_no_more_than_it_may_or_is_marked(case, dtype):
         radii = np.concatenate((source[block], np.linspace(0, 1.3 * source[block, -1], 4001)))
         values = table_values(found, block, radii)
         exact = oracle.radius_map(radii, source[block], target[block])
-        # the table is float32, and an intercept can be larger than the value it leads to
-        slack = 8 * 2.0**-24 * (np.abs(exact) + radii * 16)
+        slack = 8 * 2.0**-24 * (np.abs(exact) + radii * 16)  # the scales are float32
         coarse = np.isnan(values)
         assert (np.abs(values - exact)[~coarse] <= allowed + slack[~coarse]).all()
         assert not coarse[radii > source[block, -1]].any(), "beyond the last knot the ratio is kept, exactly"
@@ -70,7 +71,7 @@ def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
     found, frame = folded(CALIBRATED, torch.bfloat16), frame_of(CALIBRATED)
     assert torch.equal(found.basis[:, : CALIBRATED.rank], frame.basis.bfloat16())
     assert not found.basis[:, CALIBRATED.rank :].any()
-    assert not found.cells[CALIBRATED.blocks :].any() and not found.cell_scale[CALIBRATED.blocks :].any()
+    assert not found.cells[CALIBRATED.blocks :].any() and not found.map_scales[:, CALIBRATED.blocks :].any()
     basis, target = frame.basis.bfloat16().double(), frame.target_mean
     offset = target - frame.basis @ (frame.basis.T @ target) - frame.complement_scale * frame.source_mean
     exact = torch.stack((-frame.source_mean, offset, target - frame.output_mean)) @ basis

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from aniso_ext.align.rows import Rows, open_rows
+from aniso_ext.align.rows import Rows, are_unit, open_rows
 from aniso_ext.errors import InputError, NotFittedError
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Aligner:
     ``set_params`` work.
 
     Fitted attributes common to all: ``width_`` (D, also ``n_features_in_``), ``corpora_`` (rows and fingerprint of
-    both sides), ``summary_`` (numbers of the fit) and one tensor per entry of ``fields``, its name plus an underscore.
+    both sides, and whether they are unit rows), ``summary_`` (numbers of the fit), ``encoder_`` (name of the encoder,
+    where a saved aligner has one) and one tensor per entry of ``fields``, its name plus an underscore.
     """
 
     method: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Aligner:
     n_features_in_: int
     corpora_: dict[str, dict[str, Any]]
     summary_: dict[str, Any]
+    encoder_: str | None = None
 
     # What a method provides
 
@@ -127,7 +129,8 @@ class Aligner:
         arrays, summary = self._fit(source_rows.shared(), target_rows.shared(), **run)
         self._install(arrays, source_rows.width)
         self.corpora_ = {
-            rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint()} for rows in (source_rows, target_rows)
+            rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint(), "unit_rows": are_unit(rows)}
+            for rows in (source_rows, target_rows)
         }
         self.summary_ = summary
         return self
@@ -288,7 +291,8 @@ class Aligner:
 
         Args:
             folder: made if it is not there.
-            encoder: name of the encoder whose embeddings these are, kept for the record.
+            encoder: name of the encoder whose embeddings these are; a conversion refuses files that name another one.
+                By default that of the folder which the aligner was loaded from.
 
         Returns:
             The folder.

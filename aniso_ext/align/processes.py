@@ -95,8 +95,12 @@ def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
 
 def generator_for(device: torch.device, *key: int) -> torch.Generator:
     """A generator that is a function of the key alone, the same on every process."""
-    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+    return torch.Generator(device).manual_seed(seed_for(*key))
+
+
+def seed_for(*key: int) -> int:
+    """The seed of that generator."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def global_normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

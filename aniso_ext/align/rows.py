@@ -73,10 +73,9 @@ class Rows:
         for batch in self.batches():
             yield batch.to(device).to(torch.float64)
 
-    def mean(self, function: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-        """Mean [D] over all rows of what ``function`` makes of them, batch by float64 batch; of themselves if None."""
-        batches = self.exact_batches()
-        total, count = sum_of(batches if function is None else map(function, batches))
+    def mean(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Mean [D] over all rows of what ``function`` makes of them, batch by float64 batch."""
+        total, count = sum_of(map(function, self.exact_batches()))
         return self.total(total) / self.total(torch.tensor(count))
 
     @contextmanager
@@ -146,6 +145,12 @@ def normalize(rows: torch.Tensor) -> torch.Tensor:
 def normalize_(rows: torch.Tensor) -> torch.Tensor:
     """:func:`normalize` in place."""
     return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(NORM_FLOOR))
+
+
+def are_unit(rows: Rows) -> bool:
+    """Whether the first rows have norm 1."""
+    norms = next(rows.batches(1024)).to(torch.float64).norm(dim=1)
+    return bool(((norms - 1).abs() <= UNIT_TOLERANCE).all())
 
 
 def open_rows(data: Any, name: str) -> Rows:

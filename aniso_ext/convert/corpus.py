@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from aniso_ext.convert.conversion import Conversion
+from aniso_ext.convert.conversion import Conversion, named_errors
 from aniso_ext.convert.manifest import Manifest
 from aniso_ext.convert.rows import UsableRows, bad_indices, magnitudes, refuse_bad
 from aniso_ext.convert.shard import RowAligner
@@ -32,7 +32,7 @@ class SummingAligner(RowAligner, Protocol):
     def corpus_passes(self) -> int:
         """Passes over the corpus; 0 if there is no corpus mean."""
 
-    def corpus_sums(self, batch: np.ndarray, number: int) -> np.ndarray:
+    def corpus_sums(self, batch: Any, number: int) -> np.ndarray:
         """Float64 sums [D] that rows [n, D] add to a pass."""
 
     def with_corpus_mean(self, mean: np.ndarray, number: int) -> RowAligner:
@@ -75,23 +75,20 @@ class CorpusCalibration:
         """The calibrated aligner; None where sums of other workers are missing and ``wait`` is False."""
         aligner = self._conversion.aligner
         if not isinstance(aligner, SummingAligner):
-            stream = UsableRows(self._conversion.embeddings, self._conversion.on_bad)
-            return aligner.calibrated(stream, calibration="corpus")
+            return calibrate_at_once(self._conversion)
         calibrated: RowAligner = aligner
         for number in range(aligner.corpus_passes):
             assert isinstance(calibrated, SummingAligner)
             self._sum_own(calibrated, number)
-            while missing := self._missing(number):
+            while missing := self._total - len(self._manifest.records.indices(_kind(number))):
                 if not wait:
                     self.missing_sums = missing
                     return None
                 self._check_stop(len(self._own), len(self._own))
                 time.sleep(POLL_SECONDS)
-            calibrated = calibrated.with_corpus_mean(self._mean(number), number)
+            records = [self._record(number, index) for index in range(self._total)]
+            calibrated = calibrated.with_corpus_mean(_mean(self._conversion, records), number)
         return calibrated
-
-    def _missing(self, number: int) -> int:
-        return self._total - len(self._manifest.records.indices(_kind(number)))
 
     def _sum_own(self, aligner: SummingAligner, number: int) -> None:
         present = self._manifest.records.indices(_kind(number))
@@ -101,13 +98,43 @@ class CorpusCalibration:
                 self._advance(shard.rows)
                 continue
             self._check_stop(done, len(self._own))
-            self._manifest.keep(_kind(number), index, self._sums(aligner, shard, number))
+            self._manifest.keep(_kind(number), index, _sums(self._conversion, aligner, shard, number, self._advance))
 
-    def _sums(self, aligner: SummingAligner, shard: Shard, number: int) -> dict[str, Any]:
-        """Sums over the usable rows of a shard, and their number."""
-        conversion = self._conversion
-        dtype = np.promote_types(shard.dtype, array_dtype(conversion.plan.stored_dtype))
-        total, count, first_row = np.zeros(shard.width), 0, 0
+    def _record(self, number: int, index: int) -> dict[str, Any]:
+        record = self._manifest.records.read(_kind(number), index) or {}
+        sums = np.asarray(record.get("sums"))
+        if sums.dtype != np.float64 or sums.shape != (self._conversion.embeddings.width,):
+            reason = f"the sums of shard {index} are damaged"
+            raise unusable(self._manifest.records.path, reason, "remove the folder and run again")
+        return record
+
+
+def calibrate_at_once(conversion: Conversion) -> RowAligner:
+    """The aligner that a conversion uses, calibrated without its records; nothing is written."""
+    aligner = conversion.aligner
+    if conversion.calibration == "fitted":
+        return aligner
+    if not isinstance(aligner, SummingAligner):
+        return aligner.calibrated(UsableRows(conversion.embeddings, conversion.on_bad), calibration="corpus")
+    calibrated: RowAligner = aligner
+    for number in range(aligner.corpus_passes):
+        assert isinstance(calibrated, SummingAligner)
+        records = [_sums(conversion, calibrated, target.shard, number) for target in conversion.plan.targets]
+        calibrated = calibrated.with_corpus_mean(_mean(conversion, records), number)
+    return calibrated
+
+
+def _sums(
+    conversion: Conversion,
+    aligner: SummingAligner,
+    shard: Shard,
+    number: int,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Sums over the usable rows of a shard, and their number."""
+    dtype = np.promote_types(shard.dtype, array_dtype(conversion.plan.stored_dtype))
+    total, count, first_row = np.zeros(shard.width), 0, 0
+    with named_errors(shard):
         for batch in shard.batches(0, shard.rows, conversion.batch_rows):
             found = magnitudes(batch)
             bad = bad_indices(found, batch.dtype.name)
@@ -115,29 +142,28 @@ class CorpusCalibration:
                 refuse_bad(shard, found, bad, first_row)
             usable = np.delete(batch, bad, axis=0) if len(bad) else batch
             if len(usable):
-                sums = aligner.corpus_sums(usable.astype(dtype, copy=False), number)
+                sums = aligner.corpus_sums(conversion.placed(usable.astype(dtype, copy=False)), number)
                 if not np.isfinite(sums).all():
                     reason = f"rows {first_row} to {first_row + len(batch) - 1} have stand-ins that are not finite"
                     raise unusable(shard.path or shard.name, reason, "check the aligner and the scale of the rows")
                 total += sums
             count += len(usable)
             first_row += len(batch)
-            self._advance(len(batch))
-        return {"rows": count, "sums": total.tolist()}
+            if advance is not None:
+                advance(len(batch))
+    return {"rows": count, "sums": total.tolist()}
 
-    def _mean(self, number: int) -> np.ndarray:
-        total, count = np.zeros(self._conversion.embeddings.width), 0
-        for index in range(self._total):
-            record = self._manifest.records.read(_kind(number), index)
-            sums = np.asarray(record.get("sums") if record else None)
-            if record is None or sums.dtype != np.float64 or sums.shape != total.shape:
-                reason = f"the sums of shard {index} are damaged"
-                raise unusable(self._manifest.records.path, reason, "remove the folder and run again")
-            total += sums
-            count += int(record["rows"])
-        if count == 0:
-            raise unusable(self._conversion.plan.folder, "would have no rows", "the input has only bad rows")
-        return total / count
+
+def _mean(conversion: Conversion, records: list[dict[str, Any]]) -> np.ndarray:
+    """Mean [D] from the sums of all shards, in their order."""
+    total = np.zeros(conversion.embeddings.width)
+    for record in records:
+        total += np.asarray(record["sums"])
+    count = sum(int(record["rows"]) for record in records)
+    if count == 0:
+        reason = f"all {conversion.embeddings.rows} rows of the input are zero or not finite"
+        raise unusable(conversion.plan.folder, reason, "there is no mean to calibrate on")
+    return total / count
 
 
 def _kind(number: int) -> str:

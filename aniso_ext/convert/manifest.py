@@ -8,7 +8,6 @@ leaves is therefore a prefix of what an unbroken run writes, plus records, plus 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,20 +15,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from aniso_ext.convert.lines import (
+    CALIBRATED,
+    KIND,
+    START_OVER,
+    check_same,
+    differing,
+    first_line,
+    fits,
+    parse,
+    refusal,
+)
 from aniso_ext.convert.locks import ByteLocks
 from aniso_ext.convert.plan import Plan
 from aniso_ext.convert.records import SHARD, RecordFolder, encoded, sync_folder
 from aniso_ext.convert.workers import Worker
 from aniso_ext.data.folder import format_of
+from aniso_ext.data.locations import Location, put_bytes_atomically
 from aniso_ext.data.shards import unusable
 from aniso_ext.data.writer import make_folders, temporary_name
 from aniso_ext.errors import DataError
 
-KIND = "aniso_ext.convert"
-VERSION = 1
-CALIBRATED = "calibrated"
 _BEGINNING = f'{{"manifest":"{KIND}"'.encode()
-_START_OVER = "pass the same, or another output, or on_existing='overwrite'"
 _ARRIVALS = 20
 """How often a manifest may vanish, because a run that ended without a shard removed it, before that is an error."""
 
@@ -41,13 +48,16 @@ class Manifest:
     """
 
     def __init__(self, plan: Plan, header: Mapping[str, Any], on_existing: str, worker: Worker | None = None) -> None:
-        self.records = RecordFolder(plan.manifest)
+        self.records = RecordFolder(plan.ledger)
         self._plan = plan
         self._worker = worker or Worker()
-        self._wanted = {"manifest": KIND, "version": VERSION, **header}
+        self._wanted = first_line(header)
         self._lines: list[dict[str, Any]] = []
         self._end = 0
-        self._made: list[Path] = []
+        self._made: list[Location] = []
+        self._is_local = plan.ledger == plan.manifest
+        if self._worker.world > 1 and not self._is_local:
+            raise unusable(plan.manifest, "cannot be locked at a remote place", "let workers share a local folder")
         for _ in range(_ARRIVALS):
             if self._arrive(on_existing):
                 return
@@ -76,7 +86,7 @@ class Manifest:
                 self._end = 0
                 self._put(encoded(self._header))
             elif stored != calibrated:
-                self._refuse("calibrated aligner", stored, calibrated)
+                raise refusal(self._plan, "calibrated aligner", stored, calibrated)
 
     def add(self, index: int, line: Mapping[str, Any]) -> None:
         """Record a shard that is in place."""
@@ -112,7 +122,7 @@ class Manifest:
         """Open the manifest and join its workers; False if it was removed meanwhile."""
         created = self._create(on_existing)
         try:
-            self._file = self._plan.manifest.open("r+b", buffering=0)
+            self._file = self._plan.ledger.open("r+b", buffering=0)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -137,17 +147,19 @@ class Manifest:
 
     def _create(self, on_existing: str) -> bool:
         """Make the manifest, whole and with its first line, unless it is there; whether it was made."""
-        path = self._plan.manifest
+        path, found = self._plan.ledger, None
         if path.exists():
             return False
-        if on_existing != "overwrite":
+        if not self._is_local and self._plan.manifest.exists():
+            found = self._plan.manifest.read_bytes()  # begun on another machine
+        elif on_existing != "overwrite":
             self._check_foreign()
         try:
             self._made += make_folders(path.parent)
             temporary = path.with_name(temporary_name(path.name))
             try:
                 with temporary.open("xb") as file:
-                    file.write(encoded(self._wanted))
+                    file.write(found or encoded(self._wanted))
                     file.flush()
                     os.fsync(file.fileno())
                 os.link(temporary, path)
@@ -159,11 +171,11 @@ class Manifest:
         except OSError as error:
             self._remove_folders()
             raise self._unwritable(error) from None
-        return True
+        return found is None
 
     def _is_in_place(self) -> bool:
         with suppress(FileNotFoundError):
-            return os.path.samestat(self._plan.manifest.stat(), os.fstat(self._file.fileno()))
+            return os.path.samestat(self._plan.ledger.stat(), os.fstat(self._file.fileno()))
         return False
 
     def _join(self, created: bool, on_existing: str) -> None:
@@ -185,7 +197,7 @@ class Manifest:
     def _check_company(self, world: int) -> None:
         """Refuse to join those who are there unless they share this very conversion, among as many workers."""
         lines, _ = self._read_lines(0)
-        if self._worker.world == 1 or world == 1 or not lines or self._differing(lines[0]):
+        if self._worker.world == 1 or world == 1 or not lines or differing(lines[0], self._wanted):
             raise self._in_use("")
         if world != self._worker.world:
             raise self._in_use(f"{world} workers share it, and this is the {self._worker}")
@@ -196,18 +208,26 @@ class Manifest:
         return unusable(self._plan.manifest, reason, "wait for it or choose another output")
 
     def _check_foreign(self) -> None:
+        """Refuse files that nobody accounts for; a worker that has just arrived makes its manifest before a shard."""
         for target in self._plan.targets:
-            if target.path.exists():
+            if target.path.exists() and not self._plan.ledger.exists():
                 reason = "exists already and no manifest says what it is"
                 raise unusable(target.path, reason, "choose another output or on_existing='overwrite'")
 
     def _remove_unused(self) -> None:
-        """Remove the manifest if nothing came of this conversion; only under the mutex."""
+        """Remove the manifest if nothing came of this conversion; only under the mutex.
+
+        A shard that is in place without a line needs the manifest: it would look like somebody else's.
+        """
         lines, _ = self._read_lines(0)
-        ours = len(lines) == 1 and not self._differing(lines[0])
-        if ours and self._locks.others() is None and not self.records and self._is_in_place():
+        alone = self._locks.others() is None and self._is_in_place()
+        ours = len(lines) == 1 and not differing(lines[0], self._wanted)
+        empty = not self.records and not any(target.path.exists() for target in self._plan.targets)
+        if alone and ours and empty:
             self.records.clear()
-            self._plan.manifest.unlink()
+            self._plan.ledger.unlink()
+            if not self._is_local:
+                self._plan.manifest.unlink(missing_ok=True)
 
     def _remove_folders(self) -> None:
         for folder in self._made:
@@ -240,7 +260,7 @@ class Manifest:
             content = self._content()
             torn = b"\n" not in content and (content.startswith(_BEGINNING) or _BEGINNING.startswith(content))
             if not torn:
-                raise unusable(self._plan.manifest, "is not the manifest of a conversion", _START_OVER)
+                raise unusable(self._plan.manifest, "is not the manifest of a conversion", START_OVER)
             self.records.clear()
             self._write_first_line()
         self._load()
@@ -250,7 +270,7 @@ class Manifest:
         self._file.truncate(self._end)
         for index in self.records.indices(SHARD):
             record = self.records.read(SHARD, index)
-            if index < kept or record is None or not self._fits(index, record):
+            if index < kept or record is None or not fits(self._plan, index, record):
                 self.records.remove(SHARD, index)
         self._merge()
 
@@ -258,38 +278,14 @@ class Manifest:
         """Read the manifest from its beginning and check that it is that of this conversion."""
         lines, self._end = self._read_lines(0)
         self._header, self._lines = lines[0], lines[1:]
-        for key, (stored, wanted) in self._differing(self._header).items():
-            self._refuse(key.replace("_", " "), stored, wanted)
-        for line, target in zip(self._lines, self._plan.targets, strict=False):
-            if line.get("shard") != target.name:
-                self._refuse("shard", line.get("shard"), target.name)
-
-    def _differing(self, header: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Entries of a first line that are not those of this conversion: stored and wanted."""
-        keys = [*self._wanted, *(key for key in header if key not in self._wanted and key != CALIBRATED)]
-        pairs = {key: (header.get(key), self._wanted.get(key)) for key in keys}
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-    def _refuse(self, what: str, stored: Any, wanted: Any) -> None:
-        reason = f"was started with {what} {stored}, now it is {wanted}"
-        raise unusable(self._plan.manifest, reason, _START_OVER)
+        check_same(self._plan, lines, self._wanted)
 
     def _still_there(self) -> int:
         """How many shards from the first on are in place with the recorded size."""
         if CALIBRATED not in self._header:
             return 0
-        fits = (self._fits(index, line) for index, line in enumerate(self._lines[: len(self._plan.targets)]))
-        return next((index for index, fit in enumerate(fits) if not fit), min(len(self._lines), self._total))
-
-    def _fits(self, index: int, line: Mapping[str, Any]) -> bool:
-        if index >= self._total or line.get("shard") != self._plan.targets[index].name:
-            return False
-        path = self._plan.targets[index].path
-        return path.is_file() and path.stat().st_size == line.get("bytes")
-
-    @property
-    def _total(self) -> int:
-        return len(self._plan.targets)
+        most = min(len(self._lines), len(self._plan.targets))
+        return next((index for index in range(most) if not fits(self._plan, index, self._lines[index])), most)
 
     # Reading and writing, under the mutex
 
@@ -306,18 +302,7 @@ class Manifest:
         return self._file.read()
 
     def _read_lines(self, start: int) -> tuple[list[dict[str, Any]], int]:
-        """The complete lines from a position up to the first that is not a JSON object, and where they end."""
-        lines: list[dict[str, Any]] = []
-        for text in self._content(start).splitlines(keepends=True):
-            try:
-                line = json.loads(text) if text.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if not isinstance(line, dict):
-                break
-            lines.append(line)
-            start += len(text)
-        return lines, start
+        return parse(self._content(start), start)
 
     def _catch_up(self) -> None:
         """Read what other workers have appended; what one was killed at is cut off."""
@@ -360,6 +345,8 @@ class Manifest:
             while rest:
                 rest = rest[os.pwrite(self._file.fileno(), rest, self._end + len(content) - len(rest)) :]
             os.fsync(self._file.fileno())
+            if not self._is_local:
+                put_bytes_atomically(self._plan.manifest, self._content())
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise unusable(self._plan.manifest, reason, "check the space and run again to resume") from None
@@ -367,4 +354,3 @@ class Manifest:
 
     def _unwritable(self, error: OSError) -> DataError:
         return unusable(self._plan.manifest, f"cannot be written ({error.strerror})", "check the space and permissions")
-

@@ -53,9 +53,10 @@ class HashedOutput:
         self._unsynced = 0
         self._syncing: Future[None] | None = None
 
-    def write(self, stored: np.ndarray) -> None:
+    def write(self, stored: np.ndarray, dropped: np.ndarray | None = None) -> None:
+        """``dropped`` are the indices of rows that were left out of this batch."""
         hashing = self._threads.submit(self._digest.update, stored)
-        self._writer.write_stored(stored)
+        self._writer.write_stored(stored, dropped=dropped)
         hashing.result()
         self._unsynced += stored.nbytes
         if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):

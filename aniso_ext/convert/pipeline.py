@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from aniso_ext.convert.conversion import Conversion, Machine, check_choice, prepare
+from aniso_ext.convert.conversion import Conversion, Machine, check_choice, named_errors, prepare
 from aniso_ext.convert.corpus import CorpusCalibration
+from aniso_ext.convert.inputs import warn_of_norms
 from aniso_ext.convert.manifest import Manifest
+from aniso_ext.convert.metadata import check_metadata, copy_metadata
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.workers import Worker
@@ -30,8 +32,12 @@ def convert_embeddings(
     on_existing: str = "resume",
     on_bad: str = "fail",
     dtype: Any = None,
+    format: str | None = None,
     kind: str | None = None,
     column: str | None = None,
+    memory: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
     worker: Worker | tuple[int, int] | None = None,
     wait: bool = False,
     stop: Callable[[], bool] | None = None,
@@ -50,7 +56,8 @@ def convert_embeddings(
     Args:
         aligner: a fitted aligner.
         input: anything that :func:`aniso_ext.data.open_embeddings` takes, together with ``kind`` and ``column``.
-        output: a folder (shards keep their names and formats), or for a single shard also a file.
+        output: a folder (shards keep their names and formats), or for a single shard also a file. An input that was
+            opened as the root of a clip-retrieval folder goes to the same half of ``output``, its metadata with it.
         batch_rows: rows per batch, by default 8192; part of the manifest, because results may depend on it in the last
             bit.
         calibration: ``fitted`` (one pass) or ``corpus`` (first takes the corpus mean from the input; METHOD D17). A
@@ -58,6 +65,13 @@ def convert_embeddings(
         on_existing: ``resume`` an earlier run of the same conversion, ``overwrite`` it, or ``fail``.
         on_bad: ``fail`` at the first row that is zero or not finite, ``drop`` such rows, or write ``zero`` rows.
         dtype: stored dtype of the output; by default that of the input. With a wider one, rows are mapped in it.
+        format: ``npy``, ``parquet``, ``safetensors`` or ``arrow``; by default that of the input. Tables keep their
+            other columns in a table.
+        memory: bytes that the pipeline may take, beside what Python and its libraries take. Without ``batch_rows`` it
+            decides them: the largest power of two up to 8192 that fits.
+        device: where rows are mapped, such as ``cuda``; by default the CPU, or the device of the aligner. Its kind is
+            part of the manifest, as results differ in the last bits.
+        threads: of the operations on the CPU; by default PyTorch's.
         worker: (rank, number of workers) of this process; by default it is alone. Workers can only resume.
         wait: with a corpus calibration, wait for the sums of other workers; by default the worker ends where it needs
             them (``missing_sums`` of the report) and goes on when it is called again.
@@ -73,6 +87,9 @@ def convert_embeddings(
         DataError: an input or output file cannot be used, a row is bad, or a resume does not fit what is there (both
             fingerprints are named). The shard at hand leaves nothing behind; finished ones stay for a resume.
         StoppedError: ``stop`` said so.
+
+    Warns:
+        UserWarning: rows are not normalised as those were that the aligner was fitted on.
 
     Example:
         >>> import numpy as np, tempfile
@@ -98,17 +115,21 @@ def convert_embeddings(
         calibration=calibration,
         on_bad=on_bad,
         dtype=dtype,
+        format=format,
         kind=kind,
         column=column,
-        machine=Machine(),
+        machine=Machine(memory, device, threads),
     )
+    check_metadata(conversion.plan, on_existing, on_bad)
+    warn_of_norms(aligner, conversion.embeddings)
     header = conversion.header()
     with Manifest(conversion.plan, header, on_existing, me) as manifest:
         run = _Run(conversion, manifest, me, stop or _never, progress)
         run.execute(wait)
         lines = manifest.finished()
-    report = _report(conversion, header, me, lines, time.perf_counter() - started)
-    return replace(report, resumed_shards=run.resumed, missing_sums=run.missing_sums)
+        if len(lines) == len(conversion.plan.targets):
+            copy_metadata(conversion.plan)
+    return _report(run, header, lines, time.perf_counter() - started)
 
 
 def _never() -> bool:
@@ -116,13 +137,9 @@ def _never() -> bool:
 
 
 def _report(
-    conversion: Conversion,
-    header: dict[str, Any],
-    worker: Worker,
-    lines: dict[int, dict[str, Any]],
-    seconds: float,
+    run: _Run, header: dict[str, Any], lines: dict[int, dict[str, Any]], seconds: float
 ) -> ConversionReport:
-    plan = conversion.plan
+    plan = run.conversion.plan
     indices = {plan.targets[index].shard.name: line["bad_rows"] for index, line in lines.items() if line["bad_rows"]}
     return ConversionReport(
         rows=sum(line["rows"] for line in lines.values()),
@@ -131,16 +148,17 @@ def _report(
         seconds=seconds,
         outputs=tuple(str(plan.targets[index].path) for index in lines),
         manifest=str(plan.manifest),
-        resumed_shards=0,
+        resumed_shards=run.resumed,
         aligner=header["aligner"],
         input=header["input"],
         dtype=plan.stored_dtype,
         calibration=header["calibration"],
         bad_rows=sum(map(len, indices.values())),
         bad_row_indices=indices,
-        worker=worker.rank,
-        workers=worker.world,
+        worker=run.worker.rank,
+        workers=run.worker.world,
         missing_shards=len(plan.targets) - len(lines),
+        missing_sums=run.missing_sums,
     )
 
 
@@ -184,7 +202,9 @@ class _Run:
         fingerprint = self.conversion.aligner.fingerprint()
         for number, index in enumerate(left):
             self._check_stop(shards - len(left) + number, shards)
-            line = converter.convert(self.conversion.plan.targets[index], self._advance)
+            target = self.conversion.plan.targets[index]
+            with named_errors(target.shard):
+                line = converter.convert(target, self._advance)
             self.manifest.add(index, {**line, "aligner": fingerprint})
 
     def _check_stop(self, finished: int, shards: int) -> None:

@@ -31,7 +31,15 @@ TASKS_PER_PLACE = 4
 """Tasks for each place where one can run: enough that the slowest is a small part of the whole."""
 RETRIES = 5
 """How often a task whose process died is started again."""
-_DEFAULTS = {"batch_rows": None, "calibration": "fitted", "on_bad": "fail", "dtype": None, "kind": None, "column": None}
+_DEFAULTS = {
+    "batch_rows": None,
+    "calibration": "fitted",
+    "on_bad": "fail",
+    "dtype": None,
+    "format": None,
+    "kind": None,
+    "column": None,
+}
 _MACHINE = ("memory", "device", "threads")
 POLL_SECONDS = 0.5
 """How often a run looks whether it is to stop."""

@@ -50,6 +50,11 @@ def bad_indices(magnitudes: np.ndarray, stored_dtype: str) -> np.ndarray:
     return np.flatnonzero((magnitudes == 0) | not_finite(magnitudes, stored_dtype))
 
 
+def bad_rows(batch: np.ndarray) -> np.ndarray:
+    """Ascending indices of rows of C-ordered [n, D] that are not finite or entirely zero."""
+    return bad_indices(magnitudes(batch), batch.dtype.name)
+
+
 def refuse_bad(shard: Shard, magnitudes: np.ndarray, bad: np.ndarray, first_row: int) -> None:
     """Raise the DataError that names the first bad row, if there is one."""
     if len(bad):

@@ -67,7 +67,7 @@ class ShardConverter:
         norms = NormRange(shard.stored_dtype)
         first_row = 0
         with EmbeddingWriter(
-            target.path, target.format, dtype=self.stored_dtype, width=shard.width, overwrite=True
+            target.path, target.format, dtype=self.stored_dtype, width=shard.width, overwrite=True, beside=shard
         ) as writer:
             with HashedOutput(writer) as output, mapper, closing(mapped_batches(shard, mapper)) as batches:
                 for batch in batches:
@@ -78,7 +78,7 @@ class ShardConverter:
                     self._check_stand_ins(target, row_map, batch.rows, mapped, bad, first_row, writer.rows)
                     norms.add(batch.rows, bad, first_row)
                     dropped.extend((first_row + bad).tolist())
-                    output.write(self._kept(mapped.rows, bad))
+                    output.write(self._kept(mapped.rows, bad), bad if self.on_bad == "drop" else None)
                     first_row += len(batch.rows)
                     advance(len(batch.rows))
                 digest = output.finish()

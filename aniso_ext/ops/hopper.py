@@ -10,7 +10,7 @@ import torch
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import fold as operands_of
 from aniso_ext.ops.operands import is_orthonormal, radius_segments
-from aniso_ext.ops.radius_table import coarse_cells, secant_table, table_error
+from aniso_ext.ops.radius_table import PackedTable, coarse_cells, pack_table, table_error
 from aniso_ext.ops.tracing import constant_while_tracing
 
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
@@ -30,19 +30,19 @@ class HopperOperands:
     ============ ======================== =========================================================================
     basis        [D, 128] storage dtype   Q, zero columns past R
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
-    cells        [64, cells + 1, 2]       the radius maps, see :mod:`aniso_ext.ops.radius_table`; NaN in coarse cells
-    cell_scale   [64] float32             cells for each unit of radius
+    cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
+    map_scales   [3, 64] float32          its scales
     ============ ======================== =========================================================================
     """
 
     basis: torch.Tensor
     coordinates: torch.Tensor
     cells: torch.Tensor
-    cell_scale: torch.Tensor
+    map_scales: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In schema order."""
-        return self.basis, self.coordinates, self.cells, self.cell_scale
+        return self.basis, self.coordinates, self.cells, self.map_scales
 
 
 @cache
@@ -67,16 +67,17 @@ def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
     return folded
 
 
-def _radius_table(segments: torch.Tensor, rounding: float) -> torch.Tensor | None:
-    """The smallest table [M, cells + 1, 2] that is good enough, NaN in its coarse cells; None if none is."""
+def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None:
+    """The smallest table that is good enough, NaN in its coarse cells; None if none is."""
     size = float(segments[:, 1:, 1].square().mean().sqrt())
     for count in CELL_COUNTS:
-        table = secant_table(segments, count)
-        error = table_error(segments, table)
+        table = pack_table(segments, count)
+        secants = table.secants()
+        error = table_error(segments, secants)
         kept = error[error <= LARGEST_CELL_ERROR * rounding * size]
         fine = float(kept.square().mean().sqrt()) <= LARGEST_ERROR * rounding * size if len(kept) else False
         if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
-            table[coarse_cells(segments, table, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
+            table.cells[coarse_cells(segments, secants, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
             return table
     return None
 
@@ -98,9 +99,9 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     vectors = torch.stack((-exact.source_mean, constants.offset, shift))
     basis = rounded.new_zeros(frame.width, LARGEST_RANK)
     basis[:, : frame.rank] = rounded
-    blocks, cells = LARGEST_RANK // 2, table.shape[1] - 1
-    padded = torch.zeros(blocks, cells + 1, 2, device=device)
-    padded[: frame.blocks] = table
-    cell_scale = torch.zeros(blocks, device=device)
-    cell_scale[: frame.blocks] = cells / segments[:, -1, 0]
-    return HopperOperands(basis, (vectors @ rounded.double()).float().contiguous(), padded, cell_scale)
+    coordinates = (vectors @ rounded.double()).float().contiguous()
+    cells = table.cells.new_zeros(LARGEST_RANK // 2, *table.cells.shape[1:])
+    cells[: frame.blocks] = table.cells
+    map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
+    map_scales[:, : frame.blocks] = table.scales
+    return HopperOperands(basis, coordinates, cells.view(torch.int32).squeeze(2), map_scales)

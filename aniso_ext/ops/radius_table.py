@@ -9,6 +9,8 @@ or for those of :func:`coarse_cells`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 CELLS = 2048
@@ -25,6 +27,43 @@ def secant_table(segments: torch.Tensor, cells: int = CELLS) -> torch.Tensor:
     intercept = at_edges[:, :-1] - edges[:, :-1] * steepness
     beyond = torch.stack((torch.zeros_like(last), slope[:, -1:]), dim=2)
     return torch.cat((torch.stack((intercept, steepness), dim=2), beyond), dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTable:
+    """The same table in half the memory: what each cell adds to the last slope, in half precision.
+
+    T(rho) = rho last_slope + unit (start + rise (rho cell_scale - cell)). Radius maps are close to proportional, so
+    what a cell adds is small, and so is its rounding.
+
+    ============ ================================ ==================================================================
+    cells        [M, cells + 1, 2] float16        start and rise, at most 1; zero in the last cell, NaN in coarse ones
+    scales       [3, M] float32                   cell_scale, last_slope and unit
+    ============ ================================ ==================================================================
+    """
+
+    cells: torch.Tensor
+    scales: torch.Tensor
+
+    def secants(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """What the table says as [M, cells + 1, 2], intercept and slope of each cell."""
+        (start, rise), (cell_scale, last_slope, unit) = self.cells.to(dtype).unbind(2), self.scales.to(dtype)[..., None]
+        cell = torch.arange(start.shape[1], dtype=dtype, device=start.device)
+        return torch.stack((unit * (start - cell * rise), last_slope + unit * cell_scale * rise), dim=2)
+
+
+def pack_table(segments: torch.Tensor, cells: int) -> PackedTable:
+    """Pack the secants of segments [M, K + 1, 3]."""
+    secants = secant_table(segments, cells)
+    last, last_slope = segments[:, -1:, 0], segments[:, -1:, 2]
+    edges = torch.linspace(0, 1, cells + 1, dtype=segments.dtype, device=segments.device) * last
+    slope = secants[:, :, 1] - last_slope
+    starts, rises = secants[:, :, 0] + edges * slope, slope * (last / cells)
+    unit = torch.maximum(starts.abs(), rises.abs()).amax(dim=1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)
+    packed = torch.stack((starts, rises), dim=2) / unit[:, :, None]
+    packed[:, -1] = 0
+    return PackedTable(packed.half(), torch.cat((cells / last, last_slope, unit), dim=1).T.float().contiguous())
 
 
 def _cells_of_knots(segments: torch.Tensor, cells: int) -> torch.Tensor:

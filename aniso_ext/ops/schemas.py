@@ -17,7 +17,7 @@ _INITIALISATION = (
     "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
     "Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset"
 )
-_HOPPER = "Tensor basis, Tensor coordinates, Tensor cells, Tensor cell_scale"
+_HOPPER = "Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales"
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
 )

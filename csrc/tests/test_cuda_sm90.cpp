@@ -23,6 +23,7 @@ struct Size {
 };
 
 constexpr int32_t kKnots = 40, kCells = 64, kBuckets = 128;
+constexpr size_t kBlocks = kSm90Rank / 2;
 
 // Results that begin at a multiple of 16 bytes, as the copy engine wants them.
 template <typename V>
@@ -31,6 +32,12 @@ using AlignedResult = DeviceResult<V, 64>;
 std::vector<float> uniform(int64_t count, double low, double high, Random& random) {
   return random_values<float>(count, low, high, random);
 }
+
+// A cell of a radius map as the kernels read it.
+struct Cell {
+  Cell(double start, double rise) : start(narrow<Float16>(float(start))), rise(narrow<Float16>(float(rise))) {}
+  Float16 start, rise;
+};
 
 template <typename V>
 std::vector<V> padded(std::vector<V> values, size_t size) {
@@ -79,18 +86,21 @@ class Suite {
       }
       const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
       const double last = double(map[kKnots].start);
-      cell_scale_.push_back(float(kCells / last));
+      map_scales_[size_t(block)] = float(kCells / last);
+      map_scales_[kBlocks + size_t(block)] = map[kKnots].slope;
+      map_scales_[2 * kBlocks + size_t(block)] = float(last);
+      const auto added = [&](int32_t cell) {  // to the last slope, in the unit of the cells
+        const double rho = last * cell / kCells;
+        return (exact_map(block, rho) - rho * double(map[kKnots].slope)) / last;
+      };
       for (int32_t cell = 0; cell < kCells; ++cell) {
-        const double low = last * cell / kCells, high = last * (cell + 1) / kCells;
-        const double rise = (exact_map(block, high) - exact_map(block, low)) / (high - low);
         const bool coarse = random.uniform(0, 1) < 0.1;
-        cells_.push_back({coarse ? NAN : float(exact_map(block, low) - low * rise), coarse ? NAN : float(rise)});
+        cells_.push_back(coarse ? Cell{NAN, NAN} : Cell{added(cell), added(cell + 1) - added(cell)});
       }
-      cells_.push_back({0.f, map[kKnots].slope});
+      cells_.push_back({0, 0});
       index_knots(map);
     }
-    cells_.resize(size_t(kSm90Rank / 2) * (kCells + 1), {0.f, 0.f});
-    cell_scale_.resize(kSm90Rank / 2, 0.f);
+    cells_.resize(kBlocks * (kCells + 1), {0, 0});
     for (int32_t j = 0; j < size.width; ++j) {
       for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : S{});
     }
@@ -98,8 +108,8 @@ class Suite {
 
   void run() {
     const OnDevice<S> y(y_), basis(padded_);
-    const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), cell_scale(cell_scale_), scale(scale_), offset(offset_), shift(shift_);
-    const OnDevice<float2> cells(cells_);
+    const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), map_scales(map_scales_), scale(scale_), offset(offset_), shift(shift_);
+    const OnDevice<Cell> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
     const OnDevice<int16_t> buckets(buckets_);
     const OnDevice<int32_t> windows(windows_);
@@ -112,8 +122,8 @@ class Suite {
                              target.data(),
                              coordinates.data(),
                              coordinates.data() + size_.rank,
-                             cells.data(),
-                             cell_scale.data(),
+                             reinterpret_cast<const uint32_t*>(cells.data()),
+                             map_scales.data(),
                              kKnots + 1,
                              kBuckets,
                              segments.data(),
@@ -142,7 +152,7 @@ class Suite {
       state = result.fetch("encode " + name_);
     }
     if (!size_.diagonal) {
-      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * size_.width);
+      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
       AlignedResult<double> result(size_.width);
       CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
       sums = result.fetch("sums " + name_);
@@ -203,9 +213,12 @@ class Suite {
   }
 
   double map(int32_t block, double rho) const {
-    const int32_t cell = int32_t(std::min<double>(rho * double(cell_scale_[size_t(block)]), kCells));
-    const float2 line = cells_[size_t(block) * (kCells + 1) + size_t(cell)];
-    return std::isnan(line.x) ? exact_map(block, rho) : double(line.x) + rho * double(line.y);
+    const double place = std::min<double>(rho * double(map_scales_[size_t(block)]), kCells);
+    const int32_t index = int32_t(place);
+    const Cell& cell = cells_[size_t(block) * (kCells + 1) + size_t(index)];
+    const double start = exact(cell.start), rise = exact(cell.rise);
+    if (std::isnan(start)) return exact_map(block, rho);
+    return rho * double(map_scales_[kBlocks + size_t(block)]) + double(map_scales_[2 * kBlocks + size_t(block)]) * (start + rise * (place - index));
   }
 
   // As knot_buckets of aniso_ext/ops/operands.py.
@@ -301,9 +314,10 @@ class Suite {
   Size size_;
   std::string name_;
   std::vector<S> y_, basis_, padded_;
-  std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_, cell_scale_;
+  std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_;
+  std::vector<float> map_scales_ = std::vector<float>(3 * kBlocks);
   std::vector<Segment<float>> segments_;
-  std::vector<float2> cells_;
+  std::vector<Cell> cells_;
   std::vector<int16_t> buckets_;
   std::vector<int32_t> windows_;
 };

@@ -28,8 +28,8 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check(y.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", y.size(0));
   check_rows(y, "y", y, width);
   const bool diagonal = in.scale.numel() != 1;
-  const int64_t cells = hopper.cells.dim() == 3 ? hopper.cells.size(1) : 0;
-  check(cells >= 2, "cells must be [64, cells + 1, 2]");
+  const int64_t cells = hopper.cells.dim() == 2 ? hopper.cells.size(1) : 0;
+  check(cells >= 2, "cells must be [64, cells + 1]");
   const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
   const int64_t bucket_count = in.buckets.dim() == 2 ? in.buckets.size(1) : 0;
   check(pieces >= 3 && pieces <= kLargestSize, "segments must be [M, K + 1, 3] with K of at least 2");
@@ -40,8 +40,8 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90Rank);
   check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
-  check_constant(hopper.cells, "cells", y, ScalarType::Float, aniso::kSm90Rank / 2 * cells * 2);
-  check_constant(hopper.cell_scale, "cell_scale", y, ScalarType::Float, aniso::kSm90Rank / 2);
+  check_constant(hopper.cells, "cells", y, ScalarType::Int, aniso::kSm90Rank / 2 * cells);
+  check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * aniso::kSm90Rank / 2);
   check_constant(in.scale, "scale", y, ScalarType::Float, diagonal ? width : 1);
   check_constant(in.offset, "offset", y, ScalarType::Float, width);
   if (in.shift) check_constant(*in.shift, "shift", y, ScalarType::Float, width);
@@ -55,8 +55,8 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           data<float>(in.target_coordinates),
           coordinates + rank,
           coordinates + 2 * rank,
-          reinterpret_cast<const float2*>(data<float>(hopper.cells)),
-          data<float>(hopper.cell_scale),
+          reinterpret_cast<const uint32_t*>(data<int32_t>(hopper.cells)),
+          data<float>(hopper.map_scales),
           int32_t(pieces),
           int32_t(bucket_count),
           reinterpret_cast<const aniso::Segment<float>*>(data<float>(in.segments)),
@@ -106,7 +106,7 @@ Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const I
     if (y.size(0) == 0) return;
     const Tensor rows = aligned_rows(y);
     const int64_t slots = aniso::sm90_sum_slots(operands.width);
-    Tensor parts = torch::stable::new_empty(y, {slots, y.size(1)}, ScalarType::Float);
+    Tensor parts = torch::stable::new_empty(y, {slots, y.size(1) + aniso::kSm90SumColumns}, ScalarType::Float);
     check_launch(aniso::sm90_correct_sums(operands, hopper_rows<S>(rows), mutable_data<float>(parts), mutable_data<double>(sums),
                                           stream_of(y)),
                  "hopper_correct_sums");

@@ -10,7 +10,7 @@ struct HopperTensors {
   Tensor basis;
   Tensor coordinates;
   Tensor cells;
-  Tensor cell_scale;
+  Tensor map_scales;
 };
 
 Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in);

@@ -111,15 +111,28 @@ class PhasePrior(nn.Module):
         Raises:
             InputError: shapes or the reduction do not fit.
         """
-        self._check(theta, log_rho)
         if reduction not in ("mean", "none"):
             raise InputError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        scale, noise = self._draw(theta, generator)
+        rows = self.row_losses(theta, log_rho, *self.draw(len(theta), generator, theta.dtype))
+        return rows.mean() if reduction == "mean" else rows
+
+    def draw(
+        self, rows: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise of :meth:`loss`: scales s [rows, 1], log-uniform, and standard normal [rows, M]."""
+        position = global_uniform(rows, generator).to(dtype)
+        low, high = math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)
+        return (low + position * (high - low)).exp(), global_normal(rows, self.phases, generator).to(dtype)
+
+    def row_losses(
+        self, theta: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The objective of each row under noise of :meth:`draw`, [n]: a row's depends on that row alone."""
+        self._check(theta, log_rho)
         shift = scale * noise
         noisy = wrap(self.graph.mean_map(theta) + shift)
         error = self.score(noisy, log_rho, scale) - score(wrap(shift), scale)
-        rows = (scale * error).square().sum(dim=-1)
-        return rows.mean() if reduction == "mean" else rows
+        return (scale * error).square().sum(dim=-1)
 
     def standardised(self, log_rho: torch.Tensor) -> torch.Tensor:
         """(log rho - mean)/std per block, clamped to [-5, 5]; differentiable inside."""
@@ -170,12 +183,6 @@ class PhasePrior(nn.Module):
                 raise InputError(f"{PREFIX}network.{name} has {bad} non-finite values: fit the prior again")
         prior.network.load_state_dict(weights)
         return prior.freeze()
-
-    def _draw(self, theta: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise scales s [n, 1], log-uniform, and standard normal noise [n, M]."""
-        position = global_uniform(len(theta), generator).to(theta.dtype)
-        low, high = math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)
-        return (low + position * (high - low)).exp(), global_normal(len(theta), self.phases, generator).to(theta.dtype)
 
     def _spread(self) -> torch.Tensor:
         """How far each phase spreads around the best that its anchor or one partner says of it.

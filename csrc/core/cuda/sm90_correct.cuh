@@ -10,16 +10,17 @@
 // A tile   1 the copy engine brings 64 rows; 2 partial p from the block's columns, and y.offset and y.shift with it; 3 each block
 //          collects its share of p from the others, 4 maps its blocks of the rank, 5 hands k and its part of both norms' sums to
 //          the others; meanwhile s y waits in registers and the next tile is on its way; 6 w on top of that, the offset and
-//          |w| shift with it; 7 out. The diagonal complement adds offset and shift itself, and exchanges the sums after 6.
+//          |w| shift with it; 7 out. The diagonal complement adds offset and shift itself, and exchanges the sums after 6. Sums of e'
+//          need no rows: k, y and 1 over |w| are added up, and Q meets the sum over all rows, so that 5 hands on the sums alone.
 // Shared   Q and the tail: 18 KB a chunk of 64 columns. For each warpgroup 8 KB of rows a chunk, and up to 26 KB that carry in
 //          turn the parts of p, of k with the sums, and the finished rows on their way out.
 // Registers  w stays in fp32: 32 kChunks a thread. Nothing is rounded but k and the result. Kernels of the scalar complement do
-//          not spill, those of the diagonal one up to 60 words, because c^ and c_t wait beside w.
+//          not spill (one word at D 512), those of the diagonal one up to 75 words, because c^ and c_t wait beside w.
 // Norms    |w|^2 = k.k + 2 k.(s p + Q^T offset) + |s y + offset|^2 and w.shift = k.Q^T shift + (s y + offset).shift, as Q^T Q = I;
 //          of the diagonal complement they are sums over w.
-// Global   2 D storage values, and 8 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
+// Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
 //          of C go (C - 1) R (4 + 2) bytes for each row.
-// FLOP     4 D R for each row, 6 D R for the diagonal complement.
+// FLOP     4 D R for each row, 6 D R for the diagonal complement, 2 D R for the sums.
 #pragma once
 
 #include "sm90_layout.cuh"
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
   constexpr int32_t kOwnSteps = kSteps / kCluster;
   // Norms of a scalar complement follow from p, k and y; those of a diagonal one are summed from w.
   constexpr bool kForms = !kDiagonal && kResult != Result::kState;
+  constexpr bool kSums = kResult == Result::kSums, kBuilds = !kSums;  // rows are built, of Q k
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Operands<S>& in = arguments.in;
   const uint32_t shared = shared_address(shared_memory);
@@ -133,7 +135,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     coordinates.scaled_target[j] = kDiagonal ? target : scalar * target;
     coordinates.cross[j] = kForms && inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
     coordinates.shift[j] = kForms && inside && shifted ? in.shift_coordinates[column] : 0.f;
-    if (j % 2 == 0) coordinates.cell_scale[j / 2] = inside ? in.cell_scale[column / 2] : 0.f;
+    if (j % 2 == 0) coordinates.cell_scale[j / 2] = in.map_scales[column / 2];
+    coordinates.map[j] = in.map_scales[(1 + j % 2) * (kRank / 2) + column / 2];
   }
   float offset_squares = 0.f, offset_shift = 0.f, shift_squares = 0.f;
   for (int32_t j = lane; j < in.width; j += 32) {
@@ -147,8 +150,9 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     offset_shift += __shfl_xor_sync(0xffffffffu, offset_shift, step);
     shift_squares += __shfl_xor_sync(0xffffffffu, shift_squares, step);
   }
-  float column_sums[kChunks][2] = {};
-  const float2* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
+  // kSums: of y, k and 1 over |w|, for this thread's columns, coordinates and rows.
+  float y_sums[kSums ? kChunks : 1][16] = {}, coefficient_sums[kSums ? kOwnGroups : 1][2] = {}, inverse_sum = 0.f;
+  const uint32_t* own_cells = in.cells + (int32_t(rank) * (kRank / 2 / kCluster) + lane_pair / 2) * (in.cell_count + 1);
   shared_writes_fence();
   __syncthreads();
   wait_phase(basis_loaded, 0);
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     const int64_t first_row = tile * kTileRows;
     if (leader) {
       arrive_expecting(projected, (kCluster - 1) * kPartBytes);
-      arrive_expecting(mapped, (kCluster - 1) * (kPartBytes / 2 * kKinds + (kForms ? kNormsBytes : 0)));
+      arrive_expecting(mapped, (kCluster - 1) * ((kBuilds ? kPartBytes / 2 * kKinds : 0) + (kForms ? kNormsBytes : 0)));
       if (kDiagonal) arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
     }
 
@@ -200,7 +204,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     // ---- meanwhile s y into the sums; the diagonal complement still needs the row itself
     const uint32_t matrix_row = warp * 16 + lane % 16, matrix_unit = lane / 16;
     float w[kChunks][32];
-    const auto for_each_y = [&](const auto& body) {  // body(chunk, group, values of this thread, column)
+    uint32_t y_kept[kSums ? kChunks : 1][16];
+    const auto for_each_y = [&](const auto& body) {  // body(chunk, group, two packed pairs of this thread, column)
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -211,30 +216,41 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
                         fragment);
 #pragma unroll
           for (int32_t half = 0; half < 2; ++half) {
-            const float2 upper = unpack<S>(fragment[2 * half]), lower = unpack<S>(fragment[2 * half + 1]);
-            body(c, g + half, upper, lower, c * kChunkColumns + (g + half) * 8 + lane_pair);
+            body(c, g + half, fragment[2 * half], fragment[2 * half + 1], c * kChunkColumns + (g + half) * 8 + lane_pair);
           }
         }
       }
     };
     const auto prefetch = [&] {
+      reads_before_copy_fence();
       warpgroup_sync(warpgroup);  // every thread has read the tile
       if (leader && tile + stride < tiles) load_tile(tile + stride);
     };
     float squares[2] = {}, dot_shift[2] = {};  // of w, this block's part of them
     if constexpr (!kDiagonal) {
-      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t) {
-        w[c][4 * g] = scalar * upper.x;
-        w[c][4 * g + 1] = scalar * upper.y;
-        w[c][4 * g + 2] = scalar * lower.x;
-        w[c][4 * g + 3] = scalar * lower.y;
+      for_each_y([&](int32_t c, int32_t g, uint32_t upper_pair, uint32_t lower_pair, int32_t) {
+        const float2 upper = unpack<S>(upper_pair), lower = unpack<S>(lower_pair);
+        if constexpr (kSums) {
+          y_kept[c][2 * g] = upper_pair;
+          y_kept[c][2 * g + 1] = lower_pair;
+        } else {
+          w[c][4 * g] = scalar * upper.x;
+          w[c][4 * g + 1] = scalar * upper.y;
+          w[c][4 * g + 2] = scalar * lower.x;
+          w[c][4 * g + 3] = scalar * lower.y;
+        }
         if constexpr (kForms) {
           squares[0] = fmaf(upper.x, upper.x, fmaf(upper.y, upper.y, squares[0]));
           squares[1] = fmaf(lower.x, lower.x, fmaf(lower.y, lower.y, squares[1]));
         }
       });
+      if constexpr (kBuilds) {
 #pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+        for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+      } else {
+#pragma unroll
+        for (int32_t c = 0; c < kChunks; ++c) pin(y_kept[c]);  // packed: unpacked they would not fit
+      }
       prefetch();
     }
 
@@ -251,8 +267,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         own[v][3] += part.w;
       }
     }
-    warp_tells_others(parts_read);
-
     uint32_t own_k[kKinds][kOwnSteps][4];
     float rank_squares[2] = {};
 #pragma unroll
@@ -263,7 +277,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         const int32_t g = first + i, own_column = g * 8 + lane_pair;
         const float2 turned_bias = load_pair(coordinates.turned_bias + own_column);
         const float cell_scale = coordinates.cell_scale[own_column / 2];
-        const float2* cells = own_cells + (4 * g) * (in.cell_count + 1);
+        const uint32_t* cells = own_cells + (4 * g) * (in.cell_count + 1);
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           own[g][2 * half] += turned_bias.x;
@@ -272,17 +286,24 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
       }
       bool coarse = false;
+      float radii[kLookupGroups][2];
 #pragma unroll
-      for (int32_t i = 0; i < kLookupGroups; ++i) coarse = coarse || isnan(lookups[i][0].line.x + lookups[i][1].line.x);
+      for (int32_t i = 0; i < kLookupGroups; ++i) {
+        const float2 map = load_pair(coordinates.map + (first + i) * 8 + lane_pair);
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          coarse = coarse || is_coarse(lookups[i][half].cell);
+          radii[i][half] = mapped_radius(lookups[i][half], map.x, map.y);
+        }
+      }
       if (__any_sync(0xffffffffu, coarse)) {
 #pragma unroll
         for (int32_t i = 0; i < kLookupGroups; ++i) {
 #pragma unroll
           for (int32_t half = 0; half < 2; ++half) {
-            BlockLookup& block = lookups[i][half];
-            if (!isnan(block.line.x)) continue;
+            if (!is_coarse(lookups[i][half].cell)) continue;
             const int32_t index = (int32_t(rank) * kOwnColumns + (first + i) * 8 + lane_pair) / 2;
-            block.line = make_float2(search_map(in, index, block.rho), 0.f);
+            radii[i][half] = search_map(in, index, lookups[i][half].rho);
           }
         }
       }
@@ -300,7 +321,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
           const BlockLookup& block = lookups[i][half];
           const float a = own[g][2 * half], b = own[g][2 * half + 1];
           const bool at_origin = block.inverse > 1e18f;  // a^2 + b^2 is zero or below the normal numbers
-          const float radius = fmaf(block.rho, block.line.y, block.line.x);
+          const float radius = radii[i][half];
           uint32_t& k = own_k[0][g / 2][g % 2 * 2 + half];
           if constexpr (kResult == Result::kState) {
             const float cos = at_origin ? 1.f : a * block.inverse, sin = at_origin ? 0.f : b * block.inverse;
@@ -321,16 +342,24 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
           } else {
             // T(rho) (cos, sin) - s c_t with c_t = (a, b) - t
             const float ratio = radius * block.inverse - scalar;
-            k = pack<S>(at_origin ? radius + target.x : fmaf(ratio, a, target.x),
-                        at_origin ? target.y : fmaf(ratio, b, target.y));
-            const float2 kept = unpack<S>(k);  // the norms are those of the row that is built
+            float2 kept = make_float2(at_origin ? radius + target.x : fmaf(ratio, a, target.x),
+                                      at_origin ? target.y : fmaf(ratio, b, target.y));
+            if constexpr (kBuilds) {
+              k = pack<S>(kept.x, kept.y);
+              kept = unpack<S>(k);  // the norms are those of the row that is built
+            }
             rank_squares[half] = fmaf(kept.x, fmaf(2.f * scalar, a, cross.x) + kept.x, rank_squares[half]);
             rank_squares[half] = fmaf(kept.y, fmaf(2.f * scalar, b, cross.y) + kept.y, rank_squares[half]);
             dot_shift[half] = fmaf(kept.x, shift.x, fmaf(kept.y, shift.y, dot_shift[half]));
+            if constexpr (kSums) own[g][2 * half] = kept.x, own[g][2 * half + 1] = kept.y;
           }
         }
       }
     }
+
+    // Only now, with the lookups behind it, whose addresses took every part: an arrival does not wait for loads under way, and
+    // the others' k would meet parts that are still to be read.
+    warp_tells_others(parts_read);
 
     // ---- k from all blocks
     const uint32_t norms_place = exchange + kNormsOffset + (warp * 8 + lane_row) * 16;
@@ -356,7 +385,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(parts_read, parity);
     if constexpr (kForms) send_sums(sums, mapped);
 #pragma unroll
-    for (uint32_t to = 1; to < kCluster; ++to) {
+    for (uint32_t to = 1; to < (kBuilds ? kCluster : 1); ++to) {
       const uint32_t barrier = remote_address(mapped, ranks_on(to));
       const uint32_t target =
           remote_address(exchange + (kCluster - 1 - to) * (kPartBytes / 2 * kKinds) + thread * 16, ranks_on(to));
@@ -394,7 +423,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(mapped, parity);
     uint32_t tail_k[4] = {};
     if constexpr (kForms) scales_of_rows(scales);
-    if constexpr (!kDiagonal) {
+    if constexpr (!kDiagonal && kBuilds) {
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         const float length = kResult == Result::kRows && shifted ? scales[half].length : 0.f, high = rounded<S>(length);
@@ -458,7 +487,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         start_rebuild(1, part);
         wait_chunks();
       }
-      for_each_y([&](int32_t c, int32_t g, float2 upper, float2 lower, int32_t column) {
+      for_each_y([&](int32_t c, int32_t g, uint32_t upper_pair, uint32_t lower_pair, int32_t column) {
+        const float2 upper = unpack<S>(upper_pair), lower = unpack<S>(lower_pair);
         const float2 offset = load_pair(vectors.offset + column), scale = load_pair(vectors.scale + column);
         w[c][4 * g] = fmaf(scale.x, upper.x - w[c][4 * g], offset.x);
         w[c][4 * g + 1] = fmaf(scale.y, upper.y - w[c][4 * g + 1], offset.y);
@@ -470,7 +500,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       prefetch();
     }
 #pragma unroll
-    for (int32_t part = 0; part < kParts; ++part) {
+    for (int32_t part = 0; part < (kBuilds ? kParts : 0); ++part) {
       if (part > 0) wait_chunks();
       start_rebuild(0, part);
     }
@@ -500,19 +530,24 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     }
 
     // ---- out
-    if constexpr (kResult == Result::kSums) {
-      wait_chunks();
+    if constexpr (kSums) {
       const int64_t row = first_row + warp * 16 + lane_row;
       const float upper = row < arguments.count ? scales[0].inverse : 0.f;
       const float lower = row + 8 < arguments.count ? scales[1].inverse : 0.f;
+      const auto add_rows = [&](float& sum, float above, float below) { sum = fmaf(above, upper, fmaf(below, lower, sum)); };
+      add_rows(inverse_sum, 1.f, 1.f);
+#pragma unroll
+      for (int32_t g = 0; g < kOwnGroups; ++g) {
+        add_rows(coefficient_sums[g][0], own[g][0], own[g][2]);
+        add_rows(coefficient_sums[g][1], own[g][1], own[g][3]);
+      }
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
-        for (int32_t side = 0; side < 2; ++side) {
-          float values[8];
-#pragma unroll
-          for (int32_t g = 0; g < 8; ++g) values[g] = w[c][4 * g + side] * upper + w[c][4 * g + 2 + side] * lower;
-          column_sums[c][side] += sum_over_column(values, lane_row);
+        for (int32_t g = 0; g < 8; ++g) {
+          const float2 above = unpack<S>(y_kept[c][2 * g]), below = unpack<S>(y_kept[c][2 * g + 1]);
+          add_rows(y_sums[c][2 * g], above.x, below.x);
+          add_rows(y_sums[c][2 * g + 1], above.y, below.y);
         }
       }
     } else {
@@ -589,16 +624,31 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     warp_tells_others(exchange_free);
   }
 
-  if constexpr (kResult == Result::kSums) {
-    const int32_t slot_index = (int32_t(cluster_index()) * kWarpgroups + warpgroup) * kWarps + warp;
+  if constexpr (kSums) {
+    const int32_t slot = (int32_t(cluster_index()) * kWarpgroups + warpgroup) * kWarps + warp;
+    float* partial = arguments.partial + int64_t(slot) * (in.width + kSm90SumColumns);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair;
-      if (column >= in.width) continue;
-      float* partial = arguments.partial + int64_t(slot_index) * in.width + column;
-      partial[0] = column_sums[c][0];
-      if (column + 1 < in.width) partial[1] = column_sums[c][1];
+#pragma unroll
+      for (int32_t side = 0; side < 2; ++side) {
+        float values[8];
+#pragma unroll
+        for (int32_t g = 0; g < 8; ++g) values[g] = y_sums[c][2 * g + side];
+        const int32_t column = first_column + c * kChunkColumns + lane_row * 8 + lane_pair + side;
+        const float sum = scalar * sum_over_column(values, lane_row);
+        if (column < in.width) partial[column] = sum;
+      }
     }
+#pragma unroll
+    for (int32_t g = 0; g < kOwnGroups; ++g) {
+#pragma unroll
+      for (int32_t side = 0; side < 2; ++side) {
+        const float sum = sum_over_rows(coefficient_sums[g][side]);
+        if (lane_row == 0) partial[in.width + int32_t(rank) * kOwnColumns + g * 8 + lane_pair + side] = sum;
+      }
+    }
+    const float sum = sum_over_rows(inverse_sum);
+    if (lane == 0 && rank == 0) partial[in.width + kRank] = sum;
   }
   cluster_sync();  // no block leaves while another may still write to it
 #endif

@@ -68,7 +68,8 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Only ever tells that shared memory has been read; so it needs no fence of the whole cluster, which costs a round trip.
+// Only ever tells that shared memory has been read; so it needs no fence of the whole cluster, which costs a round trip. It overtakes
+// loads: what they brought must have been used before.
 __device__ __forceinline__ void arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -105,6 +106,9 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
 
 // Ordinary writes of shared memory become visible to products and to the copy engine.
 __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Ordinary reads of shared memory are over before the copy engine may write there.
+__device__ __forceinline__ void reads_before_copy_fence() { shared_writes_fence(); }
 
 // 16 bytes of a result, which nobody here reads again.
 __device__ __forceinline__ void store_line(void* address, const float4& line) {
@@ -200,6 +204,12 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&packed)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(packed[i]));
 }
 
 #define ANISO_SUMS_8(d, i) \

@@ -12,18 +12,35 @@ namespace aniso::sm90 {
 
 constexpr int32_t kSumLanes = 16;
 
-// sums[column] over the rows of partial [slots, width], in fp64 and always in the same order.
-static __global__ void add_parts(const float* partial, int32_t slots, int32_t width, double* sums) {
-  __shared__ double lanes[kSumLanes][32];
-  const int32_t column = blockIdx.x * 32 + threadIdx.x;
-  double sum = 0;
-  for (int32_t slot = threadIdx.y; slot < slots && column < width; slot += kSumLanes) {
-    sum += double(partial[int64_t(slot) * width + column]);
+// sum e' = s sum y/|w| + Q sum k/|w| + offset sum 1/|w|, from the slots of partial: D columns of the first term, then the sums of k/|w|
+// and of 1/|w|. In fp64 and always in the same order.
+template <typename S>
+__global__ void add_parts(const float* partial, int32_t slots, const S* basis, const float* offset, int32_t width, double* sums) {
+  __shared__ double lanes[kSumLanes][32], coefficients[kSm90SumColumns];
+  const int32_t columns = width + kSm90SumColumns;
+  const auto over_slots = [&](int32_t column) {  // for the threads of the first lane
+    double sum = 0;
+    for (int32_t slot = threadIdx.y; slot < slots && column < columns; slot += kSumLanes) {
+      sum += double(partial[int64_t(slot) * columns + column]);
+    }
+    lanes[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0) {
+      for (int32_t lane = 1; lane < kSumLanes; ++lane) sum += lanes[lane][threadIdx.x];
+    }
+    __syncthreads();
+    return sum;
+  };
+  for (int32_t first = 0; first < kSm90SumColumns; first += 32) {
+    const int32_t index = first + int32_t(threadIdx.x);
+    const double sum = over_slots(width + index);
+    if (threadIdx.y == 0 && index < kSm90SumColumns) coefficients[index] = sum;
   }
-  lanes[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
+  const int32_t column = blockIdx.x * 32 + threadIdx.x;
+  double sum = over_slots(column);
   if (threadIdx.y == 0 && column < width) {
-    for (int32_t lane = 1; lane < kSumLanes; ++lane) sum += lanes[lane][threadIdx.x];
+    sum += double(offset[column]) * coefficients[kRank];
+    for (int32_t r = 0; r < kRank; ++r) sum += double(widen(basis[int64_t(column) * kRank + r])) * coefficients[r];
     sums[column] = sum;
   }
 }
@@ -134,8 +151,8 @@ cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>
       sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
   if (error != cudaSuccess) return error;
   const dim3 threads(32, sm90::kSumLanes);
-  sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.width,
-                                                                      sums);
+  sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.basis,
+                                                                      operands.offset, operands.width, sums);
   return cudaGetLastError();
 }
 

@@ -40,6 +40,7 @@ struct CoordinateVectors {
   float cross[kRank / kCluster];          // 2 (Q^T offset - s t_b)
   float shift[kRank / kCluster];          // Q^T shift
   float cell_scale[kRank / kCluster / 2];
+  float map[kRank / kCluster];  // of each block its last slope and the unit of its cells
 };
 
 // Constants of the columns that a block owns, zero past D; only the diagonal complement reads them.

@@ -46,18 +46,28 @@ __device__ __forceinline__ float2 load_pair(const float* values) {
   return pair;
 }
 
-// The radius and the direction of a block, and the piece of its radius map, asked for early: all blocks of a thread wait at once.
+// The radius and the direction of a block, and the cell of its radius map, asked for early: all blocks of a thread wait at once.
 struct BlockLookup {
-  float a, b, inverse, rho;
-  float2 line;
+  float inverse, rho, place;  // 1/|(a, b)|, the radius, and where it lies in its cell
+  uint32_t cell;              // two half-precision numbers
 };
 
-__device__ __forceinline__ BlockLookup look_up(const float2* cells, float cell_scale, int32_t cell_count, float a, float b) {
+__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
   const float squared = a * a + b * b;
-  BlockLookup block = {a, b, inverse_root(squared), square_root(squared + float(kRadiusEps)), {}};
-  const int32_t cell = min(int32_t(block.rho * cell_scale), cell_count);  // a NaN falls in cell 0
-  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(block.line.x), "=f"(block.line.y) : "l"(cells + cell));
+  BlockLookup block = {inverse_root(squared), square_root(squared + float(kRadiusEps)), 0.f, 0};
+  const float place = fminf(block.rho * cell_scale, float(cell_count));  // a NaN falls in the last cell
+  const int32_t cell = int32_t(place);
+  block.place = place - float(cell);
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
   return block;
+}
+
+__device__ __forceinline__ bool is_coarse(uint32_t cell) { return (cell & 0x7fffu) > 0x7c00u; }
+
+// The map is its last slope, and what the cell adds.
+__device__ __forceinline__ float mapped_radius(const BlockLookup& block, float last_slope, float unit) {
+  const float2 cell = unpack<Float16>(block.cell);
+  return fmaf(block.rho, last_slope, unit * fmaf(block.place, cell.y, cell.x));
 }
 
 // The exact map of one block, for the few radii whose cell is too coarse.
@@ -73,6 +83,13 @@ __device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t b
 __device__ __forceinline__ float sum_over_row(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+// Sum over the eight lanes that share a column.
+__device__ __forceinline__ float sum_over_rows(float value) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
 }
 
 // One value of eight for each of the eight lanes that share a column: lane row i gets the sum of values[i] over them.

@@ -13,6 +13,7 @@ namespace aniso {
 
 constexpr int32_t kSm90Width = 1280;
 constexpr int32_t kSm90Rank = 128;
+constexpr int32_t kSm90SumColumns = kSm90Rank + 1;  // of a slot of partial sums, after those of the D columns
 
 // Constants of the closed form. Q^T Q = I up to the rounding of S, as the norms of a scalar complement rely on it; all pointers are device pointers, matrices row-major.
 template <typename S>
@@ -26,9 +27,10 @@ struct Sm90Operands {
   const float* target_coordinates; // [R]
   const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
   const float* shift_coordinates;  // [R], Q^T shift, for a scalar complement and a shift
-  const float2* cells;             // [64, G + 1], intercept and slope of the radius map in each cell; zero past M
+  // The radius map in cell i = min(int(rho cell_scale), G) is rho last_slope + unit (start + rise (rho cell_scale - i)).
+  const uint32_t* cells;           // [64, G + 1], start and rise as two fp16 numbers, the last cell and all past M zero;
                                    // NaN where one line is too coarse: there the map itself is searched
-  const float* cell_scale;         // [64], cells for each unit of radius
+  const float* map_scales;         // [3, 64], cell_scale, last_slope and unit of each block, zero past M
   int32_t pieces;                  // K + 1
   int32_t bucket_count;
   const Segment<float>* segments;  // [M, K + 1]
@@ -56,7 +58,7 @@ template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
 
 // sums [D]: of e' over all rows, at least one, without calibration. Scalar complement. `partial` is memory for the launch,
-// [sm90_sum_slots(D), D]; everything is added up in a fixed order.
+// [sm90_sum_slots(D), D + kSm90SumColumns]; everything is added up in a fixed order.
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
                               cudaStream_t stream);
