@@ -166,7 +166,7 @@ def convert(
 
     found = _device(device)
     options = bench.Options(width, rank, rounds, pickled_rows, str(found), scratch)
-    facts = {**environment.facts(torch.device(found), commit), **bench.facts()}
+    facts = {**environment.facts(torch.device(found), commit), **bench.facts(), "rounds": str(rounds)}
     times: list[bench.ConversionTime] = []
     written: list[Path] = []
     clock = _Clock()
