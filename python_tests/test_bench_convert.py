@@ -87,7 +87,8 @@ def test_the_page_derives_its_estimate_from_the_rates(tmp_path: Path) -> None:
         time = convert.ConversionTime(rows, 512, 128, convert.CONVERT, rows, rows / rate, 0.1, 0.2, rate, 0.5)
         time.of_copy, time.of_op, time.peak_mb = 0.5, 0.875, 512.0
         times.append(asdict(time))
-    facts = {"device": "Test", "memory": "1 GB", "rounds": "3", "load before": "0.1", "torch": "2", "date": "today", "commit": "abc"}
+    facts = {"device": "Test", "memory": "1 GB", "rounds": "3", "load before": "0.1"}
+    facts |= {"torch": "2", "date": "today", "commit": "abc"}
     records.write_table(tmp_path / "convert.csv", facts, times)
     text = render.conversion_tables([tmp_path / "convert.csv", tmp_path / "none.csv"])
     assert "| 4,000 | anisoalign, files | 200,000 | 0.50 | 50% | 88% |  |  | 512 MB |" in text
