@@ -166,7 +166,8 @@ def conversion_table(path: Path) -> str:
     threads = f"{header['threads']} threads, " if "threads" in header else ""
     lines = [
         f"Whole runs, median of {header['rounds']}; D = {rows[0]['D']}, R = {rows[0]['R']}, "
-        f"float16 `.npy`, `--calibration fitted`; {header['device']}, {threads}{header['memory']} of memory, load {header['load before']} before the run, "
+        f"float16 `.npy`, `--calibration fitted`; {header['device']}, {threads}"
+        f"{header['memory']} of memory, load {header['load before']} before the run, "
         f"torch {header['torch']}, {header['date']}, commit {header['commit']}, `aniso bench convert`. "
         "GB/s counts float16 rows in and out; every output was brought to disk.",
         "",
