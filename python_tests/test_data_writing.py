@@ -106,6 +106,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_a_disk_that_is_full_for_the_last_bytes_too_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+    class Full:
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt), EmbeddingWriter(tmp_path / f"rows.{suffix}") as writer:
+        writer.write(np.ones((3, 2), np.float32))
+        assert writer._sink is not None
+        writer._sink._file = Full()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_file_is_kept_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = write(tmp_path / "x.npy", [ROWS])
     with pytest.raises(DataError, match=r"x\.npy: exists already"):

@@ -82,8 +82,8 @@ class AnisoAlign(Aligner):
             without steps and no slope limit, whatever those options say; in the refinement the projection before the
             tanh (METHOD D11), 1/|E| in L_Phi (D14) and no objective for the complement (D15).
         seed: of the ``haar`` mixing and of everything random in the two stages.
-        device: where rows are transformed and the stages trained; None leaves rows where they are and trains on the
-            CPU.
+        device: where rows are transformed, products of the statistics made and the stages trained; None leaves rows
+            where they are, and makes and trains on the CPU.
         backend: of the operations, :func:`aniso_ext.ops.correct` and its like.
 
     Attributes:
@@ -224,7 +224,7 @@ class AnisoAlign(Aligner):
     def _fit(self, source: Rows, target: Rows, run: FitRun | None = None) -> tuple[Arrays, dict[str, Any]]:
         slope_limit = None if self.literal else self.slope_limit
         options = FrameOptions(
-            self.rank, self.mixing, self._complement(), self.knots, self.seed, self._center(), slope_limit
+            self.rank, self.mixing, self._complement(), self.knots, self.seed, self._center(), slope_limit, self.device
         )
         frame, summary = fit_frame(source, target, options)
         check_row_count(frame.rank, source, target)

@@ -126,7 +126,7 @@ class Aligner:
                 raise InputError(
                     f"{rows.name} is [{rows.count}, {rows.width}]: fitting needs at least 2 rows and 1 column"
                 )
-        arrays, summary = self._fit(source_rows, target_rows, **run)
+        arrays, summary = self._fit(source_rows.shared(), target_rows.shared(), **run)
         self._install(arrays, source_rows.width)
         self.corpora_ = {
             rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint(), "unit_rows": are_unit(rows)}

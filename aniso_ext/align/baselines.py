@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from aniso_ext.align.base import Aligner, Arrays, Fields
-from aniso_ext.align.moments import first_moments, full_moments, mean_of
+from aniso_ext.align.moments import first_moments, full_moments
 from aniso_ext.align.noise import row_choice, row_noise
 from aniso_ext.align.registry import register
-from aniso_ext.align.rows import Rows, normalize
+from aniso_ext.align.rows import Rows, normalize, normalize_
 from aniso_ext.errors import InputError
 
 
@@ -190,7 +191,7 @@ class ReAlign(Aligner):
             "target_mean": target_moments.mean,
             "scale": torch.tensor([scale], dtype=torch.float64),
         }
-        arrays["output_mean"] = mean_of(_anchor(batch, **arrays) for batch in source.exact_batches())
+        arrays["output_mean"] = source.mean(partial(_anchor, **arrays))
         return arrays, summary | {"trace_scale": scale}
 
     @property
@@ -216,13 +217,14 @@ class ReAlign(Aligner):
         anchored = _anchor(rows, **constants)
         if not hasattr(self, "output_mean_"):
             return anchored
-        return normalize(anchored - self._constant("output_mean", rows) + constants["target_mean"])
+        return normalize_(anchored.sub_(self._constant("output_mean", rows)).add_(constants["target_mean"]))
 
 
 def _anchor(
     rows: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    return normalize(scale * (rows - source_mean) + target_mean)
+    # in place: fresh memory for every step would take longer than the steps
+    return normalize_((rows - source_mean).mul_(scale).add_(target_mean))
 
 
 @register("gaussian_monge")
@@ -341,12 +343,12 @@ class Permuted(Aligner):
         _, _, summary = first_moments(source, target)
         kept = min(int(self.kept_rows), target.count)
         chosen = np.sort(np.random.default_rng(self.seed).choice(target.count, kept, replace=False))
-        parts, start = [], 0
+        parts, start = [], target.share[0]
         for batch in target.batches():
             inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
             parts.append(batch[torch.from_numpy(inside).to(batch.device)].to(device="cpu", dtype=torch.float32))
             start += len(batch)
-        return {"target_rows": torch.cat(parts)}, summary | {"kept_target_rows": kept}
+        return {"target_rows": target.gathered(torch.cat(parts))}, summary | {"kept_target_rows": kept}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         chosen = row_choice(rows, self.seed, len(self.target_rows_))

@@ -107,6 +107,10 @@ def convert(
             show_default="wait under torchrun and srun",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--engine", help="Who works: this process, or Ray (that of RAY_ADDRESS, else a local one)."),
+    ] = "local",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done and how long it would take; write nothing.")
     ] = False,
@@ -137,12 +141,15 @@ def convert(
     """
     if dry_run and verify:
         raise typer.BadParameter("--dry-run and --verify exclude each other")
+    if engine == "ray" and worker is not None:
+        raise typer.BadParameter("Ray hands out the work by itself", param_hint="--worker")
     with stop_requests("the shard in hand") as stop:
         from aniso_ext.align import load_aligner
-        from aniso_ext.convert import parse_worker, worker_from_environment
+        from aniso_ext.convert import convert_embeddings, convert_on_ray, parse_worker, worker_from_environment
         from aniso_ext.convert.memory import parse_size
 
-        me = worker_from_environment() if worker is None else _parsed("--worker", parse_worker, worker)
+        told = "0/1" if engine == "ray" else worker
+        me = worker_from_environment() if told is None else _parsed("--worker", parse_worker, told)
         budget = None if memory is None else _parsed("--memory", parse_size, memory)
         model = load_aligner(aligner)
         options: dict[str, Any] = {
@@ -163,8 +170,15 @@ def convert(
             return _preview(model, input, output, found, me, {**options, "on_existing": on_existing})
         if verify:
             return _verify(model, input, output, found, me, {**options, "rows": verify, "stop": stop})
-        options |= {"on_existing": on_existing, "wait": me.together if wait is None else wait, "stop": stop}
-        return _convert(model, input, output, found, me, options)
+        options |= {"on_existing": on_existing, "stop": stop}
+        with progress_bar("converting") as update:
+            if engine == "ray":
+                del options["worker"]
+                report = convert_on_ray(aligner, input, output, progress=update, **options)
+            else:
+                options["wait"] = me.together if wait is None else wait
+                report = convert_embeddings(model, input, output, progress=update, **options)
+        return _converted(model, output, found, me, on_bad, report)
 
 
 def _parsed(option: str, parse: Callable[[str], Any], text: str) -> Any:
@@ -175,14 +189,9 @@ def _parsed(option: str, parse: Callable[[str], Any], text: str) -> Any:
         raise typer.BadParameter(f"{option}: {error}") from None
 
 
-def _convert(
-    model: Aligner, input: Path, output: Path, found: dict[str, Any], worker: Worker, options: dict[str, Any]
+def _converted(
+    model: Aligner, output: Path, found: dict[str, Any], worker: Worker, on_bad: str, report: ConversionReport
 ) -> Result:
-    from aniso_ext.convert import convert_embeddings
-
-    with progress_bar("converting") as update:
-        report = convert_embeddings(model, input, output, progress=update, **options)
-
     def show(console: Console) -> None:
         _say_worker(console, worker)
         if report.missing_sums:
@@ -191,7 +200,7 @@ def _convert(
         resumed = f", {report.resumed_shards} of them by an earlier run" if report.resumed_shards else ""
         say(console, f"{report.rows:,} rows by {model.method} in {report.shards} shard(s){resumed}")
         if report.bad_rows:
-            say(console, f"{report.bad_rows:,} bad rows ({options['on_bad']}); their indices are in {report.manifest}")
+            say(console, f"{report.bad_rows:,} bad rows ({on_bad}); their indices are in {report.manifest}")
         if report.missing_shards:
             shards = report.shards + report.missing_shards
             missing = f"{report.missing_shards} of {shards} shards of the conversion are not yet"

@@ -2,6 +2,7 @@
 
 from aniso_ext.convert.pipeline import convert_embeddings
 from aniso_ext.convert.preview import ConversionPlan, preview_conversion
+from aniso_ext.convert.ray_engine import convert_on_ray
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.verify import VerificationReport, verify_conversion
@@ -14,6 +15,7 @@ __all__ = [
     "VerificationReport",
     "Worker",
     "convert_embeddings",
+    "convert_on_ray",
     "parse_worker",
     "preview_conversion",
     "verify_conversion",

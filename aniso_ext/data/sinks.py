@@ -55,7 +55,8 @@ class _NpySink:
         self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+            self._file.close()
 
 
 class _SafetensorsSink:
@@ -84,7 +85,8 @@ class _SafetensorsSink:
         self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+            self._file.close()
 
 
 class _TableSink:

@@ -11,7 +11,7 @@ from torch import nn
 from aniso_ext.align.prior.graph import PhaseGraph
 from aniso_ext.align.prior.network import BLOCKS, WIDTH, ScoreNetwork
 from aniso_ext.align.prior.wrapped_normal import LARGEST_SCALE, SMALLEST_SCALE, score, wrap
-from aniso_ext.align.training.processes import global_normal, global_uniform
+from aniso_ext.align.processes import global_normal, global_uniform
 from aniso_ext.errors import InputError
 
 PREFIX = "prior."

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aniso_ext.align.moments import mean_of
 from aniso_ext.align.refiner.bounds import BoundSurvey, CollapseWatch, effective_bound
 from aniso_ext.align.refiner.inference import RefinedMap
 from aniso_ext.align.refiner.network import Refiner
 from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.refiner.options import RefinementOptions
-from aniso_ext.align.rows import BATCH_ROWS, Rows
+from aniso_ext.align.rows import BATCH_ROWS, Rows, mean_of
 from aniso_ext.align.training import Progress, TrainingLog, TrainingOptions, TrainingRows, UnpairedRows, train
 from aniso_ext.ops import Frame, encode
 
@@ -138,6 +137,8 @@ def survey_rows(
         watch.update(
             state[:, :blocks], state[:, blocks : 2 * blocks], refiner.bounds.a_theta * deltas[:, :blocks].tanh()
         )
+    eps.gather(source)
+    watch.gather(source)
     report = watch.report()
     warning = report.warning()
     if warning is not None:

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from aniso_ext.align.processes import average, broadcast, check_batch_rows, generator_for
 from aniso_ext.align.training.checkpoint import Checkpoint
 from aniso_ext.align.training.options import TrainingOptions
-from aniso_ext.align.training.processes import average, broadcast, check_batch_rows, generator_for
 from aniso_ext.align.training.records import StageLog, TrainingLog
 from aniso_ext.align.training.steps import OptimiserStep, StepRunner, recorder_for
 from aniso_ext.errors import InputError, TrainingError

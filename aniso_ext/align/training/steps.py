@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from aniso_ext.align.training.processes import average, generator_for, seed_for, world
+from aniso_ext.align.processes import average, generator_for, seed_for, world
 
 GRADIENT_NORM = 1.0
 """Gradients are scaled down to this norm, over all parameters."""

@@ -1,8 +1,10 @@
-"""What the processes of ``torchrun`` share: their number, averaged gradients, draws for the global batch."""
+"""What the processes of ``torchrun`` share: statistics, averaged gradients, draws for the global batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,36 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
     flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
     dist.broadcast(flat, src=0)
     _scatter(flat, tensors)
+
+
+def gather(own: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes in order of rank; their first dimensions may differ, the rest may not."""
+    processes = world()[1]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    # As bytes, because not every backend knows every dtype.
+    flat = own.contiguous().view(-1).view(torch.uint8).to(device)
+    size = torch.tensor([flat.numel()], device=device)
+    sizes = [torch.empty_like(size) for _ in range(processes)]
+    dist.all_gather(sizes, size)
+    longest = max(int(found) for found in sizes)
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(processes)]
+    dist.all_gather(parts, torch.nn.functional.pad(flat, (0, longest - flat.numel())))
+    rest = own.shape[1:]
+    return [
+        part[: int(found)].to(own.device).view(own.dtype).view(-1, *rest)
+        for part, found in zip(parts, sizes, strict=True)
+    ]
+
+
+def gather_states(state: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+    """The saved states (integers and arrays) of all processes in order of rank."""
+    file = io.BytesIO()
+    np.savez(file, **state)
+    states = []
+    for part in gather(torch.frombuffer(file.getbuffer(), dtype=torch.uint8)):
+        with np.load(io.BytesIO(part.numpy().tobytes()), allow_pickle=False) as arrays:
+            states.append(dict(arrays))
+    return states
 
 
 def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
