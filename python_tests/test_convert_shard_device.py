@@ -167,6 +167,7 @@ def test_results_are_complete_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, stored_dtype: str
 ) -> None:
     monkeypatch.setattr(device_module, "CUDA_BATCH_BYTES", 1)
+    monkeypatch.setattr(device_module, "DEVICE_ROWS", 64)
     rows = np.random.default_rng(0).standard_normal((1001, WIDTH)).astype(np.float16)
     with EmbeddingWriter(tmp_path / f"in{suffix}") as writer:
         writer.write(rows)
@@ -188,6 +189,7 @@ def test_results_are_complete_and_in_order(
 
 def test_a_shard_after_a_failure_finds_its_buffers_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "CUDA_BATCH_BYTES", 1)
+    monkeypatch.setattr(device_module, "DEVICE_ROWS", 64)
     rows = np.random.default_rng(1).standard_normal((500, WIDTH)).astype(np.float32)
     np.save(tmp_path / "in.npy", rows)
     shard = open_embeddings(tmp_path / "in.npy").shards[0]
@@ -241,7 +243,7 @@ def test_files_through_a_device_are_what_transform_gives(tmp_path: Path, dtype: 
         writer.write(values)
     shard = open_embeddings(tmp_path / "in.safetensors").shards[0]
     contents = []
-    for memory in (None, 4_000_000, 40_000_000):
+    for memory in (None, 20_000_000, 60_000_000):
         target = Target(shard, tmp_path / "out.safetensors", "safetensors")
         converter = ShardConverter(aligner, dtype, 8192, "fail", device="cuda", memory=memory)
         line = converter.convert(target, lambda rows: None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from aniso_ext.convert.inputs import check_encoder
+from aniso_ext.convert.maps import DEVICE_ROWS
 from aniso_ext.convert.memory import BATCH_ROWS, batch_rows_within
 from aniso_ext.convert.plan import Plan, plan_outputs
 from aniso_ext.convert.shard import RowAligner, ShardConverter
@@ -94,6 +95,12 @@ class Conversion:
         import torch
 
         return torch.from_numpy(batch).to(self.machine.device)
+
+    def piece_rows(self) -> int:
+        """Rows of the pieces of a shard whose stand-ins are the same to the bit when they are made apart."""
+        if self.machine.device_kind() == "cpu":
+            return self.batch_rows
+        return -(-self.batch_rows // DEVICE_ROWS) * DEVICE_ROWS
 
     def shard_rows(self) -> list[int]:
         """Rows of every input shard."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aniso_ext.convert.maps import ROW_MULTIPLE, ArrayMap, Mapped, RowMap, TensorMap, as_array
+from aniso_ext.convert.maps import DEVICE_ROWS, ROW_MULTIPLE, ArrayMap, Mapped, RowMap, TensorMap, as_array
 from aniso_ext.data.dtypes import file_dtype, item_bytes
 from aniso_ext.errors import InputError
 
@@ -75,7 +75,7 @@ class Extent:
     batch_rows: int
     memory: int | None = None
 
-    def limited(self, batch_rows: int, depth: int, workers: int) -> int:
+    def limited(self, batch_rows: int, depth: int, workers: int, multiple: int = ROW_MULTIPLE) -> int:
         """The rows of a batch with which everything in flight stays within ``memory``.
 
         Raises:
@@ -86,10 +86,10 @@ class Extent:
         source, stored = item_bytes(self.source_dtype), item_bytes(self.stored_dtype)
         numbers = (depth + 1) * source + depth * stored + workers * _WORKING_ROWS * max(4, source, stored)
         fitting = self.memory // (numbers * self.width)
-        if fitting < ROW_MULTIPLE:
-            least = ROW_MULTIPLE * numbers * self.width
+        if fitting < multiple:
+            least = multiple * numbers * self.width
             raise InputError(f"memory of {self.memory} bytes is too little: width {self.width} needs {least}")
-        return min(batch_rows, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
+        return min(batch_rows, fitting // multiple * multiple)
 
 
 class HostMapper:
@@ -265,15 +265,15 @@ class CudaMapper:
         """Batches that are worth a copy, within the host memory allowed and a quarter of the free device memory."""
         extent = self._extent
         row_bytes = extent.width * item_bytes(extent.source_dtype)
-        wanted = max(extent.batch_rows, CUDA_BATCH_BYTES // row_bytes, ROW_MULTIPLE)
+        wanted = max(extent.batch_rows, CUDA_BATCH_BYTES // row_bytes)
         on_device = self._runtime.free_bytes() // 4 // (extent.width * 8 * (2 * self.depth + 1 + 2 * _WORKING_ROWS))
-        wanted = max(min(wanted, on_device), ROW_MULTIPLE)
-        return extent.limited(wanted // ROW_MULTIPLE * ROW_MULTIPLE, self.depth, 0)
+        wanted = max(min(wanted, on_device) // DEVICE_ROWS, 1) * DEVICE_ROWS
+        return extent.limited(wanted, self.depth, 0, DEVICE_ROWS)
 
     def for_rows(self, rows: int) -> CudaMapper:
         """The mapper with batches small enough for copies and map to overlap in a short shard as well."""
-        share = -(-rows // (2 * self.depth * ROW_MULTIPLE)) * ROW_MULTIPLE
-        self.batch_rows = min(self._most_rows, max(share, LEAST_SHARE))
+        share = -(-rows // (2 * self.depth * DEVICE_ROWS)) * DEVICE_ROWS
+        self.batch_rows = min(self._most_rows, share)
         return self
 
     def buffer(self) -> np.ndarray:

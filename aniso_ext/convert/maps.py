@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 ROW_MULTIPLE = 32
 """Products of fewer rows take other paths through their libraries, which round differently."""
-DEVICE_ROWS = 8192
-"""Rows of every product on a device, where libraries choose by the number of rows how to add, and so how to round."""
+DEVICE_ROWS = 4096
+"""Rows of every product on a device, counted from the first of a shard: libraries choose how to add, and so how to
+round, by the number of rows and by the place of a row among them."""
 
 
 class RowAligner(Protocol):
@@ -120,7 +121,7 @@ class TensorMap:
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows.
 
-        A row's stand-in is the same to the bit in whatever batch it comes.
+        A row's stand-in is the same to the bit in all batches that begin at a multiple of DEVICE_ROWS.
         """
         import torch
 

@@ -208,7 +208,7 @@ class _Check:
 
     def _batches(self, shard: Shard) -> Iterator[tuple[int, np.ndarray, bool]]:
         """First row, rows, and whether their stand-ins are to be compared, in the batches of the conversion."""
-        size = self.conversion.batch_rows
+        size = self.conversion.piece_rows()
         number = -(-shard.rows // size)
         sample = set(np.linspace(0, number - 1, SAMPLED_BATCHES).astype(int).tolist())
         first_row = 0
