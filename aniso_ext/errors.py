@@ -33,3 +33,7 @@ class NotFittedError(AnisoError, ValueError, AttributeError):
 
 class TrainingError(AnisoError, RuntimeError):
     """Training cannot go on: a loss is not finite."""
+
+
+class StoppedError(AnisoError, RuntimeError):
+    """Work was stopped on request; what is finished is kept, and the same call goes on from there."""

@@ -43,8 +43,8 @@ def save(aligner: Aligner, folder: Path, *, encoder: str | None) -> Path:
         "method": aligner.method,
         "options": options,
         "width": aligner.width,
-        "encoder": encoder,
-        "normalisation": "l2",
+        "encoder": aligner.encoder_ if encoder is None else encoder,
+        "normalisation": "l2" if aligner.corpora_.get("source", {}).get("unit_rows", True) else "none",
         "corpora": aligner.corpora_,
         "summary": aligner.summary_,
         "fingerprint": fingerprint,
@@ -77,6 +77,7 @@ def load(folder: Path, wanted: type[AnyAligner]) -> AnyAligner:
     _checked("arrays", lambda: aligner._check_arrays(arrays))
     aligner._install(arrays, width)
     aligner.corpora_ = _field(config, "corpora", dict)
+    aligner.encoder_ = None if config.get("encoder") is None else _field(config, "encoder", str)
     aligner.summary_ = _field(config, "summary", dict)
     if aligner.fingerprint() != _field(config, "fingerprint", str):
         raise ArtefactError(f"{folder}: fingerprint does not match: {CONFIG} and {MODEL} differ or were changed")

@@ -129,8 +129,15 @@ class C3Code(Aligner):
         source_moments, target_moments, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean, "target_mean": target_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         centred = rows - self._constant("source_mean", rows)
@@ -150,8 +157,15 @@ class Unicorn(Aligner):
         source_moments, _, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         return rows - self._constant("source_mean", rows)
@@ -179,9 +193,16 @@ class ReAlign(Aligner):
         arrays["output_mean"] = mean_of(_anchor(batch, **arrays) for batch in source.exact_batches())
         return arrays, summary | {"trace_scale": scale}
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        constants = self._anchor_constants(torch.zeros((), dtype=torch.float64))
-        return {"output_mean": mean_of(_anchor(batch, **constants) for batch in source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        exact = batch.to(torch.float64)
+        return _anchor(exact, **self._anchor_constants(exact)).sum(dim=0)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"output_mean": mean}
 
     def _check_arrays(self, arrays: Arrays) -> None:
         if float(arrays["scale"]) < 0:

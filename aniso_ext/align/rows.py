@@ -55,6 +55,12 @@ def normalize(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
 
+def are_unit(rows: Rows) -> bool:
+    """Whether the first rows have norm 1."""
+    norms = next(rows.batches(1024)).to(torch.float64).norm(dim=1)
+    return bool(((norms - 1).abs() <= UNIT_TOLERANCE).all())
+
+
 def open_rows(data: Any, name: str) -> Rows:
     """Wrap an array, a tensor, an embedding set or a path.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from aniso_ext.data import EmbeddingSet, Shard
@@ -36,10 +36,18 @@ class Plan:
     manifest: Path
     stored_dtype: str
 
-    def remove_leftovers(self) -> None:
-        """Delete temporary files of a run that was killed; only the holder of the manifest's lock may do that."""
-        for target in self.targets:
-            for path in self.folder.glob(f".{escape(target.name)}.*.tmp"):
+    def remove_leftovers(self, indices: Sequence[int] | None = None) -> None:
+        """Delete temporary files of killed runs: of some shards, or of all and of the manifest.
+
+        Only for shards that no living worker may be writing.
+        """
+        names = {target.name for target in self.targets} if indices is None else set()
+        names |= {self.targets[index].name for index in indices or ()}
+        if indices is None:
+            names.add(self.manifest.name)
+        for path in self.folder.glob(".*.tmp"):
+            name, _, token = path.name[1:].removesuffix(".tmp").rpartition(".")
+            if name in names and token:
                 path.unlink(missing_ok=True)
 
 

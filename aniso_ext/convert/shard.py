@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,9 @@ class ShardConverter:
     stored_dtype: str
     batch_rows: int
     on_bad: str
+    memory: int | None = field(default=None, kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
+    threads: int | None = field(default=None, kw_only=True)
 
     def convert(self, target: Target, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one output shard; what the manifest says of it comes back.
