@@ -177,6 +177,25 @@ class EmbeddingWriter:
         return unusable(self.path, f"cannot be written ({error.strerror or error})", "check the space and permissions")
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a whole file in its place, on the disk before it has its name.
+
+    Raises:
+        DataError: it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise unusable(path, reason, "check the space and permissions") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def temporary_name(name: str) -> str:
     """A hidden name that no reader takes for a shard."""
     return f".{name}.{secrets.token_hex(6)}.tmp"
