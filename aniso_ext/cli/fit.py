@@ -113,7 +113,12 @@ def fit(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", metavar="NAME", help="Name of the encoder, kept in config.json.", show_default="that of both sets, if they name one"),
+        typer.Option(
+            "--encoder",
+            metavar="NAME",
+            help="Name of the encoder, kept in config.json; convert refuses embeddings of another one.",
+            show_default="that of both sets, if they name it",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an aligner that is already there.")] = False,
     json: Json = False,

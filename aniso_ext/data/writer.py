@@ -108,9 +108,9 @@ class EmbeddingWriter:
         try:
             self._check_free()
             self._sink.finish(self.rows)
-            _sync(self._temporary)
+            sync(self._temporary)
             os.replace(self._temporary, self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         except OSError as error:
             self.abort()
             raise self._unwritable(error) from None
@@ -186,9 +186,9 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.write_bytes(content)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
         raise unusable(path, reason, "check the space and permissions") from None
@@ -212,7 +212,8 @@ def make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

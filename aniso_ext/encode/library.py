@@ -27,8 +27,8 @@ def open_clip() -> Any:
 def prepare_torchvision() -> None:
     """Let a torchvision built for CUDA be imported beside a torch without it; elsewhere nothing happens.
 
-    Its import registers a fake for ``nms`` and ``qnms``, whose schemas come from a binary that such a torch cannot load. The
-    package uses its image transforms alone, which are Python.
+    Its import registers fakes for ``nms`` and ``qnms``, whose schemas come from a binary that such a torch cannot load.
+    Only its image transforms are used here, and they are Python.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Rendered scenes of coloured shapes, with a grammar for captions and questions and a small dual encoder of their own."""
+"""Rendered scenes of coloured shapes, with captions and questions from a grammar and a small dual encoder."""
 
 from __future__ import annotations
 

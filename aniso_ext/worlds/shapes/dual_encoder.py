@@ -1,4 +1,4 @@
-"""A small dual encoder of open_clip's classes, trained contrastively on fresh scenes: its modality gap comes by itself."""
+"""A small dual encoder of open_clip's classes, trained contrastively on fresh scenes; the gap comes by itself."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class DualEncoderOptions:
 class DualEncoder:
     """An open_clip model with its tokenizer.
 
-    ``embed_images`` and ``embed_texts`` give unit rows [N, width] float32; ``save`` writes a folder that open_clip, and so
-    ``aniso embed --model local-dir:FOLDER``, can load.
+    ``embed_images`` and ``embed_texts`` give unit rows [N, width] float32; ``save`` writes a folder that open_clip, and
+    so ``aniso embed --model local-dir:FOLDER``, can load.
     """
 
     def __init__(self, model: Any, config: dict[str, Any]) -> None:
@@ -127,12 +127,12 @@ class DualEncoder:
         model.load_state_dict(load_file(Path(folder) / WEIGHTS))
         return cls(model, config)
 
-    def record(self, folder: str | Path) -> EncoderRecord:
-        """What ``encoder.json`` says of embeddings by the encoder that was saved in ``folder``."""
-        from aniso_ext.encode.encoder import local_record
+    def record(self) -> EncoderRecord:
+        """What ``encoder.json`` says of its embeddings, the same as for ``aniso embed --model local-dir:FOLDER``."""
+        from aniso_ext.encode.encoder import LOCAL, make_record
 
         size = int(self.config["vision_cfg"]["image_size"])
-        return local_record(Path(folder) / WEIGHTS, self.width, (size, size))
+        return make_record(self.model, LOCAL, None, self.width, (size, size))
 
 
 def pixels(pictures: np.ndarray) -> torch.Tensor:

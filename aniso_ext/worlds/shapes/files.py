@@ -40,8 +40,9 @@ def build_world(
     """Train an encoder and write a whole world with it.
 
     ``encoder/`` is an open_clip folder. ``train_text/`` has ``text_emb/``, ``train_image/`` has ``img_emb/`` of *other*
-    scenes, ``test/`` has both of the same scenes, row by row. Each has ``metadata/`` (id, caption), ``encoder.json`` and
-    ``captions.jsonl``; the training folders ``conversations.jsonl``, ``test/`` ``questions.jsonl`` and ``pictures/``.
+    scenes, ``test/`` has both of the same scenes, row by row. Each has ``metadata/`` (id, caption), ``encoder.json``
+    and ``captions.jsonl``; the training folders have ``conversations.jsonl``, ``test/`` has ``questions.jsonl`` and
+    ``pictures/``.
 
     Args:
         folder: new or empty.
@@ -69,8 +70,8 @@ def build_world(
     world = ShapesWorld(seed=seed)
     chosen = options or replace(DualEncoderOptions(), seed=seed)
     trained = encoder or world.train_dual_encoder(options=chosen, progress=progress)
-    place = trained.save(folder / "encoder")
-    record = trained.record(place)
+    trained.save(folder / "encoder")
+    record = trained.record()
     found: dict[str, np.ndarray] = {}
     for split, count, sides in (
         ("train_text", train_texts, ("text",)),
@@ -125,7 +126,9 @@ def _embed(world: ShapesWorld, encoder: DualEncoder, scenes: Sequence[Scene], si
 
 def _write_split(folder: Path, world: ShapesWorld, scenes: Sequence[Scene], rows: Mapping[str, np.ndarray]) -> None:
     ids, captions = [scene.id for scene in scenes], [world.captions(scene)[0] for scene in scenes]
-    write_clip_retrieval(folder, **rows, metadata={"id": ids, "caption": captions})
+    write_clip_retrieval(
+        folder, image=rows.get("image"), text=rows.get("text"), metadata={"id": ids, "caption": captions}
+    )
     lines = ({"id": id, "caption": caption} for id, caption in zip(ids, captions, strict=True))
     _write_lines(folder / "captions.jsonl", lines)
 

@@ -40,7 +40,7 @@ class ShapesWorld:
             raise InputError(f"seed must be at least 0 and size at least 32, got {self.seed} and {self.size}")
 
     def scenes(self, count: int, *, split: str = "train_text", start: int = 0) -> list[Scene]:
-        """Scenes ``start`` … ``start + count - 1`` of a split: ``encoder``, ``train_text``, ``train_image``, ``test``."""
+        """Scenes ``start`` … ``start + count - 1`` of one of the ``SPLITS``."""
         if split not in SPLITS:
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         stream = SPLITS.index(split)
@@ -56,9 +56,7 @@ class ShapesWorld:
         """Different true captions, at most ``count``; the first one is *the* caption of the scene."""
         return grammar.captions(scene, count)
 
-    def questions(
-        self, scene: Scene, *, kinds: Sequence[str] = asking.KINDS, each: int = 1
-    ) -> list[dict[str, Any]]:
+    def questions(self, scene: Scene, *, kinds: Sequence[str] = asking.KINDS, each: int = 1) -> list[dict[str, Any]]:
         """Questions with answers, as evaluation reads them; see :func:`aniso_ext.worlds.shapes.questions.questions`."""
         return asking.questions(scene, kinds=kinds, each=each)
 
