@@ -36,11 +36,11 @@ class DualEncoderOptions:
     text_width: int = 64
     text_layers: int = 2
     context_length: int = 48
-    steps: int = 400
+    steps: int = 300
     batch_rows: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    logit_scale: float = 100.0
+    logit_scale: float = 60.0
     seed: int = 0
 
     def model_config(self, image_size: int) -> dict[str, Any]:
