@@ -1,4 +1,4 @@
-"""The shapes world: pictures show what the facts say, captions and questions are true, files are those of the contract."""
+"""The shapes world: pictures show the facts, captions and answers are true, files are what training reads."""
 
 from __future__ import annotations
 

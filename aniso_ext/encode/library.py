@@ -8,6 +8,7 @@ from typing import Any
 from aniso_ext.errors import InputError
 from aniso_ext.torchvision import prepare_torchvision
 
+
 def open_clip() -> Any:
     """The module ``open_clip``.
 

@@ -64,9 +64,10 @@ class Manifest:
             raise unusable(self.path, "is in use by another process", "wait for it, or name another folder") from None
 
     def _arrive(self, header: Mapping[str, Any], on_existing: str) -> list[dict[str, Any]]:
+        self._remove_files(".*.tmp")
         if on_existing == "overwrite":
             self._file.truncate(0)
-            self._remove_files(0)
+            self._remove_files("[!.]*_*[0-9].*")
         lines, end = self._read()
         if lines and on_existing == "fail":
             raise unusable(self.folder, "has embeddings already", "name another folder, or resume or overwrite")
@@ -116,12 +117,10 @@ class Manifest:
             if place.is_dir() and any(not entry.name.startswith(".") for entry in place.iterdir()):
                 raise unusable(place, f"has files, but there is no {MANIFEST}", "name another folder, or overwrite")
 
-    def _remove_files(self, first: int) -> None:
+    def _remove_files(self, pattern: str) -> None:
         for name in (*KINDS.values(), METADATA):
-            for path in (self.folder / name).glob(f"{name}_*"):
-                number = path.stem.rpartition("_")[2]
-                if number.isdecimal() and int(number) >= first:
-                    path.unlink()
+            for path in (self.folder / name).glob(pattern):
+                path.unlink()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         try:
