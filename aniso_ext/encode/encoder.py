@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +66,8 @@ class Encoder:
             seed: of random weights.
 
         Raises:
-            InputError: open_clip does not know the model or tag, or cannot load the weights; the message says why.
+            InputError: open_clip does not know the model or tag, or cannot load the weights, or torch cannot use the
+                device; the message says why.
         """
         import torch
 
@@ -72,9 +75,10 @@ class Encoder:
         _check_source(library, model, pretrained, checkpoint)
         if precision not in PRECISIONS:
             raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        _check_device(device)
         tag = None if pretrained == "none" else pretrained
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _quiet() if pretrained == "none" else nullcontext():
                 torch.manual_seed(seed)
                 # towers of other libraries start from random weights as well, not from a download
                 built = library.create_model(
@@ -89,7 +93,7 @@ class Encoder:
         transform = library.transform.image_transform_v2(preprocessing, is_train=False)
         size = _pair(preprocessing.size)
         by_tag = tag is not None or model.startswith("hf-hub:")
-        record = make_record(built, model, tag, _width(built, tokenizer, device="cpu"), size, by_tag=by_tag)
+        record = make_record(built, model, tag, _width(built, tokenizer), size, by_tag=by_tag)
         chosen = _precision(device) if precision == "auto" else precision
         return cls(built.to(device), transform, tokenizer, record, device=device, precision=chosen)
 
@@ -159,7 +163,7 @@ def _check_source(library: Any, model: str, pretrained: str | None, checkpoint: 
         if path.suffix not in WEIGHT_SUFFIXES:
             raise InputError(f"{path} has the unknown suffix {path.suffix!r}: use {', '.join(WEIGHT_SUFFIXES)}")
     elif pretrained is None:
-        raise InputError(f"no weights named for {model}: pass pretrained='TAG', a checkpoint, or pretrained='none'")
+        raise InputError(f"no weights named for {model}: pass a tag as pretrained, or a file as checkpoint")
     elif pretrained != "none":
         tags = library.list_pretrained_tags_by_model(model)
         if pretrained not in tags:
@@ -167,11 +171,31 @@ def _check_source(library: Any, model: str, pretrained: str | None, checkpoint: 
             raise InputError(f"open_clip has no weights {pretrained!r} for {model}: it has {known}")
 
 
-def _width(model: Any, tokenizer: Callable[[Sequence[str]], torch.Tensor], *, device: str) -> int:
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"torch cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of random weights, which have been asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _width(model: Any, tokenizer: Callable[[Sequence[str]], torch.Tensor]) -> int:
     import torch
 
     with torch.inference_mode():
-        return int(model.encode_text(tokenizer([""]).to(device)).shape[-1])
+        return int(model.encode_text(tokenizer([""])).shape[-1])
 
 
 def _pair(size: Any) -> tuple[int, int]:

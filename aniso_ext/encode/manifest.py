@@ -31,7 +31,7 @@ class Manifest:
     def __init__(self, folder: Path, header: Mapping[str, Any], on_existing: str) -> None:
         self.path = folder / MANIFEST
         self.folder = folder
-        make_folders(folder)
+        self._made = make_folders(folder)
         self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         try:
             self._lock()
@@ -49,7 +49,8 @@ class Manifest:
         if kind is not None and not self.shards:
             with suppress(OSError):  # a run that finished nothing leaves nothing
                 self.path.unlink()
-                self.folder.rmdir()
+                for folder in self._made:
+                    folder.rmdir()
         self._file.close()
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -64,7 +65,6 @@ class Manifest:
             raise unusable(self.path, "is in use by another process", "wait for it, or name another folder") from None
 
     def _arrive(self, header: Mapping[str, Any], on_existing: str) -> list[dict[str, Any]]:
-        self._remove_files(".*.tmp")
         if on_existing == "overwrite":
             self._file.truncate(0)
             self._remove_files("[!.]*_*[0-9].*")
@@ -82,6 +82,7 @@ class Manifest:
                 reason = f"was started with {name.replace('_', ' ')} {stored}, now it is {wanted}"
                 raise unusable(self.path, reason, "pass the same, or name another folder, or overwrite")
         self._file.truncate(end)
+        self._remove_files(".*.tmp")
         shards = lines[1:]
         for number, line in enumerate(shards):
             self._check_files(number, line)
