@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,20 @@ def test_models_and_weights_that_are_not_there_are_named(registered: str, tmp_pa
     ):
         with pytest.raises(InputError, match=reason):
             Encoder.load(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_folder_without_weights_is_refused_rather_than_random(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
+    with pytest.raises(InputError, match="open_clip cannot load local-dir:.*could not be loaded"):
+        Encoder.load(f"local-dir:{tmp_path}")
+
+
+def test_a_missing_library_and_an_absent_device_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="torch cannot use device 'nowhere'"):
+        Encoder.load(f"local-dir:{folder}", device="nowhere")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(InputError, match=r"pip install 'aniso_ext\[encode\]'"):
+        Encoder.load(f"local-dir:{folder}")
 
 
 def test_half_precision_stays_near_and_is_part_of_the_run(folder: Path, tmp_path: Path) -> None:

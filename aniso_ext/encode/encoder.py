@@ -82,7 +82,11 @@ class Encoder:
                 torch.manual_seed(seed)
                 # towers of other libraries start from random weights as well, not from a download
                 built = library.create_model(
-                    model, pretrained=str(checkpoint) if checkpoint else tag, device="cpu", pretrained_text=False
+                    model,
+                    pretrained=str(checkpoint) if checkpoint else tag,
+                    device="cpu",
+                    pretrained_text=False,
+                    require_pretrained=pretrained != "none",
                 )
             tokenizer = library.get_tokenizer(model)
         except Exception as error:  # open_clip lets through what its many loaders raise
