@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "sync", full)
+    monkeypatch.setattr(writer_module, "_sync", full)
     with pytest.raises(DataError, match=rf"x{suffix}: cannot be written \(No space left on device\)"):
         write(tmp_path / "new" / f"x{suffix}", [ROWS])
     assert list(tmp_path.iterdir()) == []

@@ -193,7 +193,7 @@ def test_models_and_weights_that_are_not_there_are_named(registered: str, tmp_pa
 
 def test_a_folder_without_weights_is_refused_rather_than_random(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
-    with pytest.raises(InputError, match="open_clip cannot load local-dir:.*could not be loaded"):
+    with pytest.raises(InputError, match=r"open_clip cannot load local-dir:.*could not be loaded"):
         Encoder.load(f"local-dir:{tmp_path}")
 
 

@@ -14,7 +14,8 @@ from aniso_ext.cli.main import app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/architecture.md", "docs/encode.md", "docs/shapes.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES += [f"docs/{name}.md" for name in ("cli", "architecture", "encode", "shapes")]
 
 
 def blocks(heading: str, text: str = README) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aniso_ext.data.embedding_set import EmbeddingSet, open_embeddings
 from aniso_ext.data.folder import KINDS, natural_key
 from aniso_ext.data.shards import unusable
-from aniso_ext.data.writer import EmbeddingWriter, make_folders, sync, temporary_name
+from aniso_ext.data.writer import EmbeddingWriter, make_folders, temporary_name
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def write_clip_retrieval(
             if metadata:
                 path = folder / METADATA / f"{METADATA}_{number}.parquet"
                 made = _make_parent(path, made)
-                write_metadata(path, {name: values[start:stop] for name, values in metadata.items()})
+                _write_table(path, {name: values[start:stop] for name, values in metadata.items()})
                 written.append(path)
     except BaseException:
         for path in written:
@@ -140,24 +140,16 @@ def _write_range(path: Path, embeddings: EmbeddingSet, start: int, stop: int, dt
             writer.write(embeddings.read(slice(first, min(first + step, stop))))
 
 
-def write_metadata(path: Path, columns: Mapping[str, Sequence[Any]], *, overwrite: bool = False) -> None:
-    """Write one metadata file, which appears whole; columns have a value for each row.
-
-    Raises:
-        DataError: the file exists, or cannot be written.
-    """
+def _write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.exists() and not overwrite:
+    if path.exists():
         raise unusable(path, "exists already", "choose another folder")
     temporary = path.with_name(temporary_name(path.name))
     try:
-        make_folders(path.parent)
         pq.write_table(pa.table({name: pa.array(list(values)) for name, values in columns.items()}), temporary)
-        sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
     except (pa.ArrowException, OSError) as error:
         raise unusable(path, f"cannot be written ({error})", "check the columns, space and permissions") from None
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from aniso_ext.data.embedding_set import EmbeddingSet
 from aniso_ext.data.folder import KINDS
 from aniso_ext.data.shards import Shard, unusable
+from aniso_ext.data.whole_file import replace_file
 from aniso_ext.errors import DataError
 
 ENCODER_FILE = "encoder.json"
@@ -40,8 +41,6 @@ class EncoderRecord:
 
     def write(self, folder: Path) -> Path:
         """Write ``encoder.json`` into a folder that exists; the file appears whole."""
-        from aniso_ext.data.writer import replace_file
-
         path = folder / ENCODER_FILE
         replace_file(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
         return path
@@ -54,7 +53,7 @@ class EncoderRecord:
             DataError: it is not one.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_bytes())
             values = {field.name: content[field.name] for field in fields(cls)}
             height, width = values["image_size"]
             record = cls(**{**values, "image_size": (int(height), int(width)), "width": int(values["width"])})
@@ -113,10 +112,11 @@ def _named_inside(path: Path, format: str) -> str | None:
     if format == "parquet":
         import pyarrow.parquet as pq
 
-        found = (pq.read_schema(path).metadata or {}).get(b"encoder")
+        with path.open("rb") as file:
+            found = (pq.read_schema(file).metadata or {}).get(b"encoder")
         return None if found is None else str(found.decode(errors="replace"))
     if format == "safetensors":
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         named = header.get("__metadata__", {}).get("encoder")
         return None if named is None else str(named)

@@ -108,9 +108,9 @@ class EmbeddingWriter:
         try:
             self._check_free()
             self._sink.finish(self.rows)
-            sync(self._temporary)
+            _sync(self._temporary)
             os.replace(self._temporary, self.path)
-            sync(self.path.parent)
+            _sync(self.path.parent)
         except OSError as error:
             self.abort()
             raise self._unwritable(error) from None
@@ -177,25 +177,6 @@ class EmbeddingWriter:
         return unusable(self.path, f"cannot be written ({error.strerror or error})", "check the space and permissions")
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a whole file in its place, on the disk before it has its name.
-
-    Raises:
-        DataError: it cannot be written; what was there stays.
-    """
-    temporary = path.with_name(temporary_name(path.name))
-    try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror or error})"
-        raise unusable(path, reason, "check the space and permissions") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def temporary_name(name: str) -> str:
     """A hidden name that no reader takes for a shard."""
     return f".{name}.{secrets.token_hex(6)}.tmp"
@@ -212,8 +193,7 @@ def make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,6 @@ from typing import Any
 from aniso_ext.data.clip_retrieval import METADATA
 from aniso_ext.data.folder import KINDS
 from aniso_ext.data.shards import unusable
-from aniso_ext.data.writer import make_folders
 
 MANIFEST = "embed.jsonl"
 KIND = "aniso_ext.embed"
@@ -31,7 +30,8 @@ class Manifest:
     def __init__(self, folder: Path, header: Mapping[str, Any], on_existing: str) -> None:
         self.path = folder / MANIFEST
         self.folder = folder
-        self._made = make_folders(folder)
+        self._made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by __exit__
         try:
             self._lock()
@@ -49,8 +49,8 @@ class Manifest:
         if kind is not None and not self.shards:
             with suppress(OSError):  # a run that finished nothing leaves nothing
                 self.path.unlink()
-                for folder in self._made:
-                    folder.rmdir()
+                if self._made:
+                    self.folder.rmdir()
         self._file.close()
 
     def add(self, line: Mapping[str, Any]) -> None:

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from aniso_ext.data import EmbeddingWriter
-from aniso_ext.data.clip_retrieval import METADATA, write_metadata
+from aniso_ext.data.clip_retrieval import METADATA
 from aniso_ext.data.dtypes import stored_name
 from aniso_ext.data.folder import KINDS
+from aniso_ext.data.whole_file import replace_file
 from aniso_ext.encode.batches import Batch, Decoding, load_batches
 from aniso_ext.encode.encoder import Encoder
 from aniso_ext.encode.inputs import Samples, read_samples
@@ -250,7 +251,7 @@ class _Run:
             columns["image"] = [self._image(row) for row in rows]
             columns["width"], columns["height"] = map(list, zip(*sizes, strict=True))
         path = self.manifest.folder / METADATA / f"{METADATA}_{number}.parquet"
-        write_metadata(path, columns, overwrite=True)
+        replace_file(path, _parquet(columns))
         return path
 
     def _image(self, row: int) -> str | None:
@@ -260,6 +261,15 @@ class _Run:
         self.done += samples
         if self.progress is not None:
             self.progress(self.done, len(self.samples))
+
+
+def _parquet(columns: dict[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), sink)
+    return bytes(sink.getvalue())
 
 
 def _others(rows: list[int], keep: list[int]) -> list[int]:

@@ -106,7 +106,7 @@ class DualEncoder:
         """Write ``open_clip_config.json`` and ``open_clip_model.safetensors``."""
         from safetensors.torch import save
 
-        from aniso_ext.data.writer import replace_file
+        from aniso_ext.data.whole_file import replace_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

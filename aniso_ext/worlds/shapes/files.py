@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aniso_ext.data import write_clip_retrieval
-from aniso_ext.data.writer import replace_file
+from aniso_ext.data.whole_file import replace_file
 from aniso_ext.errors import InputError
 from aniso_ext.worlds.shapes.questions import CAPTION_PROMPT
 from aniso_ext.worlds.shapes.scenes import Scene
