@@ -1,6 +1,6 @@
 """The modality gap of the shapes world's dual encoder, before and after its training.
 
-    python benchmarks/shapes_gap.py            # two minutes on one core; writes results/shapes_gap.csv
+    python benchmarks/shapes_gap.py            # seven minutes on one core; writes results/shapes_gap.csv
 
 Held-out pairs of captions and pictures, embedded by the encoder that training starts from and by the trained one.
 """

@@ -36,7 +36,7 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def small() -> DualEncoder:
-    return untrained_dual_encoder(WORLD, options=DualEncoderOptions(width=32, image_width=8, text_layers=1))
+    return untrained_dual_encoder(WORLD, options=DualEncoderOptions(width=32, image_width=8, text_width=32))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def sets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (place / "pictures").mkdir()
     for scene in scenes:
         Image.fromarray(WORLD.render(scene)).save(place / "pictures" / f"{scene.id}.png")
-    options = DualEncoderOptions(width=32, image_width=8, text_layers=1, seed=1)
+    options = DualEncoderOptions(width=32, image_width=8, text_width=32, seed=1)
     other = untrained_dual_encoder(WORLD, options=options).save(place / "other encoder")
     for name, model, given in (
         ("texts", folder, {"captions": place / "captions.txt"}),
@@ -288,7 +288,7 @@ def test_a_damaged_or_misplaced_record_is_refused(sets: dict[str, Path], tmp_pat
 
 
 def test_training_finds_pairs_among_held_out_scenes_and_moves_the_modalities_together() -> None:
-    options = DualEncoderOptions(width=32, image_width=8, text_layers=1, steps=45, batch_rows=64, learning_rate=4e-3)
+    options = DualEncoderOptions(width=32, image_width=8, text_width=32, steps=45, batch_rows=64, learning_rate=4e-3)
     scenes = WORLD.scenes(200, split="test")
     steps: list[tuple[int, int]] = []
     before, after = (
@@ -308,7 +308,7 @@ def test_training_finds_pairs_among_held_out_scenes_and_moves_the_modalities_tog
 
 
 def test_training_is_the_same_to_the_bit() -> None:
-    options = DualEncoderOptions(width=16, image_width=8, text_layers=1, steps=2, batch_rows=8)
+    options = DualEncoderOptions(width=16, image_width=8, text_width=32, steps=2, batch_rows=8)
     first, again = (WORLD.train_dual_encoder(options=options) for _ in range(2))
     assert first.record() == again.record()
     assert (

@@ -33,8 +33,8 @@ class DualEncoderOptions:
 
     width: int = 128
     image_width: int = 16
-    text_width: int = 64
-    text_layers: int = 2
+    text_width: int = 128
+    text_layers: int = 1
     context_length: int = 48
     steps: int = 300
     batch_rows: int = 128

@@ -10,8 +10,8 @@ NUMBERS = ("no", "one", "two", "three", "four")
 _SALT_CAPTION = 2
 _ROUNDS = 3
 """Times that each template gets a chance with another order of the groups."""
-_CLEAR = 0.75
-"""Cells between two centres before one counts as left of or above the other."""
+_APART, _ABREAST = 0.75, 0.5
+"""Cells between two centres: at least so far along one axis and at most so far along the other is a clear direction."""
 
 
 def noun_phrase(kind: Kind, count: int = 1) -> str:
@@ -32,11 +32,11 @@ def plural(noun: str) -> str:
 
 
 def relation(first: Group, second: Group) -> str | None:
-    """Where the first group is, seen from the second: "above", "below", "left of", "right of"; None if unclear."""
+    """Where the first group is, seen from the second: "above", "below", "left of", "right of"; None if on a slant."""
     down, right = (a - b for a, b in zip(first.centre, second.centre, strict=True))
-    if abs(down) >= _CLEAR and abs(down) > abs(right):
+    if abs(down) >= _APART and abs(right) <= _ABREAST:
         return "above" if down < 0 else "below"
-    if abs(right) >= _CLEAR and abs(right) > abs(down):
+    if abs(right) >= _APART and abs(down) <= _ABREAST:
         return "left of" if right < 0 else "right of"
     return None
 
