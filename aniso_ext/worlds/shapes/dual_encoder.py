@@ -1,4 +1,4 @@
-"""A small dual encoder of open_clip's classes, trained contrastively on fresh scenes; the gap comes by itself."""
+"""A small dual encoder of open_clip's classes, trained contrastively on fresh scenes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WARM_UP_STEPS = 30
 
 @dataclass(frozen=True)
 class DualEncoderOptions:
-    """Size and training of the encoder; the defaults train in about two minutes on two CPU cores."""
+    """Size and training of the encoder; the defaults train in about two minutes on one CPU core."""
 
     width: int = 128
     image_width: int = 16
