@@ -22,7 +22,7 @@ _EXPORTS = {
     "load_aligner": "aniso_ext.align",
     "make_aligner": "aniso_ext.align",
 }
-_SUBPACKAGES = ("align", "convert", "data", "diagnostics", "errors", "ops", "stats", "worlds")
+_SUBPACKAGES = ("align", "convert", "data", "diagnostics", "encode", "errors", "mllm", "ops", "stats", "worlds")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]
 

@@ -21,7 +21,7 @@ from aniso_ext.cli.main import app
 from aniso_ext.cli.methods import parse_rank
 from aniso_ext.errors import DataError
 
-COMMANDS = ("fit", "convert", "diagnose", "demo", "doctor")
+COMMANDS = ("embed", "fit", "convert", "diagnose", "demo", "doctor")
 runner = CliRunner()
 
 

@@ -14,7 +14,8 @@ from aniso_ext.cli.main import app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/architecture.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES += [f"docs/{name}.md" for name in ("cli", "architecture", "encode", "shapes")]
 
 
 def blocks(heading: str, text: str = README) -> list[tuple[str, str]]:
@@ -82,7 +83,7 @@ def test_options_on_a_page_are_options_of_the_command(page: str) -> None:
     program = typer.main.get_command(app)
     text = re.sub(r"\\\n\s*", " ", (REPOSITORY / page).read_text(encoding="utf-8"))
     commands = {**program.commands, **{f"bench {name}": c for name, c in program.commands["bench"].commands.items()}}
-    for name, rest in re.findall(r"\baniso (fit|convert|diagnose|demo|doctor|bench \w+)\b([^`\n]*)", text):
+    for name, rest in re.findall(r"\baniso (embed|fit|convert|diagnose|demo|doctor|bench \w+)\b([^`\n]*)", text):
         known = {option for parameter in commands[name].params for option in parameter.opts}
         known |= {option for parameter in commands[name].params for option in parameter.secondary_opts}
         assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", rest)) <= known, (name, rest)

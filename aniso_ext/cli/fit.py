@@ -113,7 +113,12 @@ def fit(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", metavar="NAME", help="Name of the encoder, kept in config.json for the record."),
+        typer.Option(
+            "--encoder",
+            metavar="NAME",
+            help="Name of the encoder, kept in config.json; convert refuses embeddings of another one.",
+            show_default="that of both sets, if they name it",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an aligner that is already there.")] = False,
     json: Json = False,
@@ -156,9 +161,13 @@ def fit(
     aligner = build_aligner(method, options)
     _prepare_training(aligner, given)
 
-    from aniso_ext.data import open_embeddings
+    from aniso_ext.data import common_encoder, open_embeddings
 
     source_set, target_set = open_embeddings(source), open_embeddings(target)
+    stored_encoder = common_encoder(source_set, target_set)
+    if encoder is not None and stored_encoder not in (None, encoder):
+        raise InputError(f"--encoder is {encoder}, but both sets hold embeddings of {stored_encoder}: leave it out")
+    encoder = stored_encoder if encoder is None else encoder
     started = time.perf_counter()
     with process_group(device) as processes:
         if processes.device != device:
@@ -179,6 +188,7 @@ def fit(
         "width": aligner.width,
         "source": {"path": str(source), "rows": len(source_set)},
         "target": {"path": str(target), "rows": len(target_set)},
+        "encoder": encoder,
         "aligner": str(out),
         "fingerprint": aligner.fingerprint(),
         "summary": aligner.summary_,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit, import_pickle
+from aniso_ext.cli import bench, convert, demo, diagnose, doctor, embed, fit, import_pickle
 
 app = typer.Typer(
     name="aniso",
@@ -45,6 +45,7 @@ def program(
 
 
 for function, summary in (
+    (embed.embed, "Turn images and captions into embeddings."),
     (fit.fit, "Learn an aligner from two unpaired sets."),
     (convert.convert, "Turn source embeddings into stand-ins, file by file."),
     (diagnose.diagnose, "Measure a gap, and how well stand-ins close it."),

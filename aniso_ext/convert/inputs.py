@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import numpy as np
 
 from aniso_ext.convert.rows import bad_rows
 from aniso_ext.convert.shard import RowAligner
-from aniso_ext.data import EmbeddingSet, Shard
+from aniso_ext.data import EmbeddingSet
+from aniso_ext.data.encoder import stored_encoder
 from aniso_ext.data.shards import unusable
 
 SAMPLED_SHARDS = 16
@@ -18,7 +18,7 @@ SAMPLED_ROWS = 16
 
 
 def check_encoder(aligner: RowAligner, embeddings: EmbeddingSet) -> None:
-    """Refuse an input whose file names another encoder than the aligner's; most files and many aligners name none.
+    """Refuse an input of another encoder than the aligner's; many files and aligners name none.
 
     Raises:
         DataError: both encoders are named.
@@ -29,22 +29,6 @@ def check_encoder(aligner: RowAligner, embeddings: EmbeddingSet) -> None:
     if found is not None and found != fitted:
         reason = f"holds embeddings of {found}, but the aligner was fitted on {fitted}"
         raise unusable(shard.path, reason, "use embeddings of that encoder, or fit on these")
-
-
-def stored_encoder(shard: Shard) -> str | None:
-    """The entry ``encoder`` in the metadata of a .safetensors or .parquet file."""
-    if shard.path is None or shard.format not in ("safetensors", "parquet"):
-        return None
-    if shard.format == "parquet":
-        import pyarrow.parquet as pq
-
-        with shard.path.open("rb") as file:
-            found = (pq.read_schema(file).metadata or {}).get(b"encoder")
-        return None if found is None else str(found.decode(errors="replace"))
-    with shard.path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    named = header.get("__metadata__", {}).get("encoder")
-    return None if named is None else str(named)
 
 
 def warn_of_norms(aligner: RowAligner, embeddings: EmbeddingSet) -> None:

@@ -7,6 +7,7 @@ Reading needs memory for one batch, whatever the size of the set. Every file tha
 
 from aniso_ext.data.clip_retrieval import read_metadata, write_clip_retrieval
 from aniso_ext.data.embedding_set import EmbeddingSet, open_embeddings
+from aniso_ext.data.encoder import EncoderRecord, common_encoder
 from aniso_ext.data.pickled_records import PickleImport, import_pickle
 from aniso_ext.data.shards import Shard
 from aniso_ext.data.writer import EmbeddingWriter
@@ -14,8 +15,10 @@ from aniso_ext.data.writer import EmbeddingWriter
 __all__ = [
     "EmbeddingSet",
     "EmbeddingWriter",
+    "EncoderRecord",
     "PickleImport",
     "Shard",
+    "common_encoder",
     "import_pickle",
     "open_embeddings",
     "read_metadata",

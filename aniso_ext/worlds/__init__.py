@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from aniso_ext.worlds.gap import GapWorld, simulate_gap
 from aniso_ext.worlds.planted import PlantedRows, PlantedWorld
+from aniso_ext.worlds.shapes import ShapesWorld, build_world
 
-__all__ = ["GapWorld", "PlantedRows", "PlantedWorld", "simulate_gap"]
+__all__ = ["GapWorld", "PlantedRows", "PlantedWorld", "ShapesWorld", "build_world", "simulate_gap"]

@@ -1,0 +1,176 @@
+"""Stand-ins on the fly: what happens to source embeddings between the file and the projector, in training."""
+
+from __future__ import annotations
+
+import copy
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from aniso_ext.errors import InputError
+from aniso_ext.ops import Frame, decode, encode
+
+if TYPE_CHECKING:
+    from aniso_ext.align import Aligner, AnisoAlign
+
+class Correction(nn.Module):
+    """Rows [n, D] to unit rows [n, D]: an aligner, then noise.
+
+    Constants of an aligner are no buffers on purpose: a model that is cast to bfloat16 would round them. Only a refiner
+    that is trained has parameters here.
+
+    Args:
+        aligner: fitted; None leaves the rows as they are.
+        noise_std: z <- Norm(z + N(0, noise_std^2)), drawn from torch's global generator at every call, so that a
+            training state carries it.
+        trainable: the refiner of an AnisoAlign takes gradients.
+
+    Attributes:
+        width: D of the aligner, or None.
+        fingerprint: of the aligner and the noise, or None where rows stay as they are.
+
+    Raises:
+        InputError: an impossible noise, or ``trainable`` with an aligner that has no refiner.
+
+    Example:
+        >>> import torch
+        >>> Correction.noise(0.1)(torch.eye(4)).norm(dim=1).round(decimals=4)
+        tensor([1., 1., 1., 1.])
+    """
+
+    def __init__(self, aligner: Aligner | None = None, *, noise_std: float = 0.0, trainable: bool = False) -> None:
+        super().__init__()
+        if not 0 <= noise_std < float("inf"):
+            raise InputError(f"noise_std must be finite and not negative, got {noise_std!r}")
+        self.aligner, self.noise_std = aligner, float(noise_std)
+        self.width = None if aligner is None else aligner.width
+        self.fingerprint = _fingerprint(aligner, self.noise_std)
+        self.refined: RefinedCorrection | None = None
+        if trainable:
+            self.refined = RefinedCorrection(_with_refiner(aligner))
+
+    @classmethod
+    def from_aligner(
+        cls,
+        aligner: Aligner | str | PathLike[str],
+        *,
+        source: Any = None,
+        target: Any = None,
+        noise_std: float = 0.0,
+        trainable: bool = False,
+    ) -> Correction:
+        """A correction by an aligner: a fitted object, the folder of a saved one, or the name of a method.
+
+        Args:
+            aligner: object, folder or name; a method by name is fitted on ``source`` and ``target``.
+            source, target: unpaired embeddings, anything that ``fit`` takes.
+            noise_std, trainable: as for the class.
+
+        Raises:
+            InputError: a name without embeddings to fit on.
+            ArtefactError: the folder holds no aligner.
+        """
+        return cls(_resolve(aligner, source, target), noise_std=noise_std, trainable=trainable)
+
+    @classmethod
+    def noise(cls, sigma: float) -> Correction:
+        """Gaussian noise of standard deviation ``sigma`` in each coordinate, renormalised; no aligner."""
+        return cls(noise_std=sigma)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Stand-ins [n, D] of source embeddings [n, D], float32 or float64, whatever autocast is on."""
+        rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        with torch.autocast(rows.device.type, enabled=False):
+            if self.refined is not None:
+                rows = self.refined(rows)
+            elif self.aligner is not None:
+                with torch.no_grad():
+                    rows = self.aligner.transform_batch(rows)
+        if self.noise_std:
+            noisy = rows + self.noise_std * torch.randn_like(rows)
+            rows = noisy / noisy.norm(dim=-1, keepdim=True)
+        return rows
+
+    def fresh(self) -> Correction:
+        """The same correction with the parameters of the fit, apart from this one."""
+        return Correction(self.aligner, noise_std=self.noise_std, trainable=self.refined is not None)
+
+    def tuned_aligner(self) -> Aligner | None:
+        """The aligner with the refiner as it is now; the aligner itself where nothing is trained."""
+        return self.aligner if self.refined is None else self.refined.aligner()
+
+
+class RefinedCorrection(nn.Module):
+    """AnisoAlign with a refiner that takes gradients: encode, refiner, decode (METHOD section 4).
+
+    The bounds hold whatever the parameters become, since :func:`aniso_ext.ops.decode` applies them.
+
+    Args:
+        aligner: fitted with refinement; its own refiner stays as it is.
+    """
+
+    def __init__(self, aligner: AnisoAlign) -> None:
+        super().__init__()
+        self.frame: Frame = aligner.frame_
+        self.backend = aligner.backend
+        self._fitted = aligner
+        assert aligner.refiner_ is not None
+        self.refiner = copy.deepcopy(aligner.refiner_).requires_grad_(True).train()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Unit rows [n, D] of rows [n, D]; differentiable in the rows and in the refiner's parameters."""
+        state = encode(rows, self.frame, backend=self.backend)
+        deltas = self.refiner(state.to(self.refiner.first.weight.dtype)).to(state.dtype)
+        bounds = self.refiner.bounds
+        return decode(
+            state,
+            deltas,
+            self.frame,
+            a_theta=bounds.a_theta,
+            a_rho=bounds.a_rho,
+            a_v=bounds.a_v,
+            literal=self.refiner.literal,
+            backend=self.backend,
+        )
+
+    def aligner(self) -> AnisoAlign:
+        """The aligner with these parameters. Its calibration is that of the fit."""
+        twin = copy.copy(self._fitted)
+        twin._install({**self._fitted._arrays(), **copy.deepcopy(self.refiner).float().tensors()}, self._fitted.width)
+        return twin
+
+
+def _with_refiner(aligner: Aligner | None) -> AnisoAlign:
+    from aniso_ext.align import AnisoAlign
+
+    if not isinstance(aligner, AnisoAlign) or aligner.refiner_ is None:
+        method = "no aligner" if aligner is None else aligner.method
+        raise InputError(
+            f"{method} has no refiner to train: pass an anisoalign that was fitted with refinement, or leave the "
+            "refiner as it is"
+        )
+    return aligner
+
+
+def _resolve(aligner: Aligner | str | PathLike[str], source: Any, target: Any) -> Aligner:
+    from aniso_ext.align import Aligner, list_aligners, load_aligner, make_aligner
+
+    if isinstance(aligner, Aligner):
+        return aligner
+    if str(aligner) not in list_aligners():
+        return load_aligner(str(aligner))
+    if source is None or target is None:
+        raise InputError(
+            f"{aligner} is the name of a method: it is fitted on source and target embeddings, so pass both, or the "
+            "folder of a fitted aligner"
+        )
+    return make_aligner(str(aligner)).fit(source, target)
+
+
+def _fingerprint(aligner: Aligner | None, noise_std: float) -> str | None:
+    parts = [] if aligner is None else [aligner.fingerprint()]
+    if noise_std:
+        parts.append(f"noise:{noise_std:g}")
+    return "+".join(parts) or None
