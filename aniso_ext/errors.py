@@ -33,3 +33,11 @@ class NotFittedError(AnisoError, ValueError, AttributeError):
 
 class TrainingError(AnisoError, RuntimeError):
     """Training cannot go on: a loss is not finite."""
+
+
+class WorkerError(AnisoError, RuntimeError):
+    """A process that did a part of the work died."""
+
+
+class StoppedError(AnisoError, RuntimeError):
+    """Work was stopped on request; what is finished is kept, and the same call goes on from there."""

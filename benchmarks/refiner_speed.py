@@ -1,19 +1,23 @@
 """Speed of both trained stages: a fit, one step of Stage II against eager and compiled PyTorch, and the refined map.
 
     python benchmarks/refiner_speed.py                  # CUDA where there is one, else a few small rows on the CPU
-    python benchmarks/refiner_speed.py --parts step transform
+    python benchmarks/refiner_speed.py --parts step --batches 1024 16384
 
 fit        AnisoAlign().fit on --rows x --width float16 rows of each side with default options: seconds in all, of each
            stage, and steps done (a stage may stop early).
-step       one optimiser step of Stage II, the loop's own: loss, backward pass, clipping, AdamW, averaged weights. The
-           refiner, the prior and the batch are the same for ours, for the objective on the reference backend, and for
-           that under torch.compile; with and without bfloat16 autocast.
+step       one optimiser step of Stage II: loss, backward pass, clipping, fused AdamW, averaged weights. "ours" is the
+           training loop's, "ours, kernel by kernel" the same without its CUDA graph. The rivals are the same objective
+           on the reference backend, all rows together, under stock autograd: as it is ("eager"), under torch.compile
+           ("compiled"), and that with mode="reduce-overhead", which records CUDA graphs of its own. Refiner, prior,
+           batch and draws are the same for all. The first size is timed without autocast, too.
 transform  the refined map of bfloat16 rows against what it cannot do without: the refiner's matrix products, plus the
            closed form.
 
 Rows are synthetic: unit vectors of a mean, products of 64 latent factors with a falling spectrum (so that phases are
 coupled), and noise; target and source differ in mean and axes. Steps and maps are timed in turn, medians with p20 and
-p80; peak memory is what a variant allocates beyond what was there before it. Results go to
+p80. Peak memory of a step is what it holds at most beside weights, averages and the state of AdamW: batch, gradients,
+activations, and the recording of a graph; libraries' workspaces are there before. That of a map is what a call
+allocates. Results go to
 results/<device>_refiner_speed.csv.
 """
 
@@ -21,9 +25,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,8 @@ import aniso_ext as aniso
 from aniso_ext.align.fitting import FrameOptions, fit_frame
 from aniso_ext.align.prior import PhasePrior, fit_prior
 from aniso_ext.align.refiner import RefinedMap, RefinementOptions, Refiner
-from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_moments
+from aniso_ext.align.refiner.fitting import complement_trace, state_moments
+from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.rows import open_rows
 from aniso_ext.align.stages import PRIOR_TRAINING, REFINEMENT_TRAINING
 from aniso_ext.align.training import TrainingOptions, TrainingRows, UnpairedRows
@@ -59,7 +66,7 @@ class Sizes:
     rows: int
     width: int
     rank: int
-    batch: int
+    batches: tuple[int, ...]
     map_rows: int
     rounds: int
     steps: int | None
@@ -68,8 +75,8 @@ class Sizes:
         return default if self.steps is None else replace(default, steps=self.steps)
 
 
-ON_CUDA = Sizes(rows=1_000_000, width=1280, rank=128, batch=1024, map_rows=65_536, rounds=50, steps=None)
-ON_CPU = Sizes(rows=3000, width=96, rank=16, batch=256, map_rows=2048, rounds=5, steps=60)
+ON_CUDA = Sizes(rows=1_000_000, width=1280, rank=128, batches=(1024, 16_384), map_rows=65_536, rounds=50, steps=None)
+ON_CPU = Sizes(rows=3000, width=96, rank=16, batches=(256,), map_rows=2048, rounds=5, steps=60)
 
 
 def structured_rows(count: int, width: int, side: int, device: torch.device) -> torch.Tensor:
@@ -183,43 +190,118 @@ def fitted(sizes: Sizes, device: torch.device) -> Fitted:
     return Fitted(frame, prior, refiner, rows, complement_trace(rows.target.train, frame))
 
 
-def time_steps(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
+def time_steps(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     ready = fitted(sizes, device)
-    shared = {"rows": sizes.batch, "D": sizes.width, "R": sizes.rank}
-    found = []
-    for precision in ("bfloat16 autocast", "float32") if device.type == "cuda" else ("float32",):
-        options = TrainingOptions(batch_rows=sizes.batch, autocast=precision != "float32")
-        steps = {name: stage_two_step(ready, options, name) for name in ("ours", "eager", "compiled")}
-        for step in steps.values():
-            step()
-        peaks = {name: peak_mb(step, device) for name, step in steps.items()}
-        times = interleaved({name: ignoring(step) for name, step in steps.items()}, device, sizes.rounds)
-        for name, measured in times.items():
-            ratio = measured.median / times["ours"].median
-            more = {"precision": precision, "peak_mb": peaks[name], "over_ours": ratio}
-            found.append(row("step", name, measured, **shared, **more))
-    return found
+    for number, batch in enumerate(sizes.batches):
+        if device.type != "cuda":
+            yield from time_batch(ready, batch, "float32", device, sizes.rounds)
+            continue
+        # a stream other than the default one can be recorded: one stream, one set of workspaces for all
+        stream = torch.cuda.Stream(device)
+        for precision in ("bfloat16 autocast", "float32") if number == 0 else ("bfloat16 autocast",):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                lines = time_batch(ready, batch, precision, device, sizes.rounds)
+            yield from lines
 
 
-def stage_two_step(ready: Fitted, options: TrainingOptions, variant: str) -> Callable[[], None]:
-    """One step of the loop of Stage II on a network of its own."""
+def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Every variant of a step at one size of batch."""
+    shared = {"rows": batch, "D": ready.frame.width, "R": ready.frame.rank, "precision": precision}
+    options = TrainingOptions(batch_rows=batch, autocast=precision != "float32")
+    torch._dynamo.reset()
+    settled(refiner_run(ready, options, "eager"), device)  # makes workspaces and cached operands
+    runs: dict[str, Callable[[], None]] = {}
+    more: dict[str, dict[str, Any]] = {}
+    for name in STEPS if device.type == "cuda" else STEPS[:-1]:
+        before = held(device)
+        try:
+            loop = refiner_run(ready, options, name)
+            peak = settled(loop, device)
+        except (RuntimeError, AssertionError) as error:
+            print(f"step {name} at {batch} rows does not run: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            continue
+        more[name] = {"peak_mb": None if peak is None else (peak - before - state_bytes(loop)) / 2**20}
+        if name == "ours" and device.type == "cuda" and not loop.runner.recorded:
+            more[name]["note"] = "not recorded"
+        runs[name] = functools.partial(one_step, loop)
+    times = interleaved({name: ignoring(step) for name, step in runs.items()}, device, rounds)
+    ours = times["ours"].median
+    return [
+        row("step", name, measured, **shared, **more[name], over_ours=measured.median / ours)
+        for name, measured in times.items()
+    ]
+
+
+STEPS = ("ours", "ours, kernel by kernel", "eager", "compiled", "compiled, reduce-overhead")
+
+
+def refiner_run(ready: Fitted, options: TrainingOptions, variant: str) -> TrainingRun:
+    """The loop of Stage II on a network of its own."""
+    ours = variant.startswith("ours")
     objective = Objective(
         ready.frame,
         ready.prior,
         RefinementOptions(),
         trace=ready.trace,
         literal=False,
-        backend="auto" if variant == "ours" else "reference",
+        backend="auto" if ours else "reference",
     )
-    loss = torch.compile(objective.__call__) if variant == "compiled" else objective
-    loop = TrainingRun(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
+    loss = objective if ours else stock(objective, variant)
+    run = TrainingRun(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
+    if variant != "ours":
+        run.runner.recorder = None
+    return run
 
-    def step() -> None:
-        loop.step = 0  # the batch and the noise of step 0 each time, at the peak of no warm-up
-        loop.advance()
-        loop._pending.clear()
 
-    return step
+def stock(objective: Objective, variant: str) -> Any:
+    """The loss of all rows together; drawing stays outside of what is compiled, as a generator breaks its graph."""
+    at_once = objective.at_once
+    if variant != "eager":
+        mode = "reduce-overhead" if "reduce-overhead" in variant else None
+        at_once = torch.compile(at_once, dynamic=False, mode=mode)
+
+    def loss(refiner: Refiner, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> Any:
+        draws = objective.draw(len(batch[0]), generator)
+        torch.compiler.cudagraph_mark_step_begin()
+        return at_once(refiner, *batch, draws)
+
+    return loss
+
+
+def one_step(loop: TrainingRun) -> None:
+    loop.step = 0  # the batch and the noise of step 0 each time, at the peak of no warm-up
+    loop.advance()
+    loop._pending.clear()
+
+
+def held(device: torch.device) -> int:
+    """Bytes that tensors take."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def settled(loop: TrainingRun, device: torch.device, steps: int = 6) -> int | None:
+    """Run steps until all is compiled and recorded; the most bytes that were held after the first one."""
+    one_step(loop)
+    held(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(steps):
+        one_step(loop)
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def state_bytes(loop: TrainingRun) -> int:
+    """Of what stays from step to step in any variant: weights, averages, AdamW's state."""
+    moments = [value for values in loop.optimizer.state.values() for value in values.values()]
+    kept = [*loop.module.parameters(), *loop.module.buffers(), *loop.average.values(), *loop.best.values(), *moments]
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
 
 def ignoring(run: Callable[[], object]) -> Callable[[int], object]:
@@ -258,7 +340,8 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>_refiner_speed.csv")
-    for name in ("rows", "width", "rank", "batch", "map-rows", "rounds", "steps"):
+    parser.add_argument("--batches", type=int, nargs="+", help=f"rows of a step, default on CUDA {ON_CUDA.batches}")
+    for name in ("rows", "width", "rank", "map-rows", "rounds", "steps"):
         parser.add_argument(f"--{name}", type=int, help=f"default on CUDA {getattr(ON_CUDA, name.replace('-', '_'))}")
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -266,18 +349,22 @@ def main() -> int:
     named = {name: getattr(arguments, name) for name in vars(sizes) if getattr(arguments, name) is not None}
     sizes = replace(sizes, **named)
     measured: list[dict[str, Any]] = []
-    parts = {"fit": time_fit, "step": time_steps, "transform": time_maps}
+    parts: dict[str, Callable[[Sizes, torch.device], Iterable[dict[str, Any]]]] = {
+        "fit": time_fit,
+        "step": time_steps,
+        "transform": time_maps,
+    }
     out = arguments.out or RESULTS / f"{short_name(device)}_refiner_speed.csv"
     header = {**facts(device), "rows are": "synthetic, see the head of benchmarks/refiner_speed.py"}
     for part in arguments.parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        measured += parts[part](sizes, device)
-        write_table(out, header, measured)
-        for line in [item for item in measured if item["part"] == part]:
+        for line in parts[part](sizes, device):
+            measured.append(line)
+            write_table(out, header, measured)
             ratio = "" if line["over_ours"] is None else f", {line['over_ours']:.2f} x ours"
             memory = "" if line["peak_mb"] is None else f", {line['peak_mb']:.0f} MB"
-            print(f"{part:10s} {line['variant']:40s} {line['precision']:18s} {1e3 * line['seconds']:10.3f} ms"
-                  f"{ratio}{memory} {line['note']}")
+            print(f"{part:10s} {line['variant']:40s} {line['rows']:8d} rows {line['precision']:18s} "
+                  f"{1e3 * line['seconds']:10.3f} ms{ratio}{memory} {line['note']}", flush=True)
     print(out)
     return 0
 

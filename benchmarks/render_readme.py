@@ -1,9 +1,11 @@
 """Write measured tables into README.md.
 
     python benchmarks/render_readme.py build/benchmark.json   the record of `make bench`: its CSV and the CPU table
-    python benchmarks/render_readme.py                        the GPU tables, from what `aniso bench kernels` wrote
+    python benchmarks/render_readme.py                        all other tables, from the CSV files in benchmarks/results
 
-The GPU tables come from benchmarks/results/h100_kernels.csv and h100_latency.csv, as far as these are there.
+The GPU tables come from h100_kernels.csv and h100_latency.csv of `aniso bench kernels`, those of conversions and the
+estimate from cpu_convert.csv and h100_convert.csv of `aniso bench convert`, that of faults from convert_faults.csv of
+benchmarks/convert_faults.py, as far as these files are there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from statistics import quantiles
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu_closed_form.csv"
 GPU_KERNELS, GPU_LATENCY = HERE / "results" / "h100_kernels.csv", HERE / "results" / "h100_latency.csv"
+CONVERSIONS = (HERE / "results" / "cpu_convert.csv", HERE / "results" / "h100_convert.csv")
+FAULTS = HERE / "results" / "convert_faults.csv"
+ESTIMATED_ROWS = 10**9
 README = HERE.parent / "README.md"
 COMMAND = "make bench"
 NO_GPU_RESULTS = "`aniso bench kernels` prints this table for the GPU at hand."
@@ -147,6 +152,76 @@ def latency_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def conversion_tables(paths: Sequence[Path]) -> str:
+    """The tables of the machines whose results are there."""
+    return "\n\n".join(conversion_table(path) for path in paths if path.is_file())
+
+
+def conversion_table(path: Path) -> str:
+    """One line a variant at each number of rows, and what a large corpus would take at the last rate."""
+    from aniso_ext.bench.convert import CONVERT
+    from aniso_ext.bench.records import read_table
+
+    header, rows = read_table(path)
+    threads = f"{header['threads']} threads, " if "threads" in header else ""
+    lines = [
+        f"Whole runs, median of {header['rounds']}; D = {rows[0]['D']}, R = {rows[0]['R']}, "
+        f"float16 `.npy`, `--calibration fitted`; {header['device']}, {threads}"
+        f"{header['memory']} of memory, load {header['load before']} before the run, "
+        f"torch {header['torch']}, {header['date']}, commit {header['commit']}, `aniso bench convert`. "
+        "GB/s counts float16 rows in and out; every output was brought to disk.",
+        "",
+        "| rows | | rows/s | GB/s | of `cp` | of the map in memory | of the bus | against NumPy | peak RSS |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        shares = [f"{float(row[name]):.0%}" if row[name] else "" for name in ("of_copy", "of_op", "of_bus")]
+        faster = f"{float(row['times_pickled']):.1f} ×" if row["times_pickled"] else ""
+        peak = f"{float(row['peak_mb']):,.0f} MB" if row["peak_mb"] else ""
+        rates = [f"{float(row['rows_per_s']):,.0f}", f"{float(row['gb_per_s']):.2f}"]
+        measured = int(row["measured_rows"])
+        name = row["variant"] if measured == int(row["rows"]) else f"{row['variant']} ({measured:,} rows)"
+        cells = [f"{int(row['rows']):,}", name, *rates, *shares, faster, peak]
+        lines.append(f"| {' | '.join(cells)} |")
+    converted = [row for row in rows if row["variant"] == CONVERT]
+    return "\n".join((*lines, "", estimate(max(converted, key=lambda row: int(row["rows"])))))
+
+
+def estimate(measured: dict[str, str]) -> str:
+    """What a corpus of ESTIMATED_ROWS takes at a measured rate."""
+    hours = ESTIMATED_ROWS / float(measured["rows_per_s"]) / 3600
+    terabytes = ESTIMATED_ROWS * int(measured["D"]) * 2 / 1e12
+    return (
+        f"So {ESTIMATED_ROWS:,} rows of this kind, {terabytes:.2f} TB and as much for the stand-ins, take one such "
+        f"machine {hours:.1f} hours at the rate of the {int(measured['rows']):,} rows above, and sixteen of them "
+        f"{hours / 16:.1f} hours if the storage keeps up. `--calibration corpus` reads and maps all rows once more."
+    )
+
+
+def fault_table(path: Path) -> str:
+    """One line a kind of fault and engine, over all formats and calibrations."""
+    if not path.is_file():
+        return ""
+    from aniso_ext.bench.records import read_table
+
+    header, rows = read_table(path)
+    sums: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        counts = [int(row[name]) for name in ("runs", "in_the_conversion", "identical")]
+        found = sums.setdefault((row["fault"], row["engine"]), [0, 0, 0])
+        found[:] = [one + other for one, other in zip(found, counts, strict=True)]
+    formats = ", ".join(dict.fromkeys(row["format"] for row in rows))
+    lines = [
+        f"Formats {formats}; both calibrations; {header['device']}, {header['date']}, commit {header['commit']}, "
+        f"`python benchmarks/convert_faults.py`, seed {header['seed']}.",
+        "",
+        "| fault | engine | runs | hit the conversion before its end | ended with the bytes of an unbroken run |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(map(str, (*key, *counts)))} |" for key, counts in sums.items()]
+    return "\n".join(lines)
+
+
 def replaced(page: str, name: str, text: str) -> str:
     """The page with what stands between the markers ``bench:NAME`` replaced."""
     opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -172,7 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page = README.read_text()
     if record is not None:
         page = replaced(page, "cpu", write_cpu_results(record))
-    README.write_text(replaced(page, "gpu", gpu_tables(GPU_KERNELS, GPU_LATENCY)))
+    page = replaced(page, "gpu", gpu_tables(GPU_KERNELS, GPU_LATENCY))
+    page = replaced(page, "convert", conversion_tables(CONVERSIONS))
+    README.write_text(replaced(page, "faults", fault_table(FAULTS)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -21,9 +22,12 @@ import aniso_ext as aniso
 from aniso_ext import ops
 from aniso_ext.align import PriorOptions, RefinementOptions, TrainingOptions
 from aniso_ext.align.prior import PhasePrior
-from aniso_ext.align.refiner import fit_refiner
-from aniso_ext.align.refiner.fitting import Objective, complement_trace, state_moments
+from aniso_ext.align.refiner import Refiner, fit_refiner
+from aniso_ext.align.refiner.fitting import complement_trace, state_moments
+from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.rows import open_rows
+from aniso_ext.align.training import TrainingRows, UnpairedRows
+from aniso_ext.align.training.loop import TrainingRun
 from aniso_ext.errors import ArtefactError, DataError, InputError
 
 WIDTH, RANK = 24, 8
@@ -199,6 +203,68 @@ def test_objective_is_the_weighted_sum_of_its_parts(literal: bool, fitted: aniso
         torch.randn(WIDTH, 64, generator=generator)  # the directions are drawn first
     score = float(prior.loss(theta, log_radius, generator)) / blocks
     assert float(parts["score"]) == pytest.approx(score, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 13, 32])
+@pytest.mark.parametrize(
+    "weights", [{}, {"score_weight": 0}, {"consistency_weight": 0}, {"complement_weight": 0}, "literal"]
+)
+def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
+    chunk_rows: int, weights: Any, fitted: aniso.AnisoAlign
+) -> None:
+    literal = weights == "literal"
+    options = RefinementOptions(**({"consistency_weight": 3.0} | ({} if literal else weights)))
+    batch = torch.from_numpy(SOURCE[:64]).float(), torch.from_numpy(TARGET[:64]).float()
+    found = []
+    for rows in (64, chunk_rows):
+        objective = Objective(
+            fitted.frame_, fitted.prior_, options, trace=0.5, literal=literal, backend="auto", chunk_rows=rows
+        )
+        refiner = copy.deepcopy(fitted.refiner_).requires_grad_(True)
+        total, parts = objective(refiner, batch, torch.Generator().manual_seed(0))
+        total.backward()
+        gradients = [parameter.grad for parameter in refiner.parameters()]
+        with torch.no_grad():
+            held_out = objective(refiner, batch, torch.Generator().manual_seed(0))[0]
+        found.append(({"loss": total.detach(), "held out": held_out, **parts}, gradients))
+    (whole, expected), (chunked, gradients) = found
+    assert set(whole) == set(chunked)
+    for name, value in whole.items():
+        # sums of float32 in another order; what is subtracted in them is of order 1
+        assert float(chunked[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_rows", [128, 48], ids=["at once", "in chunks"])
+def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, fitted: aniso.AnisoAlign) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    frame, prior = fitted.frame_.with_output_mean(None).to(device=device), copy.deepcopy(fitted.prior_).to(device)
+    options = TrainingOptions(steps=50, batch_rows=128, learning_rate=5e-3, warmup_steps=5, autocast=False)
+    rows = UnpairedRows(
+        TrainingRows.sample(open_rows(SOURCE, "source"), device=device),
+        TrainingRows.sample(open_rows(TARGET, "target"), device=device),
+    )
+    objective = Objective(
+        frame, prior, RefinementOptions(), trace=0.5, literal=False, backend="auto", chunk_rows=chunk_rows
+    )
+    losses: list[list[dict[str, float]]] = []
+    for records in (True, False):
+        refiner = Refiner(RANK // 2, WIDTH, bounds=RefinementOptions().bounds(WIDTH)).to(device)
+        run = TrainingRun(refiner, objective, rows, options, "refiner", objective, {}, None, None)
+        if not records:
+            run.runner.recorder = None
+        losses.append([])
+        for _ in range(options.steps):
+            run.advance()
+            losses[-1].append({name: float(value) for name, value in run._pending[-1][1].items()})
+        assert run.runner.recorded == records
+    # the same kernels on the same numbers; where libraries choose others, rounding that 50 steps may carry on
+    for recorded, plain in zip(*losses, strict=True):
+        assert recorded == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
 def test_statistics_of_the_states_and_of_the_complement() -> None:

@@ -146,6 +146,23 @@ def test_first_weights_are_a_function_of_the_seed_and_leave_the_global_state_alo
     assert not torch.equal(one.first.weight, other.first.weight)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_layers_that_compute_activations_anew_have_the_gradients_of_those_that_keep_them(layers: int) -> None:
+    refiner = Refiner(RANK // 2, WIDTH, hidden=12, layers=layers, bounds=Bounds(0.1, 0.1, 0.1)).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in refiner.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).double() / 3
+    state = torch.randn(9, 3 * RANK // 2 + WIDTH, generator=generator).double()
+    grad = torch.randn(9, RANK + WIDTH, generator=generator).double()
+    found = []
+    for deltas in (refiner(state), refiner(state, chunk_rows=4)):
+        found.append((deltas, torch.autograd.grad(deltas, list(refiner.parameters()), grad)))
+    (kept, expected), (anew, gradients) = found
+    torch.testing.assert_close(anew, kept, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
+
+
 def test_constant_columns_are_not_blown_up() -> None:
     refiner = Refiner(BLOCKS, WIDTH, bounds=Bounds(0.1, 0.1, 0.02))
     std = torch.full((3 * BLOCKS + WIDTH,), 0.25)

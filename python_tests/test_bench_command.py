@@ -210,8 +210,13 @@ def test_the_readme_table_shows_times_goals_and_losses(tmp_path):
 
 def test_the_readme_shows_the_committed_measurements():
     render, readme = render_readme(), (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    expected = render.gpu_tables(render.GPU_KERNELS, render.GPU_LATENCY)
-    assert render.replaced(readme, "gpu", expected) == readme, "run python benchmarks/render_readme.py"
+    tables = {
+        "gpu": render.gpu_tables(render.GPU_KERNELS, render.GPU_LATENCY),
+        "convert": render.conversion_tables(render.CONVERSIONS),
+        "faults": render.fault_table(render.FAULTS),
+    }
+    for name, expected in tables.items():
+        assert render.replaced(readme, name, expected) == readme, "run python benchmarks/render_readme.py"
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -330,7 +330,7 @@ def test_doctor_explains_every_backend() -> None:
 
 
 def test_fit_under_torchrun_writes_one_aligner(files, tmp_path):
-    """Two processes: one speaks, and what both compute alone, the closed form, is that of one process to the bit."""
+    """Two processes: one speaks, and the closed form, which they fit together, is that of one process to rounding."""
     options = ["--source", files["source_train"], "--target", files["target_train"], "--rank", "16", "--json"]
     steps = ["--prior-steps", "6", "--refine-steps", "4", "--batch-rows", "128"]
     launched = subprocess.run(
@@ -345,5 +345,7 @@ def test_fit_under_torchrun_writes_one_aligner(files, tmp_path):
     one = run_json("fit", *options[:-1], *steps, "--out", tmp_path / "one")
     rows = rows_of(files["source_test"])
     alone, together = (aniso.load_aligner(tmp_path / name) for name in ("one", "two"))
-    assert np.array_equal(alone.closed_form().transform(rows), together.closed_form().transform(rows))
+    expected, found = (aligner.closed_form().transform(rows) for aligner in (alone, together))
+    # float64 statistics that differ by roundings, then a map in float32: a few roundings of unit rows
+    assert np.abs(expected - found).max() <= 16 * np.finfo(np.float32).eps
     assert together.summary_["prior_steps"] == one["summary"]["prior_steps"] == 6

@@ -208,14 +208,14 @@ def test_fingerprint_follows_content_not_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
 def test_fingerprint_of_a_large_shard_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    from aniso_ext.data import parquet
+    from aniso_ext.data import columns
 
     rows = matrix(4000)
     opened = open_embeddings(store(tmp_path / f"a{suffix}", rows))
     changed = rows.copy()
     changed[-1] = 0
     other = open_embeddings(store(tmp_path / f"b{suffix}", changed))
-    for module in (shards_module, parquet):
+    for module in (shards_module, columns):
         monkeypatch.setattr(module, "SAMPLED_BYTES", 1000)
     assert opened.fingerprint() == open_embeddings(tmp_path / f"a{suffix}").fingerprint()
     assert opened.fingerprint() != other.fingerprint()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from aniso_ext.data import EmbeddingWriter, open_embeddings
+from aniso_ext.data import locations as locations_module
 from aniso_ext.data import sinks as sinks_module
-from aniso_ext.data import writer as writer_module
 from aniso_ext.data.dtypes import round_to_bfloat16
 from aniso_ext.errors import DataError, InputError
 
@@ -63,7 +63,7 @@ def test_bytes_do_not_depend_on_the_batches(
 ) -> None:
     folder = tmp_path_factory.mktemp("writer")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sinks_module, "_ROW_GROUP_BYTES", 5 * 16)  # row groups of 5
+        patch.setattr(sinks_module, "_GROUP_BYTES", 5 * 16)  # row groups of 5
         whole = write(folder / f"a{suffix}", [ROWS])
         parts = write(folder / f"b{suffix}", np.split(ROWS, sorted(cuts)))
     assert whole.read_bytes() == parts.read_bytes()
@@ -100,9 +100,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "_sync", full)
+    monkeypatch.setattr(locations_module, "sync", full)
     with pytest.raises(DataError, match=rf"x{suffix}: cannot be written \(No space left on device\)"):
         write(tmp_path / "new" / f"x{suffix}", [ROWS])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_a_disk_that_is_full_for_the_last_bytes_too_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+    class Full:
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt), EmbeddingWriter(tmp_path / f"rows.{suffix}") as writer:
+        writer.write(np.ones((3, 2), np.float32))
+        assert writer._sink is not None
+        writer._sink._file = Full()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,3 +180,25 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     path = write(tmp_path / "x.npy", [ROWS])
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix, dtype", [(".npy", "float16"), (".parquet", "float32"), (".safetensors", "bfloat16")])
+def test_stored_batches_copy_a_file_through_one_buffer(tmp_path: Path, suffix: str, dtype: str) -> None:
+    path = write(tmp_path / f"x{suffix}", [ROWS], dtype=dtype)
+    shard = open_embeddings(path).shards[0]
+    buffer = np.empty((5, 4), np.uint16 if dtype == "bfloat16" else dtype)
+    copy = tmp_path / f"copy{suffix}"
+    with EmbeddingWriter(copy, dtype=dtype, width=4) as writer:
+        for batch in shard.stored_batches(0, 23, 5, lambda: buffer):
+            assert suffix == ".parquet" or np.shares_memory(batch, buffer)
+            writer.write_stored(batch)
+            writer.sync()
+            batch[:] = 0
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_stored_rows_must_be_as_they_are_stored(tmp_path: Path) -> None:
+    with EmbeddingWriter(tmp_path / "x.safetensors", dtype="bfloat16", width=4) as writer:
+        with pytest.raises(InputError, match=r"needs \[n, 4\] rows of uint16, got float32 \[23, 4\]"):
+            writer.write_stored(ROWS)
+        writer.write(ROWS)

@@ -27,7 +27,7 @@ from aniso_ext.align.stages import (
 )
 from aniso_ext.align.training import TrainingOptions
 from aniso_ext.errors import InputError
-from aniso_ext.ops import Frame, correct
+from aniso_ext.ops import Frame, correct, correct_sums
 from aniso_ext.ops.frame import COMPLEMENTS, MOST_KNOTS, TENSOR_FIELDS
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class AnisoAlign(Aligner):
             without steps and no slope limit, whatever those options say; in the refinement the projection before the
             tanh (METHOD D11), 1/|E| in L_Phi (D14) and no objective for the complement (D15).
         seed: of the ``haar`` mixing and of everything random in the two stages.
-        device: where rows are transformed and the stages trained; None leaves rows where they are and trains on the
-            CPU.
+        device: where rows are transformed, products of the statistics made and the stages trained; None leaves rows
+            where they are, and makes and trains on the CPU.
         backend: of the operations, :func:`aniso_ext.ops.correct` and its like.
 
     Attributes:
@@ -122,6 +122,8 @@ class AnisoAlign(Aligner):
 
     baseline = False
     frame_: Frame
+    _bare: Frame
+    """The frame without its calibration, with kernel constants of its own."""
     prior_: PhasePrior | None
     refiner_: Refiner | None
     _refined: RefinedMap | None
@@ -222,7 +224,7 @@ class AnisoAlign(Aligner):
     def _fit(self, source: Rows, target: Rows, run: FitRun | None = None) -> tuple[Arrays, dict[str, Any]]:
         slope_limit = None if self.literal else self.slope_limit
         options = FrameOptions(
-            self.rank, self.mixing, self._complement(), self.knots, self.seed, self._center(), slope_limit
+            self.rank, self.mixing, self._complement(), self.knots, self.seed, self._center(), slope_limit, self.device
         )
         frame, summary = fit_frame(source, target, options)
         check_row_count(frame.rank, source, target)
@@ -301,15 +303,28 @@ class AnisoAlign(Aligner):
             return correct(moved, frame, backend=self.backend)
         return refined(moved, frame, backend=self.backend)
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        mapped = self._exact(self._refined)
-        frame, _ = calibrate(self.frame_, source, mapped, iterations=self._steps(), measure=False)
-        return frame.tensors()
+    @property
+    def corpus_passes(self) -> int:
+        return 1 + self._steps()
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        moved = batch.to(self.device) if self.device is not None else batch
+        if number == 0 and self._refined is None:
+            return correct_sums(moved, self.frame_, backend=self.backend).cpu()
+        working = moved.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
+        frame = self._bare if number == 0 else self.frame_
+        return self._map(self._refined, working, frame).sum(dim=0, dtype=torch.float64).cpu()
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        frame = self.frame_
+        if number > 0:
+            mean = _present(frame.output_mean) + (mean - frame.target_mean)
+        return frame.with_output_mean(mean).tensors()
 
     def _uncalibrated(self) -> AnisoAlign:
         twin = copy.copy(self)
         twin._pin(None)
-        twin.frame_ = self.frame_.with_output_mean(None)
+        twin.frame_ = self._bare
         return twin
 
     def _pin(self, calibration: str | None) -> None:
@@ -356,6 +371,7 @@ class AnisoAlign(Aligner):
 
     def _install(self, arrays: Arrays, width: int) -> None:
         self.frame_ = frame = self._frame(arrays)
+        self._bare = frame.with_output_mean(None)
         self.width_ = self.n_features_in_ = width
         refined = any(name.startswith("refiner.") for name in arrays)
         self.prior_ = PhasePrior.from_tensors(arrays) if refined else None
@@ -378,12 +394,13 @@ class AnisoAlign(Aligner):
             # refiner without its folded weights.
             frame = self.frame_
             state["frame_"] = Frame.from_tensors(frame.tensors(), complement=frame.complement, center=frame.center)
+            state["_bare"] = state["frame_"].with_output_mean(None)
             state["_refined"] = None if self.refiner_ is None else RefinedMap(self.refiner_)
         return state
 
 
 def _present(value: torch.Tensor | None) -> torch.Tensor:
-    assert value is not None  # calibrate has just set it
+    assert value is not None  # a calibration has set it
     return value
 
 

@@ -26,6 +26,7 @@ READABLE_VERSIONS = (1, 2)
 """Version 1 had no arrays of trained parts."""
 CONFIG = "config.json"
 MODEL = "model.safetensors"
+_AGAIN = "copy or save the aligner again"
 
 AnyAligner = TypeVar("AnyAligner", bound=Aligner)
 
@@ -43,8 +44,8 @@ def save(aligner: Aligner, folder: Path, *, encoder: str | None) -> Path:
         "method": aligner.method,
         "options": options,
         "width": aligner.width,
-        "encoder": encoder,
-        "normalisation": "l2",
+        "encoder": aligner.encoder_ if encoder is None else encoder,
+        "normalisation": "l2" if aligner.corpora_.get("source", {}).get("unit_rows", True) else "none",
         "corpora": aligner.corpora_,
         "summary": aligner.summary_,
         "fingerprint": fingerprint,
@@ -66,20 +67,22 @@ def load(folder: Path, wanted: type[AnyAligner]) -> AnyAligner:
     options = _field(config, "options", dict)
     unknown = sorted(set(options) - set(cls.parameter_names()))
     if unknown:
-        raise ArtefactError(f"{folder}: options has {unknown}, which {method} does not take")
+        raise ArtefactError(f"{folder}: options has {unknown}, which {method} does not take: {_AGAIN}")
     aligner = cls(**_restored(options, cls))
     _checked("options", aligner._check_options)
     width = _field(config, "width", int)
     if width < 1:
-        raise ArtefactError(f"{folder}: width must be positive, got {width}")
+        raise ArtefactError(f"{folder}: width must be positive, got {width}: {_AGAIN}")
     arrays = _read_arrays(folder / MODEL, cls)
     _check_shapes(arrays, cls, width)
     _checked("arrays", lambda: aligner._check_arrays(arrays))
     aligner._install(arrays, width)
     aligner.corpora_ = _field(config, "corpora", dict)
+    aligner.encoder_ = None if config.get("encoder") is None else _field(config, "encoder", str)
     aligner.summary_ = _field(config, "summary", dict)
     if aligner.fingerprint() != _field(config, "fingerprint", str):
-        raise ArtefactError(f"{folder}: fingerprint does not match: {CONFIG} and {MODEL} differ or were changed")
+        reason = f"fingerprint does not match: {CONFIG} and {MODEL} differ or were changed"
+        raise ArtefactError(f"{folder}: {reason}: {_AGAIN}")
     return aligner
 
 
@@ -131,14 +134,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     version = config.get("format_version")
     if version not in READABLE_VERSIONS:
         readable = " and ".join(str(number) for number in READABLE_VERSIONS)
-        raise ArtefactError(f"{path}: format_version is {version!r}, this version of aniso_ext reads {readable}")
+        reason = f"format_version is {version!r}, this version of aniso_ext reads {readable}"
+        raise ArtefactError(f"{path}: {reason}: install another")
     return config
 
 
 def _field(config: Mapping[str, Any], name: str, kind: type) -> Any:
     value = config.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ArtefactError(f"{CONFIG}: {name} must be of type {kind.__name__}, got {value!r}")
+        raise ArtefactError(f"{CONFIG}: {name} must be of type {kind.__name__}, got {value!r}: {_AGAIN}")
     return value
 
 
@@ -146,7 +150,7 @@ def _checked(name: str, check: Callable[[], Any]) -> Any:
     try:
         return check()
     except (InputError, TypeError) as error:
-        raise ArtefactError(f"the artefact's {name}: {error}") from None
+        raise ArtefactError(f"the artefact's {name}: {error}: {_AGAIN}") from None
 
 
 def _restored(options: dict[str, Any], cls: type[Aligner]) -> dict[str, Any]:
@@ -169,11 +173,11 @@ def _read_arrays(path: Path, cls: type[Aligner]) -> Arrays:
         arrays: Arrays = {name: value.clone() for name, value in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ArtefactError(f"{path} is damaged ({reason}): copy or save the aligner again") from None
+        raise ArtefactError(f"{path} is damaged ({reason}): {_AGAIN}") from None
     missing = sorted(set(cls.fields) - cls.optional_fields - set(arrays))
     unknown = sorted(name for name in set(arrays) - set(cls.fields) if not name.startswith(cls.part_prefixes))
     if missing or unknown:
-        raise ArtefactError(f"{path}: missing arrays {missing or 'none'}, unknown arrays {unknown or 'none'}")
+        raise ArtefactError(f"{path}: missing arrays {missing or 'none'}, unknown arrays {unknown or 'none'}: {_AGAIN}")
     return arrays
 
 
@@ -183,7 +187,7 @@ def _check_shapes(arrays: Arrays, cls: type[Aligner], width: int) -> None:
         value, letters = arrays[name], cls.fields[name]
         wanted = cls.field_dtypes.get(name, torch.float64)
         if value.dtype != wanted:
-            raise ArtefactError(f"{MODEL}: {name} is {value.dtype}, expected {wanted}")
+            raise ArtefactError(f"{MODEL}: {name} is {value.dtype}, expected {wanted}: {_AGAIN}")
         if value.dim() != len(letters) or not all(
             size in (1, width) if letter == "1 or D" else size == sizes.setdefault(letter, size)
             for letter, size in zip(letters, value.shape, strict=True)
@@ -192,9 +196,10 @@ def _check_shapes(arrays: Arrays, cls: type[Aligner], width: int) -> None:
             raise ArtefactError(
                 f"{MODEL}: {name} has shape {list(value.shape)}, expected [{', '.join(letters)}]"
                 + (f" with {known}" if known else "")
+                + f": {_AGAIN}"
             )
         if value.numel() == 0:
-            raise ArtefactError(f"{MODEL}: {name} is empty")
+            raise ArtefactError(f"{MODEL}: {name} is empty: {_AGAIN}")
         bad = int((~torch.isfinite(value)).sum())
         if bad:
-            raise ArtefactError(f"{MODEL}: {name} has {bad} non-finite values")
+            raise ArtefactError(f"{MODEL}: {name} has {bad} non-finite values: {_AGAIN}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from aniso_ext.align.rows import Rows, open_rows
+from aniso_ext.align.rows import Rows, are_unit, open_rows
 from aniso_ext.errors import InputError, NotFittedError
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Aligner:
     ``set_params`` work.
 
     Fitted attributes common to all: ``width_`` (D, also ``n_features_in_``), ``corpora_`` (rows and fingerprint of
-    both sides), ``summary_`` (numbers of the fit) and one tensor per entry of ``fields``, its name plus an underscore.
+    both sides, and whether they are unit rows), ``summary_`` (numbers of the fit), ``encoder_`` (name of the encoder,
+    where a saved aligner has one) and one tensor per entry of ``fields``, its name plus an underscore.
     """
 
     method: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Aligner:
     n_features_in_: int
     corpora_: dict[str, dict[str, Any]]
     summary_: dict[str, Any]
+    encoder_: str | None = None
 
     # What a method provides
 
@@ -73,9 +75,13 @@ class Aligner:
         """Stand-ins [n, D] for rows [n, D], which are float32 or float64."""
         raise NotImplementedError(f"{type(self).__name__} must define _apply")
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        """Arrays that depend on the corpus that is transformed, computed from that corpus."""
-        return {}
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        """Float64 column sums [D] of what pass ``number`` of a corpus calibration takes the mean of (METHOD D17)."""
+        raise NotImplementedError(f"{type(self).__name__} must define _corpus_sums")
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        """Arrays that follow from the float64 mean [D] of pass ``number``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _corpus_arrays")
 
     def _uncalibrated(self: Self) -> Self:
         """This aligner without its last calibration."""
@@ -120,10 +126,11 @@ class Aligner:
                 raise InputError(
                     f"{rows.name} is [{rows.count}, {rows.width}]: fitting needs at least 2 rows and 1 column"
                 )
-        arrays, summary = self._fit(source_rows, target_rows, **run)
+        arrays, summary = self._fit(source_rows.shared(), target_rows.shared(), **run)
         self._install(arrays, source_rows.width)
         self.corpora_ = {
-            rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint()} for rows in (source_rows, target_rows)
+            rows.name: {"rows": rows.count, "fingerprint": rows.fingerprint(), "unit_rows": are_unit(rows)}
+            for rows in (source_rows, target_rows)
         }
         self.summary_ = summary
         return self
@@ -197,11 +204,58 @@ class Aligner:
         self._check_width(rows)
         if rows.count == 0:
             return self
-        replaced = self._corpus_arrays(rows)
-        if not replaced:
-            return self
+        aligner = self
+        for number in range(self.corpus_passes):
+            total = torch.zeros(self.width_, dtype=torch.float64)
+            for batch in rows.exact_batches():
+                total += aligner._corpus_sums(batch, number)
+            aligner = aligner.with_corpus_mean(total / rows.count, number)
+        return aligner
+
+    @property
+    def corpus_passes(self) -> int:
+        """Passes over a corpus that its calibration takes; 0 for a method that has no corpus mean."""
+        return 0
+
+    def corpus_sums(self, batch: np.ndarray | torch.Tensor, number: int = 0) -> np.ndarray:
+        """What one batch adds to a pass of a corpus calibration: float64 column sums [D] (METHOD D17).
+
+        Sums of batches add up in any grouping; their total over the number of rows is the mean that
+        :meth:`with_corpus_mean` takes. So a corpus can be calibrated on in parts, by many processes.
+
+        Args:
+            batch: [n, D] rows, on any device.
+            number: of the pass, from 0 to ``corpus_passes`` - 1. Each pass needs the aligner that the one before gave.
+
+        Raises:
+            InputError: the shape or dtype does not fit, or the method has no such pass.
+
+        Example:
+            >>> import numpy as np, aniso_ext as aniso
+            >>> rows = np.eye(2)
+            >>> aligner = aniso.make_aligner("unicorn").fit(rows, rows)
+            >>> mean = (aligner.corpus_sums(rows[:1]) + aligner.corpus_sums(rows[1:])) / 2
+            >>> aligner.with_corpus_mean(mean).transform(rows).tolist()
+            [[0.5, -0.5], [-0.5, 0.5]]
+        """
+        self._check_fitted()
+        self._check_pass(number)
+        rows = open_rows(batch, "batch")
+        self._check_width(rows)
+        total = torch.zeros(self.width_, dtype=torch.float64)
+        for part in rows.batches(max(1, rows.count)):
+            total += self._corpus_sums(part, number).cpu()
+        return total.numpy()
+
+    def with_corpus_mean(self: Self, mean: np.ndarray | torch.Tensor, number: int = 0) -> Self:
+        """A copy that holds the mean [D] of pass ``number`` over a corpus; see :meth:`corpus_sums`."""
+        self._check_fitted()
+        self._check_pass(number)
+        value = torch.as_tensor(mean, dtype=torch.float64).cpu()
+        if tuple(value.shape) != (self.width_,) or not bool(torch.isfinite(value).all()):
+            raise InputError(f"the corpus mean must be finite [{self.width_}], got {list(value.shape)}")
         twin = copy.copy(self)
-        twin._install({**self._arrays(), **replaced}, self.width_)
+        twin._install({**self._arrays(), **self._corpus_arrays(value, number)}, self.width_)
         twin._pin("fitted")
         return twin
 
@@ -237,7 +291,8 @@ class Aligner:
 
         Args:
             folder: made if it is not there.
-            encoder: name of the encoder whose embeddings these are, kept for the record.
+            encoder: name of the encoder whose embeddings these are; a conversion refuses files that name another one.
+                By default that of the folder which the aligner was loaded from.
 
         Returns:
             The folder.
@@ -317,6 +372,12 @@ class Aligner:
     def _check_fitted(self) -> None:
         if not hasattr(self, "width_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted: call fit(source, target) first")
+
+    def _check_pass(self, number: int) -> None:
+        if not 0 <= number < self.corpus_passes:
+            raise InputError(
+                f"{type(self).__name__} has {self.corpus_passes} passes over a corpus: there is no pass {number}"
+            )
 
     def _check_width(self, rows: Rows) -> None:
         if rows.width != self.width_:

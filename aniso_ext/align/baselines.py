@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from aniso_ext.align.base import Aligner, Arrays, Fields
-from aniso_ext.align.moments import first_moments, full_moments, mean_of
+from aniso_ext.align.moments import first_moments, full_moments
 from aniso_ext.align.noise import row_choice, row_noise
 from aniso_ext.align.registry import register
-from aniso_ext.align.rows import Rows, normalize
+from aniso_ext.align.rows import Rows, normalize, normalize_
 from aniso_ext.errors import InputError
 
 
@@ -129,8 +130,15 @@ class C3Code(Aligner):
         source_moments, target_moments, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean, "target_mean": target_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         centred = rows - self._constant("source_mean", rows)
@@ -150,8 +158,15 @@ class Unicorn(Aligner):
         source_moments, _, summary = first_moments(source, target)
         return {"source_mean": source_moments.mean}, summary
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        return {"source_mean": mean_of(source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return batch.sum(dim=0, dtype=torch.float64)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"source_mean": mean}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         return rows - self._constant("source_mean", rows)
@@ -176,12 +191,19 @@ class ReAlign(Aligner):
             "target_mean": target_moments.mean,
             "scale": torch.tensor([scale], dtype=torch.float64),
         }
-        arrays["output_mean"] = mean_of(_anchor(batch, **arrays) for batch in source.exact_batches())
+        arrays["output_mean"] = source.mean(partial(_anchor, **arrays))
         return arrays, summary | {"trace_scale": scale}
 
-    def _corpus_arrays(self, source: Rows) -> Arrays:
-        constants = self._anchor_constants(torch.zeros((), dtype=torch.float64))
-        return {"output_mean": mean_of(_anchor(batch, **constants) for batch in source.exact_batches())}
+    @property
+    def corpus_passes(self) -> int:
+        return 1
+
+    def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        exact = batch.to(torch.float64)
+        return _anchor(exact, **self._anchor_constants(exact)).sum(dim=0)
+
+    def _corpus_arrays(self, mean: torch.Tensor, number: int) -> Arrays:
+        return {"output_mean": mean}
 
     def _check_arrays(self, arrays: Arrays) -> None:
         if float(arrays["scale"]) < 0:
@@ -195,13 +217,14 @@ class ReAlign(Aligner):
         anchored = _anchor(rows, **constants)
         if not hasattr(self, "output_mean_"):
             return anchored
-        return normalize(anchored - self._constant("output_mean", rows) + constants["target_mean"])
+        return normalize_(anchored.sub_(self._constant("output_mean", rows)).add_(constants["target_mean"]))
 
 
 def _anchor(
     rows: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    return normalize(scale * (rows - source_mean) + target_mean)
+    # in place: fresh memory for every step would take longer than the steps
+    return normalize_((rows - source_mean).mul_(scale).add_(target_mean))
 
 
 @register("gaussian_monge")
@@ -320,12 +343,12 @@ class Permuted(Aligner):
         _, _, summary = first_moments(source, target)
         kept = min(int(self.kept_rows), target.count)
         chosen = np.sort(np.random.default_rng(self.seed).choice(target.count, kept, replace=False))
-        parts, start = [], 0
+        parts, start = [], target.share[0]
         for batch in target.batches():
             inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
             parts.append(batch[torch.from_numpy(inside).to(batch.device)].to(device="cpu", dtype=torch.float32))
             start += len(batch)
-        return {"target_rows": torch.cat(parts)}, summary | {"kept_target_rows": kept}
+        return {"target_rows": target.gathered(torch.cat(parts))}, summary | {"kept_target_rows": kept}
 
     def _apply(self, rows: torch.Tensor) -> torch.Tensor:
         chosen = row_choice(rows, self.seed, len(self.target_rows_))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aniso_ext.align.mixing import mixing_matrix
-from aniso_ext.align.moments import SideMoments, full_moments, mean_of
+from aniso_ext.align.moments import SideMoments, full_moments
 from aniso_ext.align.rows import Rows
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame
@@ -36,6 +36,7 @@ class FrameOptions:
     seed: int
     center: bool = False
     slope_limit: float | None = SLOPE_LIMIT
+    device: torch.device | str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,18 @@ def complement_scale(source: SideMoments, target: SideMoments, basis: torch.Tens
     return ratio.clamp(*RATIO_LIMITS) if complement == "diagonal_projected" else ratio
 
 
-def radius_knots(rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: int) -> torch.Tensor:
-    """K quantiles of the block radii of the rows plus ``shift``, [M, K], streamed (METHOD D9)."""
+def radius_knots(
+    rows: Rows, shift: torch.Tensor, basis: torch.Tensor, knots: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """K quantiles of the block radii of the rows plus ``shift``, [M, K], streamed, products on ``device`` (D9)."""
+    place = torch.device("cpu" if device is None else device)
+    shift, basis = shift.to(place), basis.to(place)
     sketch = RadiusSketch(basis.shape[1] // 2)
-    for batch in rows.exact_batches():
+    for batch in rows.exact_batches(place):
         coordinates = (batch + shift) @ basis
         squared = coordinates[:, 0::2] ** 2 + coordinates[:, 1::2] ** 2
-        sketch.update((squared + RADIUS_EPS).sqrt().numpy())
-    return torch.from_numpy(sketch.knots(knots))
+        sketch.update((squared + RADIUS_EPS).sqrt().cpu().numpy())
+    return torch.from_numpy(rows.merged(sketch).knots(knots))
 
 
 def limit_slope(source_knots: torch.Tensor, target_knots: torch.Tensor, limit: float) -> torch.Tensor:
@@ -170,12 +175,14 @@ def mix(
 
 def fit_frame(source: Rows, target: Rows, options: FrameOptions) -> tuple[Frame, dict[str, Any]]:
     """An uncalibrated frame in float64 and the numbers of the fit; two passes over each side."""
-    source_moments, target_moments, summary = full_moments(source, target)
+    source_moments, target_moments, summary = full_moments(source, target, options.device)
     subspace = fit_subspace(source_moments, target_moments, options.rank)
     origin = target_moments.mean if options.center else torch.zeros_like(target_moments.mean)
     basis, mixing_summary = mix(target, origin, subspace, options)
-    source_knots = radius_knots(source, target_moments.mean - source_moments.mean - origin, basis, options.knots)
-    target_knots = radius_knots(target, -origin, basis, options.knots)
+    basis = target.agreed(basis)
+    shift = target_moments.mean - source_moments.mean - origin
+    source_knots = radius_knots(source, shift, basis, options.knots, options.device)
+    target_knots = radius_knots(target, -origin, basis, options.knots, options.device)
     if options.slope_limit is not None:
         target_knots = limit_slope(source_knots, target_knots, options.slope_limit)
     frame = Frame(
@@ -210,12 +217,14 @@ def calibrate(
     A step m_hat <- m_hat + mean(e) - m_t makes up for what the second normalisation moves. One pass for the mean, one
     for each step, and one more to ``measure`` the error that is left.
     """
-    bare = frame.with_output_mean(None)
-    output_mean = mean_of(correct(batch, bare) for batch in source.exact_batches())
+
+    def mean(frame: Frame) -> torch.Tensor:
+        return source.mean(lambda batch: correct(batch, frame))
+
+    output_mean = mean(frame.with_output_mean(None))
     errors = [float((output_mean - frame.target_mean).norm())]
     for step in range(iterations + int(measure)):
-        calibrated = frame.with_output_mean(output_mean)
-        offset = mean_of(correct(batch, calibrated) for batch in source.exact_batches()) - frame.target_mean
+        offset = mean(frame.with_output_mean(output_mean)) - frame.target_mean
         errors.append(float(offset.norm()))
         if step < iterations:
             output_mean = output_mean + offset

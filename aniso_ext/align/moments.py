@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +29,71 @@ class SideMoments:
         return self._covariance
 
 
-def _side(rows: Rows, diagonal: bool) -> SideMoments:
-    moments = Moments(rows.width, diagonal=diagonal)
-    seen = 0
-    for batch in rows.exact_batches():
+class DeviceMoments:
+    """Float64 sums of rows and of their products on a device, as a state of :class:`aniso_ext.stats.Moments`.
+
+    Products are taken about the mean of the first batch. Rounding of S is at most a few n eps max |y - pivot|^2 before
+    the division by n, so that for unit rows S is right to about 1e-14, wherever the rows move after the first batch.
+
+    Example:
+        >>> import torch
+        >>> sums = DeviceMoments(2, torch.device("cpu"))
+        >>> sums.update(torch.tensor([[0.0, 1.0], [2.0, 1.0]], dtype=torch.float64))
+        >>> sums.moments().covariance.tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._count = 0
+        self._pivot: torch.Tensor | None = None
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def update(self, batch: torch.Tensor) -> None:
+        """Take in float64 rows [n, D] of the device, n at least 1."""
+        if self._pivot is None:
+            self._pivot = batch.mean(dim=0)
+        centred = batch - self._pivot
+        self._sum += centred.sum(dim=0)
+        self._scatter.addmm_(centred.T, centred)
+        self._count += len(batch)
+
+    def moments(self) -> Moments:
+        """What was seen so far."""
+        width = len(self._sum)
+        if self._pivot is None:
+            return Moments(width)
+        offset = self._sum / self._count
+        return Moments.from_state_dict(
+            {
+                "width": width,
+                "diagonal": 0,
+                "count": self._count,
+                "mean_high": self._pivot.cpu().numpy(),
+                "mean_low": offset.cpu().numpy(),
+                "scatter": (self._scatter - self._count * offset.outer(offset)).cpu().numpy(),
+            }
+        )
+
+
+def _moments(rows: Rows, diagonal: bool, device: torch.device) -> Moments:
+    """Moments of this process's share; products on ``device``."""
+    found = Moments(rows.width, diagonal=diagonal) if device.type == "cpu" else DeviceMoments(rows.width, device)
+    seen = rows.share[0]
+    for batch in rows.exact_batches(device):
         check_values(batch, rows.name, seen)
-        moments.update(batch.numpy())
+        if isinstance(found, Moments):
+            found.update(batch.numpy())
+        else:
+            found.update(batch)
         seen += len(batch)
+    return found.moments() if isinstance(found, DeviceMoments) else found
+
+
+def _side(rows: Rows, diagonal: bool, device: torch.device) -> SideMoments:
+    with rows.together():  # the first pass over all rows, where bad ones and unreadable files are found
+        found = _moments(rows, diagonal, device)
+    moments = rows.merged(found)
     return SideMoments(
         mean=torch.from_numpy(moments.mean),
         std=torch.from_numpy(moments.std),
@@ -45,28 +102,23 @@ def _side(rows: Rows, diagonal: bool) -> SideMoments:
     )
 
 
-def _both(source: Rows, target: Rows, diagonal: bool) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
-    sides = _side(source, diagonal), _side(target, diagonal)
+def _both(
+    source: Rows, target: Rows, diagonal: bool, device: torch.device
+) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
+    sides = _side(source, diagonal, device), _side(target, diagonal, device)
     return *sides, {"centroid_gap": float((sides[0].mean - sides[1].mean).norm())}
 
 
 def first_moments(source: Rows, target: Rows) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
     """Means and variances of both sides, and the summary entry |m_s - m_t|; memory O(D)."""
-    return _both(source, target, diagonal=True)
+    return _both(source, target, diagonal=True, device=torch.device("cpu"))
 
 
-def full_moments(source: Rows, target: Rows) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
-    """Means and covariances of both sides, and the summary entry |m_s - m_t|; memory O(D^2)."""
-    return _both(source, target, diagonal=False)
-
-
-def mean_of(batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Mean [D] of the rows of float64 batches."""
-    total, count = torch.zeros(()), 0
-    for batch in batches:
-        total = total + batch.sum(dim=0)
-        count += len(batch)
-    return total / count
+def full_moments(
+    source: Rows, target: Rows, device: torch.device | str | None = None
+) -> tuple[SideMoments, SideMoments, dict[str, Any]]:
+    """Means and covariances of both sides, and the summary entry |m_s - m_t|; memory O(D^2), products on ``device``."""
+    return _both(source, target, diagonal=False, device=torch.device("cpu" if device is None else device))
 
 
 def check_values(batch: torch.Tensor, name: str, first_row: int) -> None:

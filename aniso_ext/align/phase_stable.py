@@ -86,10 +86,10 @@ def learn_mixing(coordinates: torch.Tensor, start: torch.Tensor, *, seed: int) -
 
 def target_coordinates(target: Rows, origin: torch.Tensor, basis: torch.Tensor, *, seed: int) -> torch.Tensor:
     """A sample of (x - origin) Q, float32 [n, R]: one pass over the target rows."""
-    sampler = RowSampler(target.count, SAMPLE_ROWS, seed=seed, name=f"{target.name} mixing")
+    sampler = RowSampler(target.count, SAMPLE_ROWS, seed=seed, name=f"{target.name} mixing", share=target.share)
     for batch in target.exact_batches():
         sampler.take((batch - origin) @ basis)
-    return sampler.rows()
+    return target.gathered(sampler.rows())
 
 
 class _Mixing(nn.Module):

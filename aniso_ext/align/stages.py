@@ -108,9 +108,7 @@ def fit_stages(
     Returns:
         Prior and refiner, both frozen and on the CPU, and the numbers of both stages.
     """
-    prior, record = fit_prior(
-        target, frame, options.prior_training, options.prior, device=device, **run.stage("prior")
-    )
+    prior, record = fit_prior(target, frame, options.prior_training, options.prior, device=device, **run.stage("prior"))
     refiner, refined = fit_refiner(
         source,
         target,

@@ -10,6 +10,8 @@ from aniso_ext.bench.records import Latency, Measurement, Ratio
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from aniso_ext.bench.convert import ConversionTime
+
 
 def kernels_table(rows: Sequence[Measurement]) -> Table:
     """One line a variant, under the name of its case."""
@@ -52,6 +54,27 @@ def latency_table(rows: Sequence[Latency]) -> Table:
     return table
 
 
+def conversions_table(rows: Sequence[ConversionTime]) -> Table:
+    """One line a variant, under its number of rows."""
+    columns = ("rows", "rows/s", "seconds", "p20–p80", "GB/s", "of cp", "of the map", "of the bus", "vs NumPy")
+    table = _table(*columns, "peak MB", left=1)
+    for count in dict.fromkeys(row.rows for row in rows):
+        table.add_row(f"{count:,}")
+        for row in rows:
+            if row.rows == count:
+                table.add_row(
+                    f"  {row.variant}",
+                    f"{row.rows_per_s:,.0f}",
+                    significant(row.seconds),
+                    f"{significant(row.p20)}–{significant(row.p80)}",
+                    significant(row.gb_per_s),
+                    *(share(value) for value in (row.of_copy, row.of_op, row.of_bus)),
+                    times(row.times_pickled),
+                    "" if row.peak_mb is None else f"{row.peak_mb:,.0f}",
+                )
+    return table
+
+
 def ceilings_table(ceilings: Mapping[str, float]) -> Table:
     table = _table("ceiling", "measured", left=1)
     for name, value in ceilings.items():
@@ -75,6 +98,10 @@ def significant(value: float | None) -> str:
         return ""
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{value:,.{digits}f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def times(value: float | None) -> str:

@@ -1,9 +1,10 @@
-"""``aniso bench``: the kernels against stock PyTorch and against what the machine can do at all."""
+"""``aniso bench``: kernels against stock PyTorch, conversions against copies, both against what the machine can do."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def bench() -> None:
-    """Time the kernels against stock PyTorch, and against the ceilings of this machine."""
+    """Time kernels against stock PyTorch and conversions against copies, and measure the ceilings of this machine."""
 
 
 @app.command()
@@ -119,6 +120,77 @@ def kernels(
 
 @app.command()
 @command
+def convert(
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", min=1, metavar="N", help="Rows; may be given again.",
+                                       show_default="1048576 and 4194304"),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", min=2, metavar="D", help="Width of the embeddings.")] = 512,
+    rank: Annotated[int, typer.Option("--rank", min=2, metavar="R", help="Rank of anisoalign.")] = 128,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="Samples of each variant.")] = 3,
+    pickled_rows: Annotated[
+        int, typer.Option("--pickled-rows", min=1, metavar="N", help="Most rows for NumPy over pickled records.")
+    ] = 2**17,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="cuda|cpu", help="Device.", show_default="the GPU if there is one")
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option("--scratch", metavar="DIR", help="Where files are made and deleted again.",
+                                  show_default="the folder for temporary files"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write DEVICE_convert.csv here, case by case.")
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="Commit to record, where git cannot be asked.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Result:  # fmt: skip
+    """Time conversions of float16 .npy shards from files to files.
+
+    Beside `anisoalign` (the closed form) and `realign` run `cp` of the same files, each map alone on arrays in memory,
+    and ReAlign as one NumPy process over pickled records; on a GPU also the conversion without its files, and copies
+    over the bus. Every sample is a process of its own, whose peak memory is kept. Files have been read once before,
+    and every output is brought to disk. Nothing is timed before the results agree.
+
+    \b
+    Examples:
+      aniso bench convert
+      aniso bench convert --rows 1048576 --rows 16777216 --scratch /data --out benchmarks/results
+    """
+    import torch
+
+    from aniso_ext.bench import convert as bench
+    from aniso_ext.bench import environment, records, tables
+
+    found = _device(device)
+    options = bench.Options(width, rank, rounds, pickled_rows, str(found), scratch)
+    facts = {**environment.facts(torch.device(found), commit), **bench.facts(), "rounds": str(rounds)}
+    times: list[bench.ConversionTime] = []
+    written: list[Path] = []
+    clock = _Clock()
+    for count in rows or bench.DEFAULT_ROWS:
+        with progress_bar(f"{count:,} rows") as update:
+            times += bench.measure(count, options, update)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            written[:] = [out / f"{environment.short_name(torch.device(found))}_convert.csv"]
+            records.write_table(written[0], facts, [asdict(time) for time in times])
+        clock.lap(f"{count:,} rows")
+
+    def show(console: Console) -> None:
+        say(console, "  ".join(f"{name} {value}" for name, value in facts.items()))
+        console.print()
+        console.print(tables.conversions_table(times))
+        for path in written:
+            say(console, f"written: {path}")
+
+    return Result({"command": "bench convert", "facts": facts, "times": times, "files": written}, show)
+
+
+@app.command()
+@command
 def ceilings(
     device: Annotated[
         str | None, typer.Option("--device", metavar="cuda|cpu", help="Device.", show_default="the GPU if there is one")
@@ -133,11 +205,7 @@ def ceilings(
     from aniso_ext.bench.ceilings import measure
     from aniso_ext.bench.kernels import as_ceilings
 
-    if device not in (None, "cuda", "cpu"):
-        raise typer.BadParameter("choose cuda or cpu", param_hint="--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no CUDA device: --device cpu measures the processor")
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = torch.device(_device(device))
     facts, measured = environment.facts(found), as_ceilings(measure(found))
 
     def show(console: Console) -> None:
@@ -186,6 +254,17 @@ def figure(
 
     draw(table, out)
     return Result({"command": "bench figure", "files": [out]}, lambda console: say(console, f"written: {out}"))
+
+
+def _device(name: str | None) -> str:
+    """The device that was asked for, or the GPU if there is one."""
+    import torch
+
+    if name not in (None, "cuda", "cpu"):
+        raise typer.BadParameter("choose cuda or cpu", param_hint="--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device: --device cpu measures the processor")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _options(rows: int | None, rounds: int | None, names: list[str], compile: bool | None) -> Options:

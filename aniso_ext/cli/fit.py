@@ -132,7 +132,8 @@ def fit(
       aniso fit --source text_emb --target img_emb --out baseline --method realign
       torchrun --standalone --nproc-per-node 2 -m aniso_ext.cli fit --source text_emb --target img_emb --out aligner
 
-    Under torchrun the processes share each batch and average their gradients; the first one writes and prints.
+    Under torchrun the processes share the rows of every pass and merge what they count, share each training batch and
+    average their gradients; the first one writes and prints.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise InputError(f"{out} exists: name a new folder, or pass --overwrite to replace an aligner in it")

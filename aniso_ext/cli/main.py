@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit
+from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit, import_pickle
 
 app = typer.Typer(
     name="aniso",
@@ -36,8 +36,9 @@ def program(
 
     Start with `aniso demo`, which needs no data; then fit, convert and diagnose your own.
 
-    A DIR is one file (.npy, .parquet, .safetensors) or a folder of such shards, rows in file order. Of a
-    clip-retrieval folder name the half that is meant, e.g. DIR/text_emb.
+    A DIR is one file (.npy, .parquet, .safetensors, .arrow) or a folder of such shards, rows in file order, as a
+    path or a URL such as s3://bucket/DIR. Of a clip-retrieval folder with both halves name the one that is meant,
+    e.g. DIR/text_emb.
 
     Exit codes: 0 done, 1 failed (one line says why; --debug or ANISO_DEBUG=1 for the traceback), 2 bad usage.
     """
@@ -47,6 +48,7 @@ for function, summary in (
     (fit.fit, "Learn an aligner from two unpaired sets."),
     (convert.convert, "Turn source embeddings into stand-ins, file by file."),
     (diagnose.diagnose, "Measure a gap, and how well stand-ins close it."),
+    (import_pickle.import_pickle, "Turn pickled records into an embedding set, without running them."),
     (demo.demo, "Run all of it on simulated or own pairs; one table."),
     (doctor.doctor, "Show versions, build, backends and what is missing."),
 ):

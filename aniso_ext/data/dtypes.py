@@ -16,9 +16,14 @@ def array_dtype(stored_dtype: str) -> np.dtype:
     return np.dtype(np.float32 if stored_dtype == "bfloat16" else stored_dtype)
 
 
+def file_dtype(stored_dtype: str) -> np.dtype:
+    """The NumPy dtype of the numbers in a file: uint16, bit patterns, for bfloat16."""
+    return np.dtype(np.uint16 if stored_dtype == "bfloat16" else stored_dtype)
+
+
 def item_bytes(stored_dtype: str) -> int:
     """Bytes of one stored number."""
-    return 2 if stored_dtype == "bfloat16" else np.dtype(stored_dtype).itemsize
+    return file_dtype(stored_dtype).itemsize
 
 
 def stored_name(dtype: Any) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aniso_ext.data.arrow import open_arrow
 from aniso_ext.data.dtypes import STORED_DTYPES
 from aniso_ext.data.folder import find_shards, format_of
+from aniso_ext.data.locations import Location, is_place, to_location
 from aniso_ext.data.npy import open_npy
 from aniso_ext.data.parquet import open_parquet
 from aniso_ext.data.safetensors_file import open_safetensors
@@ -24,10 +24,12 @@ def open_embeddings(source: Any, *, kind: str | None = None, column: str | None 
     """Open a file, a folder of shards, or wrap an array as an embedding set; only headers are read.
 
     Args:
-        source: path of a .npy, .parquet or .safetensors file or of a folder of them (natural order of names), a
-            floating [N, D] NumPy array or torch tensor, or an :class:`EmbeddingSet`, which is returned as it is.
+        source: path or fsspec URL of a .npy, .parquet, .safetensors or .arrow file or of a folder of them (natural
+            order of names), a floating [N, D] NumPy array or torch tensor, or an :class:`EmbeddingSet`, which is
+            returned as it is.
         kind: ``image`` or ``text`` selects ``img_emb`` or ``text_emb`` of a clip-retrieval folder.
-        column: parquet column or safetensors tensor; by default "embedding" / "embeddings", else the only fitting one.
+        column: column of a table, or safetensors tensor; by default "embedding" / "embeddings", else the only one
+            that fits.
 
     Raises:
         DataError: one line that names the file, the reason and the remedy; widths and dtypes must agree across shards.
@@ -41,18 +43,20 @@ def open_embeddings(source: Any, *, kind: str | None = None, column: str | None 
     """
     if isinstance(source, EmbeddingSet):
         return source
-    if not isinstance(source, (str, os.PathLike)):
+    if not is_place(source):
         return EmbeddingSet([_wrap(source)])
-    paths = find_shards(Path(source), kind)
-    return EmbeddingSet([_open_file(path, column) for path in paths])
+    found = find_shards(to_location(source), kind)
+    return EmbeddingSet([_open_file(path, column) for path in found.files], folder=found.folder, half=found.half)
 
 
-def _open_file(path: Path, column: str | None) -> Shard:
+def _open_file(path: Location, column: str | None) -> Shard:
     match format_of(path):
         case "npy":
             return open_npy(path)
         case "safetensors":
             return open_safetensors(path, column)
+        case "arrow":
+            return open_arrow(path, column)
         case _:
             return open_parquet(path, column)
 
@@ -82,10 +86,13 @@ class EmbeddingSet:
         rows, width: N and D.
         dtype: NumPy dtype of everything that is read.
         stored_dtype: what the files hold; "bfloat16" is handed out as float32.
+        folder: the folder that was opened, None for a file or an array.
+        half: ``img_emb`` or ``text_emb`` if ``folder`` has the clip-retrieval layout, else None.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], *, folder: Location | None = None, half: str | None = None) -> None:
         self.shards = tuple(shards)
+        self.folder, self.half = folder, half
         first = self.shards[0]
         for shard in self.shards[1:]:
             for what in ("width", "stored_dtype"):
@@ -112,8 +119,15 @@ class EmbeddingSet:
         """
         if isinstance(batch_rows, bool) or not isinstance(batch_rows, (int, np.integer)) or batch_rows < 1:
             raise InputError(f"batch_rows must be a positive integer, got {batch_rows!r}")
-        for shard in self.shards:
-            yield from shard.batches(0, shard.rows, int(batch_rows))
+        yield from self.iter_range(0, self.rows, int(batch_rows))
+
+    def iter_range(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Rows start..stop in order, as :meth:`iter_batches` gives all."""
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            offset = int(end) - shard.rows
+            first, last = max(start - offset, 0), min(stop - offset, shard.rows)
+            if first < last:
+                yield from shard.batches(first, last, batch_rows)
 
     def read(self, rows: Any) -> np.ndarray:
         """A copy of chosen rows, [n, D].
@@ -149,14 +163,9 @@ class EmbeddingSet:
     def _read_range(self, start: int, stop: int) -> np.ndarray:
         result = np.empty((stop - start, self.width), self.dtype)
         done = 0
-        for shard, end in zip(self.shards, self._ends, strict=True):
-            offset = int(end) - shard.rows
-            first, last = max(start - offset, 0), min(stop - offset, shard.rows)
-            if first >= last:
-                continue
-            for batch in shard.batches(first, last, max(1, (8 << 20) // (8 * self.width))):
-                result[done : done + len(batch)] = batch
-                done += len(batch)
+        for batch in self.iter_range(start, stop, max(1, (8 << 20) // (8 * self.width))):
+            result[done : done + len(batch)] = batch
+            done += len(batch)
         return result
 
     def _indices(self, rows: Any) -> np.ndarray:

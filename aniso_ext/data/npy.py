@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from aniso_ext.data.dtypes import STORED_DTYPES
+from aniso_ext.data.locations import Location, why
 from aniso_ext.data.shards import RawShard, check_matrix, file_size, unusable
 
 _READERS = {
@@ -17,7 +17,7 @@ _READERS = {
 }
 
 
-def open_npy(path: Path) -> RawShard:
+def open_npy(path: Location) -> RawShard:
     """The shard in a .npy file, with its header and size checked.
 
     Raises:
@@ -25,11 +25,11 @@ def open_npy(path: Path) -> RawShard:
     """
     size = file_size(path)
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             shape, fortran_order, dtype = _read_header(path, file)
             offset = file.tell()
     except OSError as error:
-        raise unusable(path, f"cannot be read ({error.strerror})", "check the permissions") from None
+        raise unusable(path, f"cannot be read ({why(error)})", "check the permissions") from None
     stored_dtype = _check_dtype(path, dtype)
     rows, width = check_matrix(path, "the array", shape)
     expected = offset + rows * width * dtype.itemsize
@@ -42,7 +42,7 @@ def open_npy(path: Path) -> RawShard:
     return RawShard(path.name, path, "npy", rows, width, stored_dtype, offset, fortran_order and rows > 1 and width > 1)
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(path: Location, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
@@ -59,7 +59,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.
         raise unusable(path, reason, "copy or write it again") from None
 
 
-def _check_dtype(path: Path, dtype: np.dtype) -> str:
+def _check_dtype(path: Location, dtype: np.dtype) -> str:
     if dtype.hasobject:
         reason = "holds pickled Python objects, which are never loaded"
         raise unusable(path, reason, "store a float array with numpy.save(..., allow_pickle=False)")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import FileIO
+from io import RawIOBase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from aniso_ext.data.dtypes import array_dtype, item_bytes, widen_bfloat16
+from aniso_ext.data.dtypes import array_dtype, file_dtype, item_bytes, round_to_bfloat16, widen_bfloat16
+from aniso_ext.data.locations import Location, open_unbuffered, why
+from aniso_ext.data.ranged import RangedMatrix
 from aniso_ext.errors import DataError
 
 SAMPLED_ROWS = 256
@@ -31,11 +33,11 @@ class Shard:
     """Rows [rows, width] of one file, read in bounded batches.
 
     ``dtype`` is what batches have, ``stored_dtype`` what the file has; they differ for bfloat16 only (handed out as
-    float32). ``path`` is None for an array in memory.
+    float32). ``path`` is where the file lies, None for an array in memory.
     """
 
     name: str
-    path: Path | None
+    path: Location | None
     format: str
     rows: int
     width: int
@@ -53,6 +55,17 @@ class Shard:
     def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
         """Rows start..stop in order as writable C-ordered arrays of at most ``batch_rows`` rows."""
         raise NotImplementedError
+
+    def stored_batches(
+        self, start: int, stop: int, batch_rows: int, memory: Callable[[], np.ndarray] | None = None
+    ) -> Iterator[np.ndarray]:
+        """What :meth:`batches` gives, as it is in the file: bfloat16 as bit patterns, uint16.
+
+        ``memory()`` hands out a C-ordered array [batch_rows or more, width] for the next batch, which is then a view of
+        its first rows. A format whose reader brings its own memory does not ask.
+        """
+        for batch in self.batches(start, stop, batch_rows):
+            yield round_to_bfloat16(batch) if self.stored_dtype == "bfloat16" else batch
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The rows at ascending or unordered non-negative indices, [len(rows), width]."""
@@ -90,64 +103,74 @@ class RawShard(Shard):
 
     Consecutive rows are read with ordinary reads into a fresh array: the pages never count as this process's memory,
     and a file that shrinks meanwhile is an error instead of a bus error. Scattered rows and Fortran-ordered files go
-    through a memory map that lives for one call only.
+    through a memory map that lives for one call only, or through range requests.
     """
 
     offset: int
     fortran_order: bool = False
 
-    @property
-    def _file_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.stored_dtype == "bfloat16" else self.stored_dtype)
-
     def _hand_out(self, stored: np.ndarray) -> np.ndarray:
         return widen_bfloat16(stored) if self.stored_dtype == "bfloat16" else stored
 
-    def _map(self) -> np.ndarray:
+    def _pick(self, rows: Any) -> np.ndarray:
+        """A fresh C-ordered array of the rows at a slice or at indices."""
         assert self.path is not None
         order: Literal["C", "F"] = "F" if self.fortran_order else "C"
-        shape = (self.rows, self.width)
+        shape, dtype = (self.rows, self.width), file_dtype(self.stored_dtype)
         try:
-            return np.memmap(self.path, self._file_dtype, mode="r", offset=self.offset, shape=shape, order=order)
+            if not isinstance(self.path, Path):
+                ranged = RangedMatrix(self.path, dtype, self.offset, shape, self.fortran_order)
+                return np.ascontiguousarray(ranged[rows])
+            mapped = np.memmap(self.path, dtype, mode="r", offset=self.offset, shape=shape, order=order)
+            return np.array(mapped[rows], order="C")
         except (OSError, ValueError) as error:
             raise unusable(self.path, f"cannot be mapped ({error})", "check the file and its permissions") from None
 
     def batches(self, start: int, stop: int, batch_rows: int) -> Iterator[np.ndarray]:
+        for stored in self.stored_batches(start, stop, batch_rows):
+            yield self._hand_out(stored)
+
+    def stored_batches(
+        self, start: int, stop: int, batch_rows: int, memory: Callable[[], np.ndarray] | None = None
+    ) -> Iterator[np.ndarray]:
         if self.fortran_order:
             for first in range(start, stop, batch_rows):
-                rows = np.array(self._map()[first : min(first + batch_rows, stop)], order="C")
-                yield self._hand_out(rows)
+                yield self._pick(slice(first, min(first + batch_rows, stop)))
             return
+        dtype = file_dtype(self.stored_dtype)
         with self._opened() as file:
-            row_bytes = self.width * self._file_dtype.itemsize
-            file.seek(self.offset + start * row_bytes)
+            file.seek(self.offset + start * self.width * dtype.itemsize)
             for first in range(start, stop, batch_rows):
-                rows = np.empty((min(batch_rows, stop - first), self.width), self._file_dtype)
+                count = min(batch_rows, stop - first)
+                rows = np.empty((count, self.width), dtype) if memory is None else memory()[:count]
                 self._fill(file, rows)
-                yield self._hand_out(rows)
+                yield rows
 
-    def _opened(self) -> FileIO:
+    def _opened(self) -> RawIOBase:
         assert self.path is not None
         try:
-            return FileIO(self.path, "r")
+            return open_unbuffered(self.path)
         except OSError as error:
-            raise unusable(self.path, f"cannot be opened ({error.strerror})", "check the permissions") from None
+            raise unusable(self.path, f"cannot be opened ({why(error)})", "check the permissions") from None
 
-    def _fill(self, file: FileIO, rows: np.ndarray) -> None:
+    def _fill(self, file: RawIOBase, rows: np.ndarray) -> None:
         buffer = rows.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(buffer):
-            got = file.readinto(buffer[done:])
+            try:
+                got = file.readinto(buffer[done:])
+            except OSError as error:
+                raise unusable(self.path, f"cannot be read ({why(error)})", "check the disk or the network") from None
             if not got:
                 reason = "became shorter while it was being read"
                 raise unusable(self.path, reason, "do not write to embeddings that are in use")
             done += got
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._hand_out(np.ascontiguousarray(self._map()[rows]))
+        return self._hand_out(self._pick(rows))
 
 
-def check_matrix(path: Path, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def check_matrix(path: Location, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and width of a stored shape, which must be two-dimensional and not empty."""
     if len(shape) != 2:
         raise unusable(
@@ -159,13 +182,16 @@ def check_matrix(path: Path, what: str, shape: tuple[int, ...]) -> tuple[int, in
     return rows, width
 
 
-def file_size(path: Path) -> int:
+def file_size(path: Location) -> int:
     """Size of a regular file that is not empty."""
-    if not path.exists():
-        raise unusable(path, "does not exist", "check the path")
-    if not path.is_file():
-        raise unusable(path, "is not a regular file", "remove it from the folder or pass a file")
-    size = path.stat().st_size
+    try:
+        if not path.exists():
+            raise unusable(path, "does not exist", "check the path")
+        if not path.is_file():
+            raise unusable(path, "is not a regular file", "remove it from the folder or pass a file")
+        size = path.stat().st_size
+    except OSError as error:
+        raise unusable(path, f"cannot be reached ({why(error)})", "check the path and the permissions") from None
     if size == 0:
         raise unusable(path, "is an empty file (0 bytes)", "remove it or write it again")
     return size

@@ -82,9 +82,7 @@ def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     constants = _folded(y, frame)
     special = hopper.operands(y, frame) if frame.complement != "diagonal_projected" else None
     if special is not None:
-        return torch.ops.aniso_ext.hopper_correct(
-            y, *special.tensors(), *constants.initialisation(), constants.shift
-        )
+        return torch.ops.aniso_ext.hopper_correct(y, *special.tensors(), *constants.initialisation(), constants.shift)
     return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)
 
 

@@ -160,7 +160,7 @@ def phase_statistics(target: Rows, frame: Frame, *, most: int, seed: int) -> Pha
     origin = frame.target_mean.to(device="cpu", dtype=torch.float64) if frame.center else 0.0
     phases = PhaseMoments(frame.blocks)
     log_radii, squared_radii = Moments(frame.blocks, diagonal=True), Moments(frame.blocks, diagonal=True)
-    sampler = RowSampler(target.count, most, seed=seed, name=target.name)
+    sampler = RowSampler(target.count, most, seed=seed, name=target.name, share=target.share)
     for batch in target.exact_batches():
         radius, cos, sin = polar((batch - origin) @ basis)
         theta, log_radius = torch.atan2(sin, cos), radius.log()
@@ -168,10 +168,11 @@ def phase_statistics(target: Rows, frame: Frame, *, most: int, seed: int) -> Pha
         log_radii.update(log_radius.numpy())
         squared_radii.update(radius.square().numpy())
         sampler.take(torch.cat((theta, log_radius), dim=-1))
+    log_radii, squared_radii = target.merged(log_radii), target.merged(squared_radii)
     return PhaseStatistics(
-        phases=phases,
+        phases=target.merged(phases),
         mean_squared_radius=torch.from_numpy(squared_radii.mean),
         log_radius_mean=torch.from_numpy(log_radii.mean),
         log_radius_std=torch.from_numpy(log_radii.std),
-        sample=sampler.rows(),
+        sample=target.gathered(sampler.rows()),
     )

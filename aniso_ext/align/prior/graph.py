@@ -57,6 +57,7 @@ class PhaseGraph:
     anchor: torch.Tensor
     alpha: torch.Tensor
     tau: torch.Tensor
+    _step: float = field(init=False, repr=False)
     _operands: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ class PhaseGraph:
                 raise InputError(
                     f"PhaseGraph.{name} must have shape {list(wanted)}, got {list(getattr(self, name).shape)}"
                 )
+        object.__setattr__(self, "_step", float(self.tau))
         skew = max(
             float((self.coupling_real - self.coupling_real.T).abs().max()),
             float((self.coupling_imag + self.coupling_imag.T).abs().max()),
@@ -179,7 +181,7 @@ class PhaseGraph:
 
     def mean_map(self, theta: torch.Tensor) -> torch.Tensor:
         """mu(theta) = wrap(theta - tau grad Psi(theta)), [n, M] in [-pi, pi)."""
-        return wrap(theta - float(self.tau) * self.drift(theta))
+        return wrap(theta - self._step * self.drift(theta))
 
     def inverse_mean_map(self, phi: torch.Tensor, *, iterations: int = 60) -> torch.Tensor:
         """theta with mu(theta) = phi: the fixed point of theta <- phi + tau grad Psi(theta).
@@ -188,7 +190,7 @@ class PhaseGraph:
         """
         theta = phi
         for _ in range(iterations):
-            theta = phi + float(self.tau) * self.drift(theta)
+            theta = phi + self._step * self.drift(theta)
         return wrap(theta)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from aniso_ext.align.prior.graph import PhaseGraph
 from aniso_ext.align.prior.network import BLOCKS, WIDTH, ScoreNetwork
 from aniso_ext.align.prior.wrapped_normal import LARGEST_SCALE, SMALLEST_SCALE, score, wrap
-from aniso_ext.align.training.processes import global_normal, global_uniform
+from aniso_ext.align.processes import global_normal, global_uniform
 from aniso_ext.errors import InputError
 
 PREFIX = "prior."
@@ -111,15 +111,28 @@ class PhasePrior(nn.Module):
         Raises:
             InputError: shapes or the reduction do not fit.
         """
-        self._check(theta, log_rho)
         if reduction not in ("mean", "none"):
             raise InputError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        scale, noise = self._draw(theta, generator)
+        rows = self.row_losses(theta, log_rho, *self.draw(len(theta), generator, theta.dtype))
+        return rows.mean() if reduction == "mean" else rows
+
+    def draw(
+        self, rows: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise of :meth:`loss`: scales s [rows, 1], log-uniform, and standard normal [rows, M]."""
+        position = global_uniform(rows, generator).to(dtype)
+        low, high = math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)
+        return (low + position * (high - low)).exp(), global_normal(rows, self.phases, generator).to(dtype)
+
+    def row_losses(
+        self, theta: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The objective of each row under noise of :meth:`draw`, [n]: a row's depends on that row alone."""
+        self._check(theta, log_rho)
         shift = scale * noise
         noisy = wrap(self.graph.mean_map(theta) + shift)
         error = self.score(noisy, log_rho, scale) - score(wrap(shift), scale)
-        rows = (scale * error).square().sum(dim=-1)
-        return rows.mean() if reduction == "mean" else rows
+        return (scale * error).square().sum(dim=-1)
 
     def standardised(self, log_rho: torch.Tensor) -> torch.Tensor:
         """(log rho - mean)/std per block, clamped to [-5, 5]; differentiable inside."""
@@ -171,12 +184,6 @@ class PhasePrior(nn.Module):
         prior.network.load_state_dict(weights)
         return prior.freeze()
 
-    def _draw(self, theta: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise scales s [n, 1], log-uniform, and standard normal noise [n, M]."""
-        position = global_uniform(len(theta), generator).to(theta.dtype)
-        low, high = math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE)
-        return (low + position * (high - low)).exp(), global_normal(len(theta), self.phases, generator).to(theta.dtype)
-
     def _spread(self) -> torch.Tensor:
         """How far each phase spreads around the best that its anchor or one partner says of it.
 
@@ -188,9 +195,7 @@ class PhasePrior(nn.Module):
     def _check(self, theta: torch.Tensor, log_rho: torch.Tensor) -> None:
         for name, value in (("theta", theta), ("log_rho", log_rho)):
             if value.dim() != 2 or value.shape[1] != self.phases or not value.is_floating_point():
-                raise InputError(
-                    f"{name} must be floating [n, {self.phases}], got {value.dtype} {list(value.shape)}"
-                )
+                raise InputError(f"{name} must be floating [n, {self.phases}], got {value.dtype} {list(value.shape)}")
         if len(theta) != len(log_rho):
             raise InputError(f"theta has {len(theta)} rows and log_rho {len(log_rho)}")
 

@@ -10,7 +10,6 @@ from aniso_ext.errors import InputError
 
 SMALLEST_SCALE, LARGEST_SCALE = 0.03, 1.5
 """Range of the noise scale s: past 2 a wrapped normal is uniform to the eye and its score carries no signal."""
-_TURNS = (-1.0, 0.0, 1.0)
 _TWO_PI = 2 * math.pi
 
 
@@ -73,5 +72,5 @@ def check_scale(scale: float) -> None:
 def _images(delta: torch.Tensor, scale: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
     """s^2, broadcast to ``delta``, and delta + 2 pi n along a last dimension."""
     squared = torch.as_tensor(scale, dtype=delta.dtype, device=delta.device).square().expand_as(delta)
-    turns = torch.tensor(_TURNS, dtype=delta.dtype, device=delta.device) * _TWO_PI
+    turns = torch.arange(-1, 2, dtype=delta.dtype, device=delta.device) * _TWO_PI
     return squared, delta.unsqueeze(-1) + turns

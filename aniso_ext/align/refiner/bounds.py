@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aniso_ext.align.rows import Rows
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame
 from aniso_ext.stats import RadiusSketch
@@ -130,6 +131,11 @@ class BoundSurvey:
         self._sketch.update(values[:, None].numpy())
         self._sum += float(values.sum())
 
+    def gather(self, rows: Rows) -> None:
+        """Take in what the other processes that share the rows have seen."""
+        self._sketch = rows.merged(self._sketch)
+        self._sum = float(rows.total(torch.tensor(self._sum, dtype=torch.float64)))
+
     def report(self) -> BoundReport:
         """What was seen so far."""
         median, p99, largest = self._sketch.quantiles([0.5, 0.99, 1.0])[0].tolist()
@@ -193,6 +199,11 @@ class CollapseWatch:
         self._initial += unit.sum(dim=0).cpu()
         self._refined += turned.sum(dim=0).cpu()
         self._count += len(sin)
+
+    def gather(self, rows: Rows) -> None:
+        """Take in what the other processes that share the rows have seen."""
+        self._initial, self._refined = rows.total(self._initial), rows.total(self._refined)
+        self._count = int(rows.total(torch.tensor(self._count)))
 
     def report(self) -> CollapseReport:
         """What was seen so far."""

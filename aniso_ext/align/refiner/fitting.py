@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aniso_ext.align.moments import mean_of
 from aniso_ext.align.refiner.bounds import BoundSurvey, CollapseWatch, effective_bound
 from aniso_ext.align.refiner.inference import RefinedMap
-from aniso_ext.align.refiner.losses import (
-    Update,
-    bounded_update,
-    complement_directions,
-    complement_objective,
-    phase_consistency,
-)
 from aniso_ext.align.refiner.network import Refiner
+from aniso_ext.align.refiner.objective import Objective
 from aniso_ext.align.refiner.options import RefinementOptions
-from aniso_ext.align.rows import BATCH_ROWS, Rows
+from aniso_ext.align.rows import BATCH_ROWS, Rows, mean_of
 from aniso_ext.align.training import Progress, TrainingLog, TrainingOptions, TrainingRows, UnpairedRows, train
 from aniso_ext.ops import Frame, encode
 
@@ -31,67 +24,6 @@ if TYPE_CHECKING:
     from aniso_ext.align.prior import PhasePrior
 
 STAGE = "refiner"
-
-
-class Objective:
-    """The loss of Stage II: weighted sum of L_II, L_Phi and the V-side objective on a pair of unpaired batches.
-
-    None of them reads the rebuilt row (METHOD D15), so a step needs ``encode`` and the polar form of the update;
-    ``decode`` comes in when rows are transformed.
-
-    Args:
-        frame: of the device of the batches.
-        prior: frozen, on that device.
-        options: weights, projections.
-        trace: tr S_t,V.
-        literal: the printed form: 1/|E| in L_Phi (D14), nothing on V (D15), projection before tanh (D11).
-        backend: of ``encode``.
-    """
-
-    def __init__(
-        self, frame: Frame, prior: PhasePrior, options: RefinementOptions, *, trace: float, literal: bool, backend: str
-    ) -> None:
-        self.frame, self.prior, self.options, self.backend = frame, prior, options, backend
-        self.trace, self.literal = trace, literal
-        self._adjacency = (prior.graph.amplitude > 0).to(device=frame.device, dtype=torch.float32)
-        self._basis = frame.basis.float()
-
-    def __call__(
-        self, refiner: Refiner, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, a mean over rows, and its parts by name; ``concentration`` is the mean |E e^{i theta^}| (D16)."""
-        source, target = (rows.float() for rows in batch)
-        with torch.no_grad():
-            state = encode(source, self.frame, backend=self.backend)
-        deltas = refiner(state).float()
-        # distances are differences of nearly equal numbers: products in bfloat16 would leave nothing of them
-        with torch.autocast(source.device.type, enabled=False):
-            update = bounded_update(state, deltas, self._basis, refiner.bounds, literal=self.literal)
-            terms = self._consistency(update) | self._complement(update, target, generator)
-        terms |= self._score(update, generator)
-        total = deltas.sum() * 0
-        for name, value in terms.items():
-            total = total + getattr(self.options, f"{name}_weight") * value
-        unit = torch.polar(torch.ones_like(update.theta0), update.theta.detach())
-        return total, {**terms, "concentration": unit.mean(dim=0).abs().mean()}
-
-    def _score(self, update: Update, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        if not self.options.score_weight:
-            return {}
-        return {"score": self.prior.loss(update.theta, update.log_radius, generator) / self.prior.phases}
-
-    def _consistency(self, update: Update) -> dict[str, torch.Tensor]:
-        if not self.options.consistency_weight:
-            return {}
-        loss = phase_consistency(update.turn, update.radius0, self._adjacency, literal=self.literal)
-        return {"consistency": loss}
-
-    def _complement(self, update: Update, target: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        if not self.options.complement_weight or self.literal or self.trace <= 0:
-            return {}
-        directions = complement_directions(self._basis, self.options.projections, generator)
-        penalty = self.options.complement_penalty
-        return {"complement": complement_objective(update, target, directions, self.trace, penalty=penalty)}
 
 
 def fit_refiner(
@@ -205,6 +137,8 @@ def survey_rows(
         watch.update(
             state[:, :blocks], state[:, blocks : 2 * blocks], refiner.bounds.a_theta * deltas[:, :blocks].tanh()
         )
+    eps.gather(source)
+    watch.gather(source)
     report = watch.report()
     warning = report.warning()
     if warning is not None:

@@ -13,26 +13,45 @@ WEIGHT_FLOOR = 1e-30
 
 
 @dataclass(frozen=True)
-class Update:
-    """A bounded update of n rows in polar form, with gradients to the deltas (METHOD section 4).
+class PolarUpdate:
+    """A bounded update of the phases and radii of n rows, with gradients to the deltas (METHOD section 4).
 
     ``theta0`` [n, M] is a constant of the data, so that theta^ = theta0 + turn needs no derivative of atan2; ``turn`` =
-    a_theta tanh(dtheta) and ``log_radius`` = log rho0 + a_rho tanh(drho) are [n, M], ``radius0`` = rho0 is [n, M];
-    ``v0`` and ``move`` are [n, D], with v^ = v0 + move in V. What ``move`` has outside V, before the projection of the
-    default order, is invisible to directions in V.
+    a_theta tanh(dtheta) and ``log_radius`` = log rho0 + a_rho tanh(drho) are [n, M], ``radius0`` = rho0 is [n, M].
     """
 
     theta0: torch.Tensor
     turn: torch.Tensor
     radius0: torch.Tensor
     log_radius: torch.Tensor
-    v0: torch.Tensor
-    move: torch.Tensor
 
     @property
     def theta(self) -> torch.Tensor:
         """theta^ [n, M]; not wrapped, as everything that reads it is periodic."""
         return self.theta0 + self.turn
+
+
+@dataclass(frozen=True)
+class Update(PolarUpdate):
+    """The update of whole rows: ``v0`` and ``move`` are [n, D], with v^ = v0 + move in V.
+
+    What ``move`` has outside V, before the projection of the default order, is invisible to directions in V.
+    """
+
+    v0: torch.Tensor
+    move: torch.Tensor
+
+
+def polar_update(polar: torch.Tensor, deltas: torch.Tensor, bounds: Bounds) -> PolarUpdate:
+    """The update of phases and radii: ``polar`` [n, 3M] and ``deltas`` [n, 2M], first columns of state and deltas."""
+    sin, cos, log_radius = polar.detach().chunk(3, dim=1)
+    turn, stretch = deltas.chunk(2, dim=1)
+    return PolarUpdate(
+        theta0=torch.atan2(sin, cos),
+        turn=bounds.a_theta * turn.tanh(),
+        radius0=log_radius.exp(),
+        log_radius=log_radius + bounds.a_rho * stretch.tanh(),
+    )
 
 
 def bounded_update(
@@ -48,19 +67,11 @@ def bounded_update(
         literal: (I - QQ^T) before the tanh, as printed (METHOD D11).
     """
     width, rank = basis.shape
-    blocks = rank // 2
-    sin, cos, log_radius, v0 = state.detach().split((blocks, blocks, blocks, width), dim=1)
-    turn, stretch, move = deltas.split((blocks, blocks, width), dim=1)
+    polar, v0 = state.detach().split((3 * rank // 2, width), dim=1)
+    angles, move = deltas.split((rank, width), dim=1)
     if literal:
         move = move - move @ basis @ basis.T
-    return Update(
-        theta0=torch.atan2(sin, cos),
-        turn=bounds.a_theta * turn.tanh(),
-        radius0=log_radius.exp(),
-        log_radius=log_radius + bounds.a_rho * stretch.tanh(),
-        v0=v0,
-        move=bounds.a_v * move.tanh(),
-    )
+    return Update(**vars(polar_update(polar, angles, bounds)), v0=v0, move=bounds.a_v * move.tanh())
 
 
 def phase_consistency(

@@ -4,10 +4,10 @@ What happens at a step is a function of (seed, step), so that a run can be broke
 what one would see.
 """
 
+from aniso_ext.align.processes import average, generator_for, global_normal, global_uniform, world
 from aniso_ext.align.training.checkpoint import Checkpoint
 from aniso_ext.align.training.loop import Batches, Loss, Progress, TrainingRecord, train
 from aniso_ext.align.training.options import TrainingOptions
-from aniso_ext.align.training.processes import average, generator_for, global_normal, global_uniform, world
 from aniso_ext.align.training.records import TrainingLog
 from aniso_ext.align.training.rows import TRAINING_ROWS, RowSampler, TrainingRows, UnpairedRows
 

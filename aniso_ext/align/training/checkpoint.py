@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aniso_ext.align.training.processes import world
+from aniso_ext.align.processes import world
 from aniso_ext.errors import DataError
 
 FORMAT = "aniso_ext.training"

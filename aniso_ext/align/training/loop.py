@@ -13,14 +13,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from aniso_ext.align.processes import average, broadcast, check_batch_rows, generator_for
 from aniso_ext.align.training.checkpoint import Checkpoint
 from aniso_ext.align.training.options import TrainingOptions
-from aniso_ext.align.training.processes import average, broadcast, check_batch_rows, generator_for
 from aniso_ext.align.training.records import StageLog, TrainingLog
+from aniso_ext.align.training.steps import OptimiserStep, StepRunner, recorder_for
 from aniso_ext.errors import InputError, TrainingError
 
-GRADIENT_NORM = 1.0
-"""Gradients are scaled down to this norm, over all parameters."""
 FLUSH_EVERY = 20
 """Steps between looks at the losses on the host: each one waits for the device."""
 _STEP, _HELD_OUT = range(2)
@@ -96,7 +95,8 @@ def train(
     Args:
         module: on the device of the batches; only its parameters are trained and saved.
         loss: gives the mean over the batch's rows and named scalar parts to report; draws from the generator (on the
-            device of the module) and from nothing else.
+            device of the module) and from nothing else. On a GPU it is recorded as part of a CUDA graph after a few
+            steps: it must not wait for the device, and what it computes on the host it computes once.
         batches: what to draw from.
         options: schedule and optimiser.
         name: of the stage, in files and errors.
@@ -168,6 +168,17 @@ class TrainingRun:
         self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         self.checkpoint = None if checkpoint is None else Checkpoint(checkpoint, self._identity(identity))
         self._resume()
+        self.runner = StepRunner(self._step(), name, recorder_for(self.device))
+
+    def _step(self) -> OptimiserStep:
+        return OptimiserStep(
+            self.module,
+            self.loss,
+            list(self.parameters.values()),
+            list(self.average.values()),
+            self.optimizer,
+            autocast=self.options.autocast,
+        )
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [value for value in self.parameters.values() if value.dim() > 1]
@@ -198,6 +209,7 @@ class TrainingRun:
             self._flush()
             self.finished = True
             self._save()
+        self.runner.release()
         self._install(self.best)
         return TrainingRecord(self.name, self.step, self.best_step, self.stopped_early, self.before, self.after)
 
@@ -205,23 +217,8 @@ class TrainingRun:
         """One optimiser step."""
         options, step = self.options, self.step
         batch = self.batches.batch(step, options.batch_rows, options.seed)
-        generator = generator_for(self.device, options.seed, _STEP, step)
-        with self._autocast():
-            value, parts = self.loss(self.module, batch, generator)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        value.backward()
-        values = {"loss": value.detach().clone(), **{key: part.detach().clone() for key, part in parts.items()}}
-        gradients = [item.grad for item in self.parameters.values() if item.grad is not None]
-        average([*gradients, *values.values()])
-        nn.utils.clip_grad_norm_(self.parameters.values(), GRADIENT_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.rate(step)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self.parameters.values()), 1 - options.decay(step)
-            )
+        key = (options.seed, _STEP, step)
+        values = self.runner(batch, key, options.rate(step), 1 - options.decay(step))
         self.step += 1
         self._pending.append((self.step, values))
 
@@ -247,7 +244,7 @@ class TrainingRun:
         with torch.no_grad():
             for index, batch in enumerate(self.batches.held_out_batches(self.options.batch_rows)):
                 generator = generator_for(self.device, self.options.seed, _HELD_OUT, index)
-                with self._autocast():
+                with self.runner.body.autocast():
                     value, parts = self.held_out_loss(self.module, batch, generator)
                 count = len(batch[0] if isinstance(batch, (tuple, list)) else batch)
                 for key, part in {"loss": value, **parts}.items():
@@ -261,8 +258,12 @@ class TrainingRun:
 
     def _flush(self) -> None:
         """Bring the losses of the last steps to the host: check, write and report them."""
+        if not self._pending:
+            return
+        # one transfer for all of them
+        numbers_of = iter(torch.stack([value for _, values in self._pending for value in values.values()]).tolist())
         for step, values in self._pending:
-            numbers = self._finite({key: float(value) for key, value in values.items()}, step, "")
+            numbers = self._finite({key: next(numbers_of) for key in values}, step, "")
             self._write(step, "train", numbers)
             if self.progress is not None and step == self.step:
                 self.progress(step, self.options.steps, numbers)
@@ -282,11 +283,6 @@ class TrainingRun:
             self.log.write(step, split, values)
             if split != "train":
                 self.log.flush()
-
-    def _autocast(self) -> Any:
-        if self.options.autocast and self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return nullcontext()
 
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.detach().clone() for key, value in tensors.items()}
@@ -345,5 +341,7 @@ class TrainingRun:
         self._install(state["parameters"])
         self.average, self.best = state["average"], state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = False  # until this run has recorded its own step
         for name in ("step", "best_step", "waited", "finished", "stopped_early", "before", "after"):
             setattr(self, name, state[name])

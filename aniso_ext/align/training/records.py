@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aniso_ext.align.training.processes import world
+from aniso_ext.align.processes import world
 from aniso_ext.errors import InputError
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from aniso_ext.align.processes import check_batch_rows, share_of
 from aniso_ext.align.rows import Rows
-from aniso_ext.align.training.processes import check_batch_rows, share_of
 from aniso_ext.errors import InputError
 
 TRAINING_ROWS = 2**18
@@ -31,6 +31,8 @@ class RowSampler:
         most: rows to keep; all of them where there are no more.
         seed: of the draw.
         name: of the stream; streams of other names are sampled independently of it.
+        share: first and last + 1 of the rows that are taken here, where several samplers share the stream; the whole
+            stream if None.
         device: where the rows are kept; None for the CPU.
 
     Example:
@@ -43,16 +45,26 @@ class RowSampler:
     """
 
     def __init__(
-        self, count: int, most: int, *, seed: int, name: str, device: torch.device | str | None = None
+        self,
+        count: int,
+        most: int,
+        *,
+        seed: int,
+        name: str,
+        share: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if isinstance(most, bool) or most < 1:
             raise InputError(f"training_rows must be at least 1, got {most!r}")
-        self._name, self._count, self._seen = name, count, 0
+        self._name = name
+        self._first, self._last = share or (0, count)
+        self._seen = self._first
         self._device = torch.device("cpu" if device is None else device)
         if count <= most:
-            self._wanted = np.arange(count)
+            self._wanted = np.arange(self._first, self._last)
         else:
-            self._wanted = np.sort(_random(seed, _SAMPLE, name).choice(count, most, replace=False, shuffle=False))
+            wanted = np.sort(_random(seed, _SAMPLE, name).choice(count, most, replace=False, shuffle=False))
+            self._wanted = wanted[slice(*np.searchsorted(wanted, (self._first, self._last)))]
         self._rows: torch.Tensor | None = None
 
     def take(self, batch: torch.Tensor) -> None:
@@ -67,9 +79,10 @@ class RowSampler:
         self._seen += len(batch)
 
     def rows(self) -> torch.Tensor:
-        """The sample [min(count, most), D], once the stream has ended."""
-        if self._seen != self._count or self._rows is None:
-            raise InputError(f"{self._name} gave {self._seen} rows where {self._count} were announced")
+        """The sample [min(count, most), D], or this share of it, once the stream has ended."""
+        if self._seen != self._last or self._rows is None:
+            given, announced = self._seen - self._first, self._last - self._first
+            raise InputError(f"{self._name} gave {given} rows where {announced} were announced")
         return self._rows
 
 
@@ -104,11 +117,11 @@ class TrainingRows:
         Raises:
             InputError: fewer than two rows.
         """
-        sampler = RowSampler(rows.count, most, seed=seed, name=rows.name, device=device)
+        sampler = RowSampler(rows.count, most, seed=seed, name=rows.name, share=rows.share, device=device)
         for batch in rows.batches():
             sampler.take(batch)
         return cls.split(
-            sampler.rows() if rows.count else torch.empty(0, rows.width),
+            rows.gathered(sampler.rows()) if rows.count else torch.empty(0, rows.width),
             name=rows.name,
             fingerprint=f"{rows.fingerprint()}:{most}",
             seed=seed,

@@ -1,8 +1,10 @@
-"""What the processes of ``torchrun`` share: their number, averaged gradients, draws for the global batch."""
+"""What the processes of ``torchrun`` share: statistics, averaged gradients, draws for the global batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +56,36 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
     _scatter(flat, tensors)
 
 
+def gather(own: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes in order of rank; their first dimensions may differ, the rest may not."""
+    processes = world()[1]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    # As bytes, because not every backend knows every dtype.
+    flat = own.contiguous().view(-1).view(torch.uint8).to(device)
+    size = torch.tensor([flat.numel()], device=device)
+    sizes = [torch.empty_like(size) for _ in range(processes)]
+    dist.all_gather(sizes, size)
+    longest = max(int(found) for found in sizes)
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(processes)]
+    dist.all_gather(parts, torch.nn.functional.pad(flat, (0, longest - flat.numel())))
+    rest = own.shape[1:]
+    return [
+        part[: int(found)].to(own.device).view(own.dtype).view(-1, *rest)
+        for part, found in zip(parts, sizes, strict=True)
+    ]
+
+
+def gather_states(state: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+    """The saved states (integers and arrays) of all processes in order of rank."""
+    file = io.BytesIO()
+    np.savez(file, **state)
+    states = []
+    for part in gather(torch.frombuffer(file.getbuffer(), dtype=torch.uint8)):
+        with np.load(io.BytesIO(part.numpy().tobytes()), allow_pickle=False) as arrays:
+            states.append(dict(arrays))
+    return states
+
+
 def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     with torch.no_grad():
         pieces = flat.split([tensor.numel() for tensor in tensors])
@@ -63,8 +95,12 @@ def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
 
 def generator_for(device: torch.device, *key: int) -> torch.Generator:
     """A generator that is a function of the key alone, the same on every process."""
-    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+    return torch.Generator(device).manual_seed(seed_for(*key))
+
+
+def seed_for(*key: int) -> int:
+    """The seed of that generator."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def global_normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

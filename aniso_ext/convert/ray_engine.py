@@ -1,0 +1,243 @@
+"""A conversion by the workers of a Ray cluster.
+
+A task is one worker of the conversion, with a share of the shards: it takes the same locks, writes the same records and
+merges into the same manifest as a process that was started by hand, so that the bytes are the same. A task gets paths
+and plain options, never rows or an aligner, hence the folders must be visible to every node. Ray starts the task of a
+process that died again, and it resumes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from aniso_ext.convert.conversion import Machine, check_choice, prepare
+from aniso_ext.convert.manifest import Manifest
+from aniso_ext.convert.pipeline import ON_EXISTING, Progress, convert_embeddings
+from aniso_ext.convert.report import ConversionReport
+from aniso_ext.convert.workers import shares
+from aniso_ext.errors import AnisoError, BackendUnavailableError, StoppedError, WorkerError
+
+if TYPE_CHECKING:
+    from aniso_ext.align import Aligner
+
+TASKS_PER_PLACE = 4
+"""Tasks for each place where one can run: enough that the slowest is a small part of the whole."""
+RETRIES = 5
+"""How often a task whose process died is started again."""
+_DEFAULTS = {
+    "batch_rows": None,
+    "calibration": "fitted",
+    "on_bad": "fail",
+    "dtype": None,
+    "format": None,
+    "kind": None,
+    "column": None,
+}
+_MACHINE = ("memory", "device", "threads")
+POLL_SECONDS = 0.5
+"""How often a run looks whether it is to stop."""
+
+
+def convert_on_ray(
+    aligner: str | os.PathLike[str],
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    on_existing: str = "resume",
+    cpus: int = 1,
+    stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ConversionReport:
+    """:func:`aniso_ext.convert.convert_embeddings` by tasks of Ray; the output is the same, to the byte.
+
+    The cluster is that of ``RAY_ADDRESS``; without it one is started on this machine and stopped at the end.
+
+    Args:
+        aligner: folder of a saved aligner.
+        input, output: paths, as for ``convert_embeddings``; every node must see them at the same place.
+        on_existing: as there; done before the first task.
+        cpus: cores of a task; with a CUDA ``device`` it takes a GPU as well.
+        stop: asked twice a second; once it says True, tasks are cancelled and the run ends with :class:`StoppedError`.
+        progress: called with (rows of finished tasks, rows in all); a corpus calibration counts its passes too.
+        options: what else ``convert_embeddings`` may be told about rows, files and the machine.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed, cannot start or be reached, or has no place for a task.
+        WorkerError: the process of a task died again and again.
+        InputError, DataError, ArtefactError, StoppedError: as ``convert_embeddings``.
+    """
+    started = time.perf_counter()
+    check_choice("on_existing", on_existing, ON_EXISTING)
+    places = (_absolute(input), _absolute(output))
+    model = _load(_absolute(aligner))
+    machine = Machine(*(options.get(name) for name in _MACHINE))
+    kept = {name: value for name, value in options.items() if name not in _MACHINE}
+    conversion = prepare(model, *places, machine=machine, **{**_DEFAULTS, **kept})
+    with Manifest(conversion.plan, conversion.header(), on_existing) as manifest:
+        finished = manifest.finished()
+    rows = conversion.shard_rows()
+    if len(finished) < len(rows):
+        passes = 1 + (model.corpus_passes if conversion.calibration == "corpus" else 0)
+        gpus = int(machine.device is not None and machine.device.startswith("cuda"))
+        with _Cluster(cpus, gpus) as cluster:
+            world = min(len(rows), TASKS_PER_PLACE * cluster.places())
+            job = _Job(_absolute(aligner), *places, options, world, model.fingerprint())
+            loads = [sum(rows[index] for index in share) for share in shares(rows, world)]
+            _run_tasks(cluster, job, loads, passes, stop or _never, progress)
+    # Nothing is left to do: this reads what the tasks have recorded.
+    report = convert_embeddings(model, *places, **options)
+    return replace(report, resumed_shards=len(finished), seconds=time.perf_counter() - started)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """The same place for a process with another working folder; URLs stay as they are."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _never() -> bool:
+    return False
+
+
+@functools.lru_cache(maxsize=1)
+def _load(aligner: str) -> Aligner:
+    """The aligner, kept by the process from task to task."""
+    from aniso_ext.align import load_aligner
+
+    return load_aligner(aligner)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a task is told beside its rank."""
+
+    aligner: str
+    input: str
+    output: str
+    options: dict[str, Any]
+    world: int
+    fingerprint: str
+
+
+def _convert_share(job: _Job, rank: int) -> int:
+    """What one task does; how many shards the corpus calibration still waits for."""
+    if _load(job.aligner).fingerprint() != job.fingerprint:
+        _load.cache_clear()
+    model = _load(job.aligner)
+    report = convert_embeddings(model, job.input, job.output, worker=(rank, job.world), **job.options)
+    return report.missing_sums
+
+
+def _run_tasks(
+    cluster: _Cluster,
+    job: _Job,
+    loads: list[int],
+    passes: int,
+    stop: Callable[[], bool],
+    progress: Progress | None,
+) -> None:
+    """Rounds of tasks: with a corpus calibration a round ends where sums of others are needed, one pass further."""
+    left = list(range(job.world))
+    reached = [0] * job.world
+    for number in range(passes):
+        tasks = {cluster.submit(_convert_share, job, rank): rank for rank in left}
+        left = []
+        for task, missing in cluster.results(list(tasks), stop):
+            rank = tasks[task]
+            reached[rank] = number + 1 if missing else passes
+            if missing:
+                left.append(rank)
+            if progress is not None:
+                progress(sum(map(operator.mul, loads, reached)), passes * sum(loads))
+        left.sort()
+
+
+class _Cluster:
+    """A connection to Ray, for as long as it is entered; ``cpus`` and ``gpus`` are what one task takes."""
+
+    def __init__(self, cpus: int, gpus: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise BackendUnavailableError(
+                "the engine 'ray' needs Ray, which is not installed: pip install 'aniso_ext[ray]'"
+            ) from None
+        self._ray = ray
+        self._needs = {"CPU": cpus, "GPU": gpus}
+        self._ours = not ray.is_initialized()
+
+    def __enter__(self) -> _Cluster:
+        if self._ours:
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+            try:
+                self._ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+            except Exception as error:
+                where = "start on this machine" if address == "local" else f"be reached at RAY_ADDRESS {address!r}"
+                raise BackendUnavailableError(f"Ray cannot {where}: {error}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+    def places(self) -> int:
+        """How many tasks can run at the same time.
+
+        Raises:
+            BackendUnavailableError: not one.
+        """
+        there = self._ray.cluster_resources()
+        for name, needed in self._needs.items():
+            if needed > there.get(name, 0):
+                reason = f"a task needs {needed} {name}s, Ray has {there.get(name, 0):g} {name}s"
+                raise BackendUnavailableError(f"{reason}: ask for less, or add nodes")
+        return min(int(there[name] // needed) for name, needed in self._needs.items() if needed)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Start a task; another process takes it over if its own dies."""
+        needs: dict[str, Any] = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"]}
+        return self._ray.remote(max_retries=RETRIES, **needs)(function).remote(*arguments)
+
+    def results(self, tasks: list[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, Any]]:
+        """(task, result) as the tasks end; all are cancelled where one fails or ``stop`` says so."""
+        waiting = tasks
+        try:
+            while waiting:
+                ready, waiting = self._ray.wait(waiting, timeout=POLL_SECONDS)
+                for task in ready:
+                    yield task, self._result(task)
+                if waiting and stop():
+                    raise StoppedError("stopped: run the same command again to go on")
+        except BaseException:
+            self._cancel(waiting)
+            raise
+
+    def _result(self, task: Any) -> Any:
+        try:
+            return self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, (AnisoError, OSError)) else error) from None
+        except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise WorkerError(
+                f"a process of Ray died {RETRIES + 1} times at the same shards ({reason}): look at its memory, then "
+                "run the same command again to go on"
+            ) from None
+
+    def _cancel(self, tasks: list[Any]) -> None:
+        """Interrupt tasks, which discard the shard in hand, and wait until they have ended."""
+        for task in tasks:
+            self._ray.cancel(task)
+        if tasks:
+            self._ray.wait(tasks, num_returns=len(tasks), timeout=60)
