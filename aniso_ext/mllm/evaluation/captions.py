@@ -32,9 +32,9 @@ def words(text: str) -> list[str]:
 def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
     """CIDEr-D of each candidate [N]; the score of a corpus is the mean.
 
-    For n = 1 to 4 the candidate's n-grams, weighted by tf-idf and clipped at those of a reference, are compared with the
-    reference by cosine, times exp(-(difference of lengths)^2 / 72); then 10 times the mean over references and n. An
-    n-gram's idf comes from the references of this corpus, so that scores of different corpora do not compare.
+    For n = 1 to 4 the candidate's n-grams, weighted by tf-idf and clipped at those of a reference, are compared with
+    the reference by cosine, times exp(-(difference of lengths)^2 / 72); then 10 times the mean over references and n.
+    An n-gram's idf comes from the references of this corpus, so that scores of different corpora do not compare.
 
     Args:
         candidates: words of one caption for each image.
@@ -129,8 +129,9 @@ class _Weighted:
 
 def _similarity(found: _Weighted, wanted: _Weighted) -> float:
     total = 0.0
-    for ours, theirs, norms in zip(found.weights, wanted.weights, zip(found.norms, wanted.norms, strict=True), strict=True):
-        if all(norms):
-            common = (min(value, theirs[gram]) * theirs[gram] for gram, value in ours.items() if gram in theirs)
-            total += sum(common) / (norms[0] * norms[1])
+    for n in range(_LONGEST):
+        theirs, norm = wanted.weights[n], found.norms[n] * wanted.norms[n]
+        if norm:
+            ours = found.weights[n].items()
+            total += sum(min(value, theirs[gram]) * theirs[gram] for gram, value in ours if gram in theirs) / norm
     return total / _LONGEST * math.exp(-((found.length - wanted.length) ** 2) / (2 * _SIGMA**2))
