@@ -78,7 +78,8 @@ def train(
     Args:
         model: trained in place; with ``options.fsdp`` take the result from ``output``.
         tokenizer: that the model was made with.
-        conversations: what :func:`~aniso_ext.mllm.data.read_conversations` takes.
+        conversations: what :func:`~aniso_ext.mllm.data.read_conversations` takes, or samples of
+            :func:`~aniso_ext.mllm.data.prepare_samples`.
         embeddings: source embeddings, what :func:`aniso_ext.data.open_embeddings` takes.
         index: what :func:`~aniso_ext.mllm.open_index` takes; None looks for metadata beside the embeddings.
         options: schedule and form of the training.
@@ -173,15 +174,18 @@ def _shared_samples(
     if state.is_main_process:
         if not resume and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} is not empty: name a new folder, or resume the run in it")
-        samples = prepare_samples(
-            read_conversations(conversations),
-            tokenizer,
-            index,
-            image_token_id=model.config.image_token_id,
-            visual_tokens=model.config.visual_tokens,
-            max_length=options.max_length,
-            on_long=options.on_long,
-        )
+        if isinstance(conversations, Samples):
+            samples = conversations
+        else:
+            samples = prepare_samples(
+                read_conversations(conversations),
+                tokenizer,
+                index,
+                image_token_id=model.config.image_token_id,
+                visual_tokens=model.config.visual_tokens,
+                max_length=options.max_length,
+                on_long=options.on_long,
+            )
         samples.save(place)
         lost = {"truncated": samples.truncated, "skipped": samples.skipped}
     state.wait_for_everyone()

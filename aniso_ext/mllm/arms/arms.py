@@ -1,0 +1,76 @@
+"""The arms of a comparison, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aniso_ext.errors import InputError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a model is trained on.
+
+    Attributes:
+        name: in tables and on the command line.
+        rows: ``source`` embeddings, ``target`` ones (the bound), or ``nothing``: one and the same row for all.
+        method: aligner that makes stand-ins of the source, by name; None for none.
+        options: of the aligner.
+        noise_std: Gaussian noise in each coordinate, renormalised.
+        train_refiner: the language model's loss tunes the refiner.
+        tuned: name under which the best of several arms, by their validation scores, is reported.
+    """
+
+    name: str
+    rows: str = "source"
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    noise_std: float = 0.0
+    train_refiner: bool = False
+    tuned: str | None = None
+
+    @property
+    def aligner(self) -> str | None:
+        """Key of the fitted aligner; arms with the same one share it."""
+        if self.method is None:
+            return None
+        return "-".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+
+
+_NOISE = (0.01, 0.02, 0.04, 0.08)
+"""In 512 dimensions these have lengths from 0.2 to 1.8, around the residual of real encoders."""
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("blind", rows="nothing"),
+        Arm("identity"),
+        *(Arm(f"noise-{sigma}", noise_std=sigma, tuned="noise") for sigma in _NOISE),
+        Arm("mean_shift", method="mean_shift"),
+        Arm("c3_code", method="c3_code"),
+        Arm("c3_paper", method="c3_paper"),
+        Arm("realign", method="realign"),
+        Arm("initialisation", method="anisoalign", options={"refine": False}),
+        Arm("anisoalign", method="anisoalign"),
+        Arm("anisoalign-tuned", method="anisoalign", train_refiner=True),
+        Arm("images", rows="target"),
+    )
+}
+"""By name, from the floor to the bound."""
+
+
+def choose_arms(names: Iterable[str] | None) -> list[Arm]:
+    """Arms by name, in the order of :data:`ARMS`; ``noise`` is all of its levels. None is every arm.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if names is None:
+        return list(ARMS.values())
+    wanted = set(names)
+    known = {*ARMS, *(arm.tuned for arm in ARMS.values() if arm.tuned)}
+    if unknown := sorted(wanted - known):
+        raise InputError(f"unknown arm {unknown[0]!r}: choose of {', '.join(sorted(known))}")
+    return [arm for arm in ARMS.values() if arm.name in wanted or arm.tuned in wanted]

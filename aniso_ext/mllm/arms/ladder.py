@@ -1,0 +1,266 @@
+"""Run arms: fit the aligners once, train a model for each arm and seed, judge it on real target embeddings."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aniso_ext.data import open_embeddings
+from aniso_ext.mllm.arms.arms import Arm
+from aniso_ext.mllm.arms.table import RESULT, Ladder, read_ladder
+from aniso_ext.mllm.options import TrainOptions
+
+if TYPE_CHECKING:
+    from aniso_ext.mllm.data.samples import Samples
+    from aniso_ext.mllm.library import transformers
+    from aniso_ext.mllm.model import AnisoMLLMForCausalLM
+
+ALIGNERS, TOKENIZER, SAMPLES = "aligners", "tokenizer", "samples"
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LadderData:
+    """Files of a comparison. Source and target are rows of the same things, which only the bound makes use of.
+
+    Attributes:
+        source, target: embeddings of the training split, row i of both of the same thing.
+        ids: file with the ids of those rows, see :func:`aniso_ext.mllm.open_index`.
+        conversations: what the model is trained on, see :func:`aniso_ext.mllm.data.read_conversations`.
+        test, test_ids, questions: target embeddings of other things, their ids, and what is asked of them.
+        validation_questions: the same of the training split, kept from ``conversations``; they choose among arms that
+            are reported as one. Their ids are in ``ids``, their embeddings in ``target``.
+    """
+
+    source: str
+    target: str
+    ids: str
+    conversations: str
+    test: str
+    test_ids: str
+    questions: str
+    validation_questions: str | None = None
+
+
+@dataclass(frozen=True)
+class LadderModel:
+    """The language model of a comparison: of random weights, with a tokenizer made for it.
+
+    Attributes:
+        family, size: of :func:`aniso_ext.mllm.small_language_model`.
+        vocab_size: of the tokenizer, at most.
+    """
+
+    family: str = "llama"
+    size: str = "10m"
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One arm and seed; everything it needs is on disk, so that another process can run it."""
+
+    arm: Arm
+    seed: int
+    data: LadderData
+    model: LadderModel
+    options: TrainOptions
+    folder: str
+    max_new_tokens: int
+    batch_size: int
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder) / self.arm.name / f"seed-{self.seed}"
+
+
+def run_ladder(
+    data: LadderData,
+    arms: Sequence[Arm],
+    *,
+    output: str | os.PathLike[str],
+    model: LadderModel | None = None,
+    options: TrainOptions | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
+    max_new_tokens: int = 24,
+    batch_size: int = 256,
+    fit_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Ladder:
+    """Train and judge every arm with every seed: same samples, order, budget and start for all.
+
+    Runs that have a result in ``output`` are taken over. Each of the others leaves ``ARM/seed-S/result.json`` with its
+    scores, ``predictions.jsonl`` and the losses of its training; weights are not kept.
+
+    Args:
+        data: the files.
+        arms: see :data:`~aniso_ext.mllm.arms.ARMS`.
+        output: folder of all that is shared or kept.
+        model, options: of every run; the seed is that of the run.
+        seeds: of weights, order and noise.
+        jobs: runs at a time, in processes of their own.
+        max_new_tokens, batch_size: of the evaluation.
+        fit_options: of every fit that knows them, e.g. {"device": "cuda"}.
+        progress: called with (runs done, runs, name) after each run.
+
+    Returns:
+        The results, with :meth:`Ladder.table` and so on.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, options = model or LadderModel(), options or TrainOptions(stages=("full",), learning_rate=1e-3)
+    runs = [
+        _Job(arm, seed, data, model, options, str(folder), max_new_tokens, batch_size)
+        for seed in seeds
+        for arm in arms
+    ]
+    missing = [job for job in runs if not (job.place / RESULT).is_file()]
+    for job in missing:
+        _prepare(job)
+        _fit(job, fit_options or {})
+    done = len(runs) - len(missing)
+    for job in _finished(missing, jobs):
+        done += 1
+        if progress is not None:
+            progress(done, len(runs), f"{job.arm.name}, seed {job.seed}")
+    return read_ladder(folder, [arm.name for arm in arms])
+
+
+def _finished(runs: Sequence[_Job], jobs: int) -> Any:
+    if jobs == 1:
+        for job in runs:
+            _run(job)
+            yield job
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started: dict[Future[None], _Job] = {pool.submit(_run, job): job for job in runs}
+        for future in as_completed(started):
+            future.result()
+            yield started[future]
+
+
+def _prepare(job: _Job) -> None:
+    """Tokenizer and samples, which all runs share."""
+    from aniso_ext.mllm.data import open_index, prepare_samples, read_conversations
+    from aniso_ext.mllm.small import small_tokenizer
+
+    folder = Path(job.folder)
+    if not (folder / TOKENIZER).is_dir():
+        texts = (turn["content"] for each in read_conversations(job.data.conversations) for turn in each.messages)
+        small_tokenizer(texts, job.model.vocab_size).save_pretrained(folder / TOKENIZER)
+    if not (folder / SAMPLES).is_dir():
+        tokenizer = _tokenizer(job)
+        samples = prepare_samples(
+            read_conversations(job.data.conversations),
+            tokenizer,
+            open_index(job.data.ids),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            max_length=job.options.max_length,
+            on_long=job.options.on_long,
+        )
+        samples.save(folder / SAMPLES)
+
+
+def _fit(job: _Job, options: dict[str, Any]) -> None:
+    """The aligner of an arm, on rows of both sides shuffled apart."""
+    from aniso_ext.align import make_aligner
+
+    key = job.arm.aligner
+    if key is None or _aligner(job).is_dir():
+        return
+    random = np.random.default_rng(0)
+    sides = (open_embeddings(path).numpy() for path in (job.data.source, job.data.target))
+    source, target = (rows[random.permutation(len(rows))] for rows in sides)
+    assert job.arm.method is not None
+    aligner = make_aligner(job.arm.method, **job.arm.options)
+    aligner.set_params(**{name: value for name, value in options.items() if name in aligner.parameter_names()})
+    aligner.fit(source, target).save_pretrained(_aligner(job))
+
+
+def _run(job: _Job) -> None:
+    from aniso_ext.mllm.data.samples import Samples
+    from aniso_ext.mllm.evaluation import evaluate
+    from aniso_ext.mllm.training import train
+
+    tokenizer = _tokenizer(job)
+    model = _model(job, tokenizer)
+    rows = _rows(job, job.data.target if job.arm.rows == "target" else job.data.source)
+    samples: Samples = Samples.load(Path(job.folder) / SAMPLES)
+    shutil.rmtree(job.place, ignore_errors=True)
+    training = job.place / "training"
+    options = replace(job.options, seed=job.seed, train_refiner=job.arm.train_refiner)
+    report = train(model, tokenizer, samples, rows, index=job.data.ids, options=options, output=training)
+    found: dict[str, Any] = {"arm": job.arm.name, "tuned": job.arm.tuned, "seed": job.seed, "train": asdict(report)}
+    judged = {"scores": (job.data.test, job.data.test_ids, job.data.questions, job.place)}
+    if job.data.validation_questions is not None:
+        judged["validation"] = (job.data.target, job.data.ids, job.data.validation_questions, None)  # type: ignore[assignment]
+    for name, (embeddings, ids, questions, output) in judged.items():
+        result = evaluate(
+            model,
+            tokenizer,
+            _rows(job, embeddings),
+            questions,
+            index=ids,
+            output=output,
+            batch_size=job.batch_size,
+            max_new_tokens=job.max_new_tokens,
+        )
+        found[name] = result.to_dict()["scores"]
+    shutil.move(training / "log", job.place / "log")
+    shutil.rmtree(training)
+    place = job.place / RESULT
+    temporary = place.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, place)
+
+
+def _model(job: _Job, tokenizer: transformers.PreTrainedTokenizerBase) -> AnisoMLLMForCausalLM:
+    import torch
+
+    from aniso_ext.mllm.correction import Correction
+    from aniso_ext.mllm.model import AnisoMLLMForCausalLM
+    from aniso_ext.mllm.small import small_language_model
+
+    torch.manual_seed(job.seed)
+    language = small_language_model(
+        job.model.family, vocab_size=len(tokenizer), size=job.model.size, seed=job.seed
+    )
+    width = open_embeddings(job.data.test).width
+    model = AnisoMLLMForCausalLM.from_language_model(language, tokenizer, embedding_width=width)
+    arm = job.arm
+    if arm.method is not None:
+        model.set_correction(
+            Correction.from_aligner(_aligner(job), noise_std=arm.noise_std, trainable=arm.train_refiner)
+        )
+    elif arm.noise_std:
+        model.set_correction(Correction.noise(arm.noise_std))
+    return model
+
+
+def _rows(job: _Job, embeddings: str) -> Any:
+    """The embeddings; of the blind arm as many rows of ones, which say nothing."""
+    found = open_embeddings(embeddings)
+    if job.arm.rows != "nothing":
+        return found
+    return np.broadcast_to(np.float32(found.width**-0.5), (len(found), found.width))
+
+
+def _tokenizer(job: _Job) -> transformers.PreTrainedTokenizerBase:
+    from aniso_ext.mllm.library import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(Path(job.folder) / TOKENIZER)
+
+
+def _aligner(job: _Job) -> Path:
+    return Path(job.folder) / ALIGNERS / str(job.arm.aligner)
+
