@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aniso_ext.cli import bench, convert, demo, diagnose, doctor, embed, fit, import_pickle
+from aniso_ext.cli import bench, convert, demo, diagnose, doctor, embed, evaluate, fit, import_pickle, ladder, train
 
 app = typer.Typer(
     name="aniso",
@@ -50,10 +50,13 @@ for function, summary in (
     (convert.convert, "Turn source embeddings into stand-ins, file by file."),
     (diagnose.diagnose, "Measure a gap, and how well stand-ins close it."),
     (import_pickle.import_pickle, "Turn pickled records into an embedding set, without running them."),
+    (train.train, "Train a multimodal language model on texts and stand-ins."),
+    (ladder.ladder, "Compare methods by the models that they train."),
     (demo.demo, "Run all of it on simulated or own pairs; one table."),
     (doctor.doctor, "Show versions, build, backends and what is missing."),
 ):
     app.command(short_help=summary)(function)
+app.command("eval", short_help="Judge a trained model on real target embeddings.")(evaluate.evaluate)
 app.add_typer(bench.app, name="bench", short_help="Time the kernels against stock PyTorch and the machine.")
 
 

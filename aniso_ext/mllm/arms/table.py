@@ -71,8 +71,10 @@ class Ladder:
         rivals = [arm for arm in self.scores if arm not in (BOUND, "blind", FLOOR)]
         if BOUND not in self.scores or FLOOR not in self.scores or not rivals:
             return "identity, images and another arm are needed for a verdict"
+        if self.recovered(BOUND, name) is None:
+            return f"{name}: identity is as good as images, so that nothing is left to recover"
         ranked = sorted(rivals, key=lambda arm: -self.mean(arm, name))
-        shares = ", ".join(f"{arm} {self.recovered(arm, name) or 0:.0%}" for arm in ranked)
+        shares = ", ".join(f"{arm} {self.recovered(arm, name):.0%}" for arm in ranked)
         return f"{name}: of the distance from identity to images, {shares}"
 
     def write_csv(self, path: Path) -> None:

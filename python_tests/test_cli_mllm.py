@@ -1,0 +1,102 @@
+"""`aniso train`, `aniso eval` and `aniso ladder` from files to files, on tiny language models."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import aniso_ext as aniso
+from aniso_ext.cli.main import app
+
+WIDTH = 8
+COLOURS = ("red", "blue", "green", "black")
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts and images of four colours, one step apart; the last 16 pairs are for the test."""
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    centres = 3 * np.eye(4, WIDTH)
+    rows = centres[np.arange(64) % 4] + 0.1 * random.standard_normal((64, WIDTH))
+    for name, part, step in (("text", rows[:48], 0.0), ("image", rows[:48], 0.5), ("test", rows[48:], 0.5)):
+        moved = part + step
+        np.save(folder / f"{name}.npy", (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32))
+    lines(folder / "ids.jsonl", [{"id": str(row)} for row in range(48)])
+    lines(folder / "test_ids.jsonl", [{"id": str(row)} for row in range(48, 64)])
+    lines(folder / "train.jsonl", [{"id": str(row), "caption": COLOURS[row % 4]} for row in range(48)])
+    asked = {"kind": "attribute", "attribute": "colour", "question": "Describe the image."}
+    for name, ids in (("questions", range(48, 64)), ("validation", range(8))):
+        lines(
+            folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids]
+        )
+    source, target = np.load(folder / "text.npy"), np.load(folder / "image.npy")
+    aniso.make_aligner("mean_shift").fit(source, target).save_pretrained(folder / "aligner")
+    return folder
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_train_and_eval(world: Path, tmp_path: Path) -> None:
+    files: tuple[object, ...] = ("--embeddings", world / "text.npy", "--index", world / "ids.jsonl")
+    files += ("--conversations", world / "train.jsonl")
+    small = ("--model", "small:llama:tiny", "--device", "cpu", "--batch", 16, "--projector-rate", 5e-3, "--rate", 5e-3)
+    trained = run(
+        "train", *small, *files, "--aligner", world / "aligner", "--epochs", 30, "--out", tmp_path / "run", "--json"
+    )
+    report = json.loads(trained.stdout)
+    assert [stage["steps"] for stage in report["stages"]] == [90, 90] and report["aligner_fingerprint"]
+    judged = run(
+        "eval", "--run", tmp_path / "run", "--embeddings", world / "test.npy", "--index", world / "test_ids.jsonl",
+        "--questions", world / "questions.jsonl", "--out", tmp_path / "results", "--device", "cpu",
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "results" / "scores.json").read_text())["scores"]
+    # four colours in clusters far apart, whose one step the aligner takes back: chance is a quarter
+    assert scores["attribute:colour"]["value"] > 0.8
+    assert len((tmp_path / "results" / "predictions.jsonl").read_text().splitlines()) == 16
+    assert "attribute:colour" in judged.stdout
+    other = ("--embeddings", world / "test.npy", "--questions", "x", "--out", tmp_path / "none")
+    error = run("eval", "--run", world, *other, code=1).stderr
+    assert error.count("\n") == 1 and "holds no trained model" in error
+    error = run("train", *small, *files, "--aligner", world / "no", "--out", tmp_path / "other", code=1).stderr
+    assert error.count("\n") == 1 and str(world / "no") in error
+
+
+def test_ladder(world: Path, tmp_path: Path) -> None:
+    options = (
+        "ladder", "--source", world / "text.npy", "--target", world / "image.npy", "--ids", world / "ids.jsonl",
+        "--conversations", world / "train.jsonl", "--test", world / "test.npy", "--test-ids", world / "test_ids.jsonl",
+        "--questions", world / "questions.jsonl", "--validation-questions", world / "validation.jsonl",
+        "--size", "tiny", "--steps", 120, "--batch", 16, "--rate", 5e-3, "--device", "cpu", "--seeds", 1,
+        "--out", tmp_path, "--json",
+    )  # fmt: skip
+    arms = [part for name in ("blind", "identity", "noise", "mean_shift", "images") for part in ("--arm", name)]
+    found = json.loads(run(*options, *arms).stdout)
+    assert list(found["scores"]) == ["blind", "identity", "noise", "mean_shift", "images"]
+    score = {arm: scores["attribute"][0] for arm, scores in found["scores"].items()}
+    assert score["blind"] <= 0.5 < score["images"] and found["chosen"]["noise"].startswith("noise-0.0")
+    table = (tmp_path / "ladder.md").read_text()
+    assert table.count("\n| ") == 5 and "attribute: " in table
+    with (tmp_path / "ladder.csv").open() as file:
+        values = {(row["arm"], row["score"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert values["images", "attribute"] == pytest.approx(score["images"])
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    before = (tmp_path / "images" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert json.loads(run(*options, *arms).stdout)["scores"] == found["scores"]
+    assert (tmp_path / "images" / "seed-0" / "result.json").stat().st_mtime_ns == before, "finished runs are taken over"
+    assert "unknown arm 'best'" in run(*options, "--arm", "best", code=1).stderr
