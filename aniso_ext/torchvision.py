@@ -15,7 +15,7 @@ def prepare_torchvision() -> None:
     """Make an installed torchvision importable; nothing happens where it is, or where there is none.
 
     A torchvision built for CUDA does not find its operators beside a torch without it, and its import fails at the
-    first of them; transformers and open_clip import it. Their Python parts need no operator, so a declaration is enough.
+    first of them; transformers and open_clip import it. Its Python parts need no operator: a declaration is enough.
     """
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from aniso_ext.errors import InputError
-from aniso_ext.ops import Frame, correct, decode, encode
+from aniso_ext.ops import Frame, decode, encode
 
 if TYPE_CHECKING:
     from aniso_ext.align import Aligner, AnisoAlign
@@ -79,17 +80,22 @@ class Correction(nn.Module):
         return cls(noise_std=sigma)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Stand-ins [n, D] of source embeddings [n, D], float32 or float64."""
+        """Stand-ins [n, D] of source embeddings [n, D], float32 or float64, whatever autocast is on."""
         rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-        if self.refined is not None:
-            rows = self.refined(rows)
-        elif self.aligner is not None:
-            with torch.no_grad():
-                rows = self.aligner.transform_batch(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            if self.refined is not None:
+                rows = self.refined(rows)
+            elif self.aligner is not None:
+                with torch.no_grad():
+                    rows = self.aligner.transform_batch(rows)
         if self.noise_std:
             noisy = rows + self.noise_std * torch.randn_like(rows)
             rows = noisy / noisy.norm(dim=-1, keepdim=True)
         return rows
+
+    def fresh(self) -> Correction:
+        """The same correction with the parameters of the fit, apart from this one."""
+        return Correction(self.aligner, noise_std=self.noise_std, trainable=self.refined is not None)
 
     def tuned_aligner(self) -> Aligner | None:
         """The aligner with the refiner as it is now; the aligner itself where nothing is trained."""
@@ -110,13 +116,12 @@ class RefinedCorrection(nn.Module):
         self.frame: Frame = aligner.frame_
         self.backend = aligner.backend
         self._fitted = aligner
-        self.refiner = copy_of_refiner(aligner).requires_grad_(True).train()
+        self.refiner = copy.deepcopy(aligner.refiner_).requires_grad_(True).train()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Unit rows [n, D] of rows [n, D]; differentiable in the rows and in the refiner's parameters."""
         state = encode(rows, self.frame, backend=self.backend)
-        with torch.autocast(rows.device.type, enabled=False):
-            deltas = self.refiner(state.to(self.refiner.first.weight.dtype)).to(state.dtype)
+        deltas = self.refiner(state.to(self.refiner.first.weight.dtype)).to(state.dtype)
         bounds = self.refiner.bounds
         return decode(
             state,
@@ -131,20 +136,9 @@ class RefinedCorrection(nn.Module):
 
     def aligner(self) -> AnisoAlign:
         """The aligner with these parameters. Its calibration is that of the fit."""
-        import copy
-
         twin = copy.copy(self._fitted)
-        twin._install({**self._fitted._arrays(), **self.refiner.float().tensors()}, self._fitted.width)
+        twin._install({**self._fitted._arrays(), **copy.deepcopy(self.refiner).float().tensors()}, self._fitted.width)
         return twin
-
-
-def copy_of_refiner(aligner: AnisoAlign) -> Any:
-    """A refiner with the parameters of the aligner's, on the CPU."""
-    from aniso_ext.align.refiner import Refiner
-
-    frame, refiner = aligner.frame_, aligner.refiner_
-    assert refiner is not None
-    return Refiner.from_tensors(refiner.tensors(), blocks=frame.blocks, width=frame.width)
 
 
 def _with_refiner(aligner: Aligner | None) -> AnisoAlign:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = (r"^correction\.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^correction\."]
 
     def __init__(self, config: AnisoMLLMConfig) -> None:
         super().__init__(config)
@@ -105,7 +105,6 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
                 "and embeddings of one encoder, or make the projector anew"
             )
         self.correction = correction
-        self.config.aligner_fingerprint = None if correction is None else correction.fingerprint
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -170,8 +169,8 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         if self.correction is not None and self.training:
             embeddings = self.correction(embeddings)
         visual = self.projector(embeddings).to(tokens.dtype).flatten(0, 1)
-        count = int(places.sum())
-        if count != len(visual):
+        # counting waits for a GPU; in training the batches are ours, and were checked when they were made
+        if not (self.training and places.is_cuda) and (count := int(places.sum())) != len(visual):
             raise InputError(
                 f"{count} image tokens in input_ids, but {len(embeddings)} embeddings of {self.config.visual_tokens} "
                 f"tokens each: write {IMAGE_TOKEN} once for each embedding and expand it with prompt_tokens"

@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from aniso_ext.align.training import TrainingLog
 from aniso_ext.errors import InputError
 from aniso_ext.mllm.library import transformers
+from aniso_ext.mllm.model import AnisoMLLMForCausalLM
+from aniso_ext.mllm.sharding import ShardingTrainer, whole_model
 
 if TYPE_CHECKING:
-    from aniso_ext.align.training import TrainingLog
     from aniso_ext.mllm.data import Batcher, SampleDataset
-    from aniso_ext.mllm.model import AnisoMLLMForCausalLM
     from aniso_ext.mllm.options import TrainOptions
 
 LOG = "log"
+Progress = Callable[[str, int, int], None]
+"""progress(stage, steps done, steps)"""
 
 
 @dataclass
 class StageRun:
-    """What the stages of a run share."""
+    """What the stages of a run share; ``model`` becomes another object where its weights were sharded."""
 
     model: AnisoMLLMForCausalLM
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -33,7 +38,7 @@ class StageRun:
     options: TrainOptions
     folder: Path
     resume: bool
-    progress: Callable[[str, int, int], None] | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
@@ -49,31 +54,44 @@ class StageReport:
     seconds: float
 
 
+def runs_on_cpu(options: TrainOptions) -> bool:
+    """Whether this machine trains on the CPU under these options.
+
+    Raises:
+        InputError: a GPU was asked for, and there is none.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no GPU: choose cpu, or check the driver")
+    return options.device == "cpu" or not torch.cuda.is_available()
+
+
 def run_stage(run: StageRun, stage: str) -> StageReport:
     """Train one stage, from its last state where the run is resumed."""
     started = time.perf_counter()
-    model, options = run.model, run.options
-    _choose_weights(run, stage)
+    _choose_weights(run.model, run.options, stage)
+    trained = sum(value.numel() for value in run.model.parameters() if value.requires_grad)
     arguments = _arguments(run, stage)
-    trainer = transformers.Trainer(
-        model=model,
+    trainer = ShardingTrainer(
+        model=run.model,
         args=arguments,
         train_dataset=run.dataset,
         data_collator=run.batcher,
         processing_class=run.tokenizer,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    from aniso_ext.align.training import TrainingLog
-
-    trainer.add_callback(_callback(TrainingLog(run.folder / LOG), stage, run.progress))
+    trainer.add_callback(Watch(TrainingLog(run.folder / LOG), stage, run.progress))
     state = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir) if run.resume else None
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     trainer.train(resume_from_checkpoint=state)
+    if run.options.fsdp:
+        run.model = whole_model(run.model, transformers.trainer_utils.get_last_checkpoint(arguments.output_dir))
+    _merge_low_rank(run.model)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return StageReport(
         name=stage,
         steps=trainer.state.global_step,
-        rows_per_step=_rows_per_step(arguments),
+        rows_per_step=arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size,
         trained_parameters=trained,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
@@ -81,23 +99,65 @@ def run_stage(run: StageRun, stage: str) -> StageReport:
     )
 
 
-def _choose_weights(run: StageRun, stage: str) -> None:
-    model, options = run.model, run.options
+class Watch(transformers.TrainerCallback):
+    """Losses as JSON lines, and steps to whoever watches."""
+
+    def __init__(self, log: TrainingLog, stage: str, progress: Progress | None) -> None:
+        self.log, self.stage, self.progress = log, stage, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.file = self.log.open(self.stage, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        names = ("loss", "learning_rate", "grad_norm")
+        values = {name: float(logs[name]) for name in names if logs and name in logs}
+        if "loss" in values:
+            self.file.write(state.global_step, "train", values)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.file.flush()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress(self.stage, state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.file.flush()
+
+
+def _choose_weights(model: AnisoMLLMForCausalLM, options: TrainOptions, stage: str) -> None:
+    if options.attention is not None:
+        model.language_model.set_attn_implementation(options.attention)
     model.language_model.requires_grad_(stage == "full")
+    if stage == "full" and options.lora_rank:
+        model.language_model = _low_rank(model.language_model, options)
     model.projector.requires_grad_(True)
     if model.correction is not None:
         model.correction.requires_grad_(options.train_refiner)
-    if options.attention is not None:
-        model.language_model.set_attn_implementation(options.attention)
+
+
+def _low_rank(language_model: Any, options: TrainOptions) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("peft is not installed: pip install 'aniso_ext[mllm]', or leave lora_rank 0") from None
+    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    config = peft.LoraConfig(
+        r=options.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type=peft.TaskType.CAUSAL_LM
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        return peft.get_peft_model(language_model, config)
+
+
+def _merge_low_rank(model: AnisoMLLMForCausalLM) -> None:
+    merge = getattr(model.language_model, "merge_and_unload", None)
+    if merge is not None:
+        model.language_model = merge()
 
 
 def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
-    import torch
-
-    options = run.options
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    if options.device == "cuda" and on_cpu:
-        raise InputError("device is cuda, but torch sees no GPU: choose cpu, or check the driver")
+    options, on_cpu = run.options, runs_on_cpu(run.options)
     rows = max(1, round(options.global_batch / run.samples_per_row))
     device_rows, accumulated = _split(rows, options.device_batch, int(os.environ.get("WORLD_SIZE", "1")))
     arguments = transformers.TrainingArguments(
@@ -111,7 +171,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         num_train_epochs=options.passes(stage),
         max_steps=options.max_steps or -1,
         bf16=not on_cpu if options.bf16 is None else options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing and not options.fsdp,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=on_cpu,
         logging_steps=options.log_every,
@@ -127,7 +187,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         seed=options.seed + (stage == "full"),
         fsdp=options.fsdp or None,
-        fsdp_config={"version": 2} if options.fsdp else None,
+        fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing} if options.fsdp else None,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs go by torchrun, never by threads of one process
     return arguments
@@ -138,36 +198,3 @@ def _split(rows: int, device_rows: int, processes: int) -> tuple[int, int]:
     share = -(-rows // processes)
     accumulated = -(-share // device_rows)
     return -(-share // accumulated), accumulated
-
-
-def _rows_per_step(arguments: transformers.TrainingArguments) -> int:
-    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return int(per_process * arguments.world_size)
-
-
-def _callback(
-    log: TrainingLog, stage: str, progress: Callable[[str, int, int], None] | None
-) -> transformers.TrainerCallback:
-    """Losses as JSON lines, and steps to whoever watches."""
-
-    class Watch(transformers.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.file = log.open(stage, state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            names = ("loss", "learning_rate", "grad_norm")
-            values = {name: float(logs[name]) for name in names if logs and name in logs}
-            if "loss" in values:
-                self.file.write(state.global_step, "train", values)
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.file.flush()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if progress is not None:
-                progress(stage, state.global_step, state.max_steps)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.file.flush()
-
-    return Watch()

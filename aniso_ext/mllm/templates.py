@@ -73,7 +73,9 @@ def prompt_tokens(
     return expand_images(tokens, image_token_id, visual_tokens)
 
 
-def expand_images(tokens: Sequence[Any], image_token_id: int, visual_tokens: int, like: Sequence[Any] = ()) -> list[Any]:
+def expand_images(
+    tokens: Sequence[Any], image_token_id: int, visual_tokens: int, like: Sequence[Any] = ()
+) -> list[Any]:
     """``tokens`` with each image token T times; or ``like``, repeated where ``tokens`` has an image."""
     values = like or tokens
     return [
@@ -87,7 +89,8 @@ def _template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
-        raise InputError("the tokenizer has no chat template: set tokenizer.chat_template, or pass --chat-template") from None
+        reason = "the tokenizer has no chat template: set tokenizer.chat_template, or pass --chat-template FILE"
+        raise InputError(reason) from None
 
 
 def _render(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, *, prompt: bool = False) -> str:

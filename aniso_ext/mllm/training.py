@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,10 @@ from aniso_ext.mllm.data import (
 )
 from aniso_ext.mllm.library import transformers
 from aniso_ext.mllm.options import TrainOptions
-from aniso_ext.mllm.stage import StageReport, StageRun, run_stage
+from aniso_ext.mllm.stage import Progress, StageReport, StageRun, run_stage, runs_on_cpu
 
 if TYPE_CHECKING:
     from aniso_ext.mllm.model import AnisoMLLMForCausalLM
-
-Progress = Callable[[str, int, int], None]
-"""progress(stage, steps done, steps)"""
 
 RUN, REPORT, SAMPLES, ALIGNER = "run.json", "train_report.json", "samples", "aligner"
 
@@ -75,9 +71,9 @@ def train(
 ) -> TrainReport:
     """Train a model on conversations and the embeddings of their samples, in two stages.
 
-    The correction of the model, if it has one, makes stand-ins of the embeddings on the fly. Under torchrun the processes
-    share each batch. ``output`` gets the model, the tokenizer, ``log/*.jsonl`` with the losses, ``train_report.json``,
-    the states of both stages and, where the refiner was trained, ``aligner/``.
+    The correction of the model, if it has one, makes stand-ins of the embeddings on the fly. Under torchrun the
+    processes share each batch. ``output`` gets the model, the tokenizer, ``log/*.jsonl`` with the losses,
+    ``train_report.json``, the states of both stages and, where the refiner was trained, ``aligner/``.
 
     Args:
         model: trained in place; with ``options.fsdp`` take the result from ``output``.
@@ -117,9 +113,7 @@ def train(
         resume=resume,
         progress=progress,
     )
-    stages = []
-    for stage in options.stages:
-        stages.append(run_stage(run, stage))
+    stages = tuple(run_stage(run, stage) for stage in options.stages)
     report = TrainReport(
         output=str(folder),
         samples=len(samples),
@@ -129,7 +123,7 @@ def train(
         truncated=samples.truncated,
         skipped=samples.skipped,
         aligner_fingerprint=fingerprint,
-        stages=tuple(stages),
+        stages=stages,
         seconds=time.perf_counter() - started,
     )
     _save(run, report)
@@ -174,7 +168,7 @@ def _shared_samples(
     from accelerate import PartialState
 
     place = folder / SAMPLES
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=runs_on_cpu(options))
     lost: dict[str, Any] = {}
     if state.is_main_process:
         if not resume and folder.exists() and any(folder.iterdir()):
@@ -241,7 +235,8 @@ def _check_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         changed = [name for name, value in identity.items() if before.get(name) != value]
         if changed:
             raise DataError(
-                f"{folder} holds a run with other {', '.join(changed)}: resume it as it was started, or name a new folder"
+                f"{folder} holds a run with other {', '.join(changed)}: resume it as it was started, or name a new "
+                "folder"
             )
     elif PartialState().is_main_process:
         path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")

@@ -42,8 +42,8 @@ class Batcher:
         samples: tokens and rows.
         embeddings: the set.
         pad_token_id: fills rows up to the longest of the batch.
-        packed: give ``position_ids`` that start anew with each sample, in place of an attention mask. Each padding token
-            counts as a sample of its own.
+        packed: give ``position_ids`` that start anew with each sample, in place of an attention mask. Each padding
+            token counts as a sample of its own.
     """
 
     def __init__(self, samples: Samples, embeddings: EmbeddingSet, *, pad_token_id: int, packed: bool = False) -> None:
@@ -52,7 +52,7 @@ class Batcher:
         self._lengths = samples.lengths
 
     def __call__(self, rows: Sequence[np.ndarray]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``attention_mask`` or ``position_ids`` [B, S]; ``embeddings`` [n, D] float32."""
+        """``input_ids``, ``labels``, ``attention_mask`` or ``position_ids`` [B, S]; ``embeddings`` [n, D] float32."""
         lengths = [int(self._lengths[row].sum()) for row in rows]
         shape = (len(rows), max(lengths))
         tokens = np.full(shape, self.pad_token_id, np.int64)

@@ -93,7 +93,7 @@ def _messages(turns: Any, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where} has no turns: write \"conversations\": [...] or \"caption\": \"...\"")
     messages = []
     for number, turn in enumerate(turns, 1):
-        role = _ROLES.get(turn.get("from")) if isinstance(turn, Mapping) else None
+        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, Mapping) else None
         if role is None or not isinstance(turn.get("value"), str):
             known = ", ".join(sorted(_ROLES))
             raise DataError(f'{where}: turn {number} must be {{"from": one of {known}, "value": text}}')

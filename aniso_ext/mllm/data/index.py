@@ -20,8 +20,8 @@ def open_index(source: Any) -> EmbeddingIndex:
     """An index from files of ids in the order of the embeddings.
 
     Args:
-        source: an :class:`EmbeddingIndex`, a sequence of ids, a ``.jsonl`` file with ``id`` in each line, a ``.parquet``
-            file or a folder of them with the column ``id``, a clip-retrieval folder, or one of its halves.
+        source: an :class:`EmbeddingIndex`, a sequence of ids, a ``.jsonl`` file with ``id`` in each line, a
+            ``.parquet`` file or a folder of them with the column ``id``, a clip-retrieval folder, or one of its halves.
 
     Raises:
         DataError: no ids there, or an id twice.
@@ -87,7 +87,7 @@ def _ids(path: Path) -> Iterator[Any]:
     if path.suffix in (".jsonl", ".ndjson"):
         for number, line in read_json_lines(path):
             if "id" not in line:
-                raise DataError(f"{path}: line {number} has no id: write {{\"id\": ...}} in the order of the embeddings")
+                raise DataError(f"{path}: line {number} has no id: list the ids in the order of the embeddings")
             yield line["id"]
         return
     for file in _tables(path):
