@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit
+from aniso_ext.cli import bench, convert, demo, diagnose, doctor, fit, train
 
 app = typer.Typer(
     name="aniso",
@@ -47,6 +47,7 @@ for function, summary in (
     (fit.fit, "Learn an aligner from two unpaired sets."),
     (convert.convert, "Turn source embeddings into stand-ins, file by file."),
     (diagnose.diagnose, "Measure a gap, and how well stand-ins close it."),
+    (train.train, "Train a multimodal model on text and stand-ins."),
     (demo.demo, "Run all of it on simulated or own pairs; one table."),
     (doctor.doctor, "Show versions, build, backends and what is missing."),
 ):

@@ -26,7 +26,7 @@ class AnisoMLLMConfig(transformers.PreTrainedConfig):
     model_type: ClassVar[str] = "aniso_mllm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": transformers.AutoConfig}
 
-    text_config: dict | transformers.PreTrainedConfig | None = None
+    text_config: Any = None
     embedding_width: int = 512
     visual_tokens: int = 1
     projector_hidden: int | None = None

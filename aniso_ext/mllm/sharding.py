@@ -52,7 +52,7 @@ def whole_model(sharded: AnisoMLLMForCausalLM, state: str) -> AnisoMLLMForCausal
 def _tensors(folder: Path, prefix: str) -> dict[str, Any]:
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118

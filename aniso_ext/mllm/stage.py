@@ -187,7 +187,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         seed=options.seed + (stage == "full"),
         fsdp=options.fsdp or None,
-        fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing} if options.fsdp else None,
+        fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs go by torchrun, never by threads of one process
     return arguments
