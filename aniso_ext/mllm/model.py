@@ -87,17 +87,16 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
             projector_hidden=projector_hidden,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = cls(config)
         model.language_model = language_model
-        model.projector = _projector(config).to(language_model.device)
+        model.projector.to_empty(device=language_model.device)
         generator = torch.Generator().manual_seed(seed)
         for layer in (model.projector.first, model.projector.last):
             std = getattr(config.text_config, "initializer_range", 0.02)
             layer.weight.data.copy_(torch.empty(layer.weight.shape).normal_(std=std, generator=generator))
             nn.init.zeros_(layer.bias)
         model.generation_config = language_model.generation_config
-        model.post_init()
         return model
 
     def set_correction(self, correction: Correction | None) -> None:
