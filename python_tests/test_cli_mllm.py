@@ -53,12 +53,14 @@ def run(*arguments: object, code: int = 0) -> Any:
 
 
 def test_train_and_eval(world: Path, tmp_path: Path) -> None:
-    files: tuple[object, ...] = ("--embeddings", world / "text.npy", "--index", world / "ids.jsonl")
+    files: tuple[object, ...] = ("--source-embeddings", world / "text.npy", "--index", world / "ids.jsonl")
     files += ("--conversations", world / "train.jsonl")
-    small = ("--model", "small:llama:tiny", "--device", "cpu", "--batch", 16, "--projector-rate", 5e-3, "--rate", 5e-3)
+    small = ("--model", "llama:tiny", "--device", "cpu", "--global-batch", 16, "--projector-learning-rate", 5e-3)
+    small += ("--learning-rate", 5e-3)
     trained = run(
-        "train", *small, *files, "--aligner", world / "aligner", "--epochs", 30, "--out", tmp_path / "run", "--json"
-    )
+        "train", *small, *files, "--aligner", world / "aligner", "--projector-epochs", 30, "--epochs", 30,
+        "--output", tmp_path / "run", "--json",
+    )  # fmt: skip
     report = json.loads(trained.stdout)
     assert [stage["steps"] for stage in report["stages"]] == [90, 90] and report["aligner_fingerprint"]
     judged = run(
@@ -73,7 +75,7 @@ def test_train_and_eval(world: Path, tmp_path: Path) -> None:
     other = ("--embeddings", world / "test.npy", "--questions", "x", "--out", tmp_path / "none")
     error = run("eval", "--run", world, *other, code=1).stderr
     assert error.count("\n") == 1 and "holds no trained model" in error
-    error = run("train", *small, *files, "--aligner", world / "no", "--out", tmp_path / "other", code=1).stderr
+    error = run("train", *small, *files, "--aligner", world / "no", "--output", tmp_path / "other", code=1).stderr
     assert error.count("\n") == 1 and str(world / "no") in error
 
 

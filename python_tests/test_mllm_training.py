@@ -1,220 +1,258 @@
-"""The multimodal model and its trainer on tiny language models: masks, packing, stages, resume, refiner, errors."""
+"""Training: what moves in which stage, resume to the bit, packing, low-rank updates, files and refusals."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mllm_worlds import QUICK, World, weights
+from test_mllm_correction import refined
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import aniso_ext as aniso
+from aniso_ext.cli.main import app
 from aniso_ext.errors import DataError, InputError
-from aniso_ext.mllm import (
-    AnisoMLLMForCausalLM,
-    Correction,
-    TrainOptions,
-    prompt_tokens,
-    small_language_model,
-    small_tokenizer,
-    train,
-)
-from aniso_ext.mllm.templates import encode_conversation
+from aniso_ext.mllm import AnisoMLLMForCausalLM, Correction, TrainOptions, TrainReport, load_model, prompt_tokens, train
+from aniso_ext.mllm.data import read_conversations
 
-WIDTH = 8
-COLOURS = ("red", "blue", "green", "black")
-IDS = [str(number) for number in range(32)]
-ROWS = np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float32)
-ROWS /= np.linalg.norm(ROWS, axis=1, keepdims=True)
-SAMPLES = [
-    {"id": name, "conversations": [{"from": "human", "value": "Colour?"}, {"from": "gpt", "value": COLOURS[row % 4]}]}
-    for row, name in enumerate(IDS)
-]
-OPTIONS = TrainOptions(
-    projector_learning_rate=1e-2, learning_rate=1e-2, projector_epochs=2, epochs=6, global_batch=8, device="cpu"
-)
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+WORLD = World()
 
 
-def tokenizer() -> Any:
-    return small_tokenizer(["Colour? red blue green black", "Describe the image."], 300)
+class Stopped(Exception):
+    """A run that ends in the middle."""
 
 
-def model_for(tokens: Any, family: str = "llama", seed: int = 0) -> AnisoMLLMForCausalLM:
-    torch.manual_seed(seed)
-    return AnisoMLLMForCausalLM.from_language_model(
-        small_language_model(family, vocab_size=len(tokens), seed=seed), tokens, embedding_width=WIDTH
+def trained(output: Path, model: AnisoMLLMForCausalLM | None = None, **more: Any) -> TrainReport:
+    options = replace(QUICK, **more.pop("options", {}))
+    return train(
+        WORLD.model() if model is None else model,
+        WORLD.tokenizer,
+        WORLD.captions,
+        WORLD.embeddings,
+        index=WORLD.ids,
+        options=options,
+        output=output,
+        **more,
     )
 
 
-def said(tokens: Any) -> int:
-    """Tokens of all answers, the end of each included."""
-    return sum(len(tokens(COLOURS[row % 4]).input_ids) + 1 for row in range(32))
-
-
-def weights(model: AnisoMLLMForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def losses(output: Path, stage: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "log" / f"{stage}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_two_stages_learn_and_the_saved_model_says_the_same(family: str, tmp_path: Path) -> None:
-    tokens = tokenizer()
-    model = model_for(tokens, family)
+def test_both_stages_learn_and_the_saved_model_says_what_it_saw(family: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    report = trained(out, WORLD.model(family), options={"projector_epochs": 2.0, "epochs": 50.0})
+    for stage in ("projector", "full"):
+        found = losses(out, stage)
+        assert found[-1] < found[0]
+    assert [stage.steps for stage in report.stages] == [6, 150]
+    # twelve captions, equally frequent: what remains for a model that does not look at the embedding
+    blind = math.log(12) / (report.targets / report.samples)
+    assert losses(out, "full")[-1] < 0.75 * blind
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    start = torch.tensor(
+        [prompt_tokens(tokenizer, "<image>\nDescribe the image.", image_token_id=model.config.image_token_id)] * 12
+    )
+    spoken = model.generate(
+        start, attention_mask=torch.ones_like(start), embeddings=torch.from_numpy(WORLD.embeddings[:12]),
+        max_new_tokens=10, do_sample=False,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(spoken[:, start.shape[1] :], skip_special_tokens=True)
+    right = sum(text == record["caption"] for text, record in zip(texts, WORLD.captions[:12], strict=True))
+    assert right >= 10
+
+
+def test_the_first_stage_moves_the_projector_alone(tmp_path: Path) -> None:
+    model = WORLD.model()
     before = weights(model)
-    report = train(model, tokens, SAMPLES, ROWS, index=IDS, options=OPTIONS, output=tmp_path)
-    projector, full = report.stages
-    assert (projector.name, projector.steps, full.name, full.steps) == ("projector", 8, "full", 24)
-    assert projector.trained_parameters == sum(value.numel() for value in model.projector.parameters())
-    assert full.trained_parameters > projector.trained_parameters
-    assert full.last_loss is not None and projector.first_loss is not None
-    assert full.last_loss < 0.5 * projector.first_loss
-    assert report.samples == 32 and report.targets == said(tokens)
-    moved = model.projector.state_dict(prefix="projector.")
-    assert all(not torch.equal(before[name], value) for name, value in moved.items())
-    prompt = torch.tensor([prompt_tokens(tokens, "<image>\nColour?", image_token_id=model.config.image_token_id)])
-    asked = {"input_ids": prompt, "embeddings": torch.from_numpy(ROWS[:1]), "max_new_tokens": 4, "do_sample": False}
-    found = model.eval().generate(**asked)
-    again = AnisoMLLMForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(again.generate(**asked), found)
-    with torch.no_grad():
-        inputs = {"input_ids": prompt, "embeddings": torch.from_numpy(ROWS[:1])}
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    lines = [json.loads(line) for line in (tmp_path / "log" / "full.jsonl").read_text().splitlines()]
-    assert len([line for line in lines if "loss" in line]) == 24
+    report = trained(tmp_path / "run", model, options={"stages": ("projector",)})
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("projector.")}
+    assert report.stages[0].trained_parameters == sum(before[name].numel() for name in moved)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    options = replace(OPTIONS, save_every=3)
-    tokens = tokenizer()
-    whole = model_for(tokens)
-    train(whole, tokens, SAMPLES, ROWS, index=IDS, options=options, output=tmp_path / "whole")
-
-    def stop(stage: str, step: int, steps: int) -> None:
-        if stage == "full" and step == 11:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            model_for(tokens), tokens, SAMPLES, ROWS, index=IDS, options=options, output=tmp_path / "cut", progress=stop
-        )
-    resumed = model_for(tokens)
-    train(resumed, tokens, SAMPLES, ROWS, index=IDS, options=options, output=tmp_path / "cut", resume=True)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
-    with pytest.raises(DataError, match="holds a run with other options"):
-        other = replace(options, learning_rate=1e-3)
-        train(model_for(tokens), tokens, SAMPLES, ROWS, index=IDS, options=other, output=tmp_path / "cut", resume=True)
+def noisy(model: AnisoMLLMForCausalLM) -> AnisoMLLMForCausalLM:
+    model.set_correction(Correction(refined(), noise_std=0.05, trainable=True))
+    return model
 
 
-@pytest.mark.parametrize("template", ["marked", "chatml"])
-def test_the_assistant_alone_is_trained_on(template: str) -> None:
-    tokens = tokenizer()
-    if template == "chatml":
-        tokens.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
-        tokens.chat_template = CHATML
-    turns = [
-        {"role": "system", "content": "red"},
-        {"role": "user", "content": "<image>\nColour?"},
-        {"role": "assistant", "content": "blue"},
-        {"role": "user", "content": "blue"},
-        {"role": "assistant", "content": "green"},
-    ]
-    ids, targets = encode_conversation(tokens, turns)
-    said = "".join(tokens.decode([token]) if target else "·" for token, target in zip(ids, targets, strict=True))
-    end = "<|end|>" if template == "marked" else "<|im_end|>"
-    assert [text for text in said.split("·") if text] == [f"blue{end}", f"green{end}"]
+@pytest.mark.parametrize("stopped_at", [("projector", 2), ("full", 4)])
+def test_a_stopped_run_goes_on_to_the_bit(stopped_at: tuple[str, int], tmp_path: Path) -> None:
+    options = {"save_every": 2, "projector_epochs": 1.0, "epochs": 2.0, "train_refiner": True, "weight_decay": 0.01}
+    whole = noisy(WORLD.model())
+    trained(tmp_path / "whole", whole, options=options)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == (stopped_at[0], stopped_at[1] + 1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        trained(tmp_path / "parts", noisy(WORLD.model()), options=options, progress=stop)
+    parts = noisy(WORLD.model())
+    torch.manual_seed(12345)
+    trained(tmp_path / "parts", parts, options=options, resume=True)
+    ours, theirs = weights(parts), weights(whole)
+    assert any(name.startswith("correction.") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for stage in ("projector", "full"):
+        assert losses(tmp_path / "parts", stage) == losses(tmp_path / "whole", stage)
+    fingerprints = {aniso.load_aligner(tmp_path / run / "aligner").fingerprint() for run in ("whole", "parts")}
+    assert len(fingerprints) == 1
 
 
-def test_packed_samples_do_not_see_each_other() -> None:
-    """Losses of samples in one row with positions that start anew are those of samples in rows of their own."""
-    tokens = tokenizer()
-    model = model_for(tokens).eval()
-    image = model.config.image_token_id
-    random = np.random.default_rng(1)
-    texts = [torch.tensor([image, *random.integers(6, 260, size)]) for size in (5, 9, 3)]
-    rows = torch.from_numpy(ROWS[:3])
-    with torch.no_grad():
-        apart = [model(text[None], embeddings=row[None]).logits[0] for text, row in zip(texts, rows, strict=True)]
-        positions = torch.cat([torch.arange(len(text)) for text in texts])
-        packed = model(torch.cat(texts)[None], embeddings=rows, position_ids=positions[None]).logits[0]
-    # sums of a few dozen float32 products in another order
-    assert torch.allclose(packed, torch.cat(apart), atol=2e-5)
+def test_a_resumed_run_must_be_the_same_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = {"max_steps": 1}
+    trained(out, options=options)
+    with pytest.raises(DataError, match="is not empty: name a new folder, or resume"):
+        trained(out, options=options)
+    with pytest.raises(DataError, match="a run with other options: resume it as it was started"):
+        trained(out, options={**options, "learning_rate": 0.5}, resume=True)
+    model = WORLD.model()
+    model.set_correction(Correction.noise(0.1))
+    with pytest.raises(DataError, match="a run with other aligner"):
+        trained(out, model, options=options, resume=True)
 
 
-def test_packing_trains_on_the_same_targets(tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_packed_and_unpacked_losses_agree(tmp_path: Path) -> None:
+    # one step over all samples: the loss is the mean over the same targets, whatever the rows
+    options = {"stages": ("full",), "max_steps": 1, "global_batch": 48, "device_batch": 48}
+    packed = trained(tmp_path / "packed", options={**options, "packing": True})
+    plain = trained(tmp_path / "plain", options=options)
+    assert packed.rows < plain.rows == 48
+    # a mean of 48 samples in float32: rounding in another order
+    assert packed.stages[0].first_loss == pytest.approx(plain.stages[0].first_loss, rel=1e-6)
 
-    tokens = tokenizer()
-    options = replace(OPTIONS, packing=True, max_length=64, epochs=2)
-    report = train(model_for(tokens), tokens, SAMPLES, ROWS, index=IDS, options=options, output=tmp_path)
-    assert report.samples == 32 and report.targets == said(tokens) and report.rows < 16
+
+def test_accumulated_rows_weigh_by_their_targets(tmp_path: Path) -> None:
+    options = {"stages": ("full",), "max_steps": 1, "global_batch": 48}
+    parts = trained(tmp_path / "parts", options={**options, "device_batch": 5})
+    whole = trained(tmp_path / "whole", options={**options, "device_batch": 48})
+    assert parts.stages[0].first_loss == pytest.approx(whole.stages[0].first_loss, rel=1e-6)
 
 
-def test_the_loss_of_the_language_model_reaches_the_refiner_within_its_bounds(tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_the_loss_tunes_the_refiner_and_the_run_keeps_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    model = noisy(WORLD.model())
+    report = trained(out, model, options={"max_steps": 3, "train_refiner": True})
+    tuned = aniso.load_aligner(out / "aligner")
+    assert tuned.fingerprint() != refined().fingerprint()
+    assert report.aligner_fingerprint == f"{refined().fingerprint()}+noise:0.05"
+    assert not any(name.startswith("correction.") for name in weights(out))
+    assert json.loads((out / "config.json").read_text())["aligner_fingerprint"] == report.aligner_fingerprint
+    untouched = Correction(refined(), trainable=True)
+    model = WORLD.model()
+    model.set_correction(untouched)
+    trained(tmp_path / "frozen", model, options={"max_steps": 3})
+    assert untouched.tuned_aligner().fingerprint() == refined().fingerprint()
 
-    short = aniso.align.TrainingOptions(steps=20, batch_rows=64)
-    source, target = (np.random.default_rng(seed).standard_normal((400, WIDTH)) + 0.5 for seed in (2, 3))
-    sides = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (source, target)]
-    aligner = aniso.AnisoAlign(rank=4, prior_training=short, refinement_training=short).fit(*sides)
-    tokens = tokenizer()
-    model = model_for(tokens)
-    model.set_correction(Correction.from_aligner(aligner, trainable=True))
-    assert model.correction is not None and model.correction.refined is not None
-    start = {name: value.clone() for name, value in model.correction.refined.refiner.named_parameters()}
-    options = replace(OPTIONS, train_refiner=True, epochs=2)
-    train(model, tokens, SAMPLES, ROWS, index=IDS, options=options, output=tmp_path)
-    moved = dict(model.correction.refined.refiner.named_parameters())
-    assert any(not torch.equal(moved[name], value) for name, value in start.items())
-    tuned = aniso.load_aligner(tmp_path / "aligner")
-    refined, closed = tuned.transform(ROWS.astype(np.float64)), tuned.transform(ROWS.astype(np.float64), refine=False)
-    bounds = tuned.refiner_.bounds
-    kappa = np.sqrt((np.exp(bounds.a_rho) - 1) ** 2 + 4 * np.exp(bounds.a_rho) * np.sin(bounds.a_theta / 2) ** 2)
-    # before it is normalised and recentred a unit row moves by at most kappa |c| + sqrt(D) a_v; both can enlarge that
-    assert 0 < np.linalg.norm(refined - closed, axis=1).max() < 4 * (kappa + np.sqrt(WIDTH) * bounds.a_v)
-    # an evaluation sees embeddings as they are
-    ids = torch.tensor([[model.config.image_token_id, 7]])
-    with torch.no_grad():
-        one = model.eval()(ids, embeddings=torch.from_numpy(ROWS[:1])).logits
-        model.set_correction(None)
-        assert torch.equal(model(ids, embeddings=torch.from_numpy(ROWS[:1])).logits, one)
+
+def test_low_rank_updates_are_merged_into_the_saved_model(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    model = WORLD.model()
+    before = weights(model)
+    report = trained(out, model, options={"lora_rank": 2, "max_steps": 4, "warmup": 0.0})
+    saved = weights(out)
+    assert set(saved) == set(before)
+    changed = {name for name in before if not torch.equal(saved[name], before[name])}
+    assert any("q_proj" in name for name in changed)
+    assert not any("embed_tokens" in name or "norm" in name for name in changed)
+    for name in changed:
+        if "_proj" in name:
+            assert np.linalg.matrix_rank((saved[name] - before[name]).numpy(), tol=1e-4) <= 2
+    assert report.stages[1].trained_parameters < report.stages[0].trained_parameters * 4
+    model.eval()
+    again = AutoModelForCausalLM.from_pretrained(out).eval()
+    tokens = torch.tensor([[model.config.image_token_id, 9]])
+    row = torch.from_numpy(WORLD.embeddings[:1])
+    assert torch.equal(again(tokens, embeddings=row).logits, model(tokens, embeddings=row).logits)
+
+
+def test_options_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for name, value in (("global_batch", 0), ("warmup", 1.5), ("stages", ("full", "projector")), ("device", "tpu")):
+        with pytest.raises(InputError, match=name):
+            TrainOptions(**{name: value})
+    with pytest.raises(InputError, match="embeddings have width 4, but the projector takes 16"):
+        train(WORLD.model(), WORLD.tokenizer, [], np.eye(4), index=list("abcd"), output=tmp_path)
+    with pytest.raises(DataError, match="2 ids for 48 embeddings"):
+        train(WORLD.model(), WORLD.tokenizer, [], WORLD.embeddings, index=["a", "b"], output=tmp_path)
+    with pytest.raises(InputError, match="need an index"):
+        train(WORLD.model(), WORLD.tokenizer, [], WORLD.embeddings, output=tmp_path)
+    with pytest.raises(InputError, match="train_refiner needs a correction"):
+        trained(tmp_path / "run", options={"train_refiner": True})
+    with pytest.raises(InputError, match="sharding needs several processes"):
+        trained(tmp_path / "other", options={"fsdp": True})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    names = {name: tmp_path / name for name in ("text.npy", "image.npy", "captions.jsonl", "run")}
+    np.save(names["text.npy"], WORLD.embeddings)
+    np.save(names["image.npy"], -WORLD.embeddings)
+    names["captions.jsonl"].write_text("\n".join(map(json.dumps, WORLD.captions)))
+    return names
+
+
+def command(files: dict[str, Path], *more: str, model: str = "llama:tiny") -> list[str]:
+    captions = str(files["captions.jsonl"])
+    return [
+        "train", "--model", model, "--source-embeddings", str(files["text.npy"]), "--conversations", captions,
+        "--index", captions, "--output", str(files["run"]), "--global-batch", "16", "--vocab-size", "300",
+        "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_trains_what_the_library_trains(files: dict[str, Path], tmp_path: Path) -> None:
+    given = ("--aligner", "mean_shift", "--target-embeddings", str(files["image.npy"]), "--json")
+    result = CliRunner().invoke(app, command(files, *given))
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    texts = [message["content"] for sample in read_conversations(WORLD.captions) for message in sample.messages]
+    model, tokenizer = load_model("llama:tiny", embedding_width=WORLD.width, texts=texts, vocab_size=300)
+    correction = Correction.from_aligner("mean_shift", source=WORLD.embeddings, target=-WORLD.embeddings)
+    model.set_correction(correction)
+    train(
+        model, tokenizer, WORLD.captions, WORLD.embeddings, index=WORLD.ids,
+        options=TrainOptions(global_batch=16, device="cpu"), output=tmp_path / "ours",
+    )  # fmt: skip
+    assert data["aligner_fingerprint"] == correction.fingerprint
+    assert losses(tmp_path / "ours", "full") == losses(files["run"], "full")
+    assert data["stages"][1]["last_loss"] == losses(files["run"], "full")[-1]
+
+    files["run"] = tmp_path / "second"
+    onward = CliRunner().invoke(app, command(files, "--stages", "full", model=str(tmp_path / "ours")))
+    assert onward.exit_code == 0, onward.stderr
+    assert "full:" in onward.stdout and "projector:" not in onward.stdout
 
 
 @pytest.mark.parametrize(
-    "samples, message",
+    ("more", "code", "message"),
     [
-        ([{"id": "99", "caption": "red"}], "sample '99' has no embedding: .* has no id '99' among its 32"),
-        ([{"caption": "red"}], "record 1 has no id"),
-        ([{"id": "1", "conversations": []}], "sample '1' .* has no turns: write"),
-        ([{"id": "1", "caption": " "}], "sample '1'.* is empty"),
-        ([{"id": "1", "caption": "red blue " * 2000}], "sample '1' has .* tokens, more than 2048: raise --max-length"),
-        ([], "there are no samples"),
+        (("--aligner", "noise:much"), 2, "must be noise:STD"),
+        (("--aligner", "realign"), 2, "is fitted now and needs it"),
+        (("--train-refiner",), 2, "only an anisoalign has a refiner"),
+        (("--aligner", "gone"), 1, "gone holds no config.json"),
+        (("--max-length", "5"), 1, "sample 's0' has 18 tokens, more than 5: raise --max-length"),
     ],
-    ids=["no embedding", "no id", "no turns", "empty", "long", "none"],
 )
-def test_a_sample_that_cannot_be_used_is_named(samples: list[Any], message: str, tmp_path: Path) -> None:
-    tokens = tokenizer()
-    with pytest.raises(DataError, match=message):
-        train(model_for(tokens), tokens, samples, ROWS, index=IDS, options=OPTIONS, output=tmp_path / "run")
+def test_the_command_says_what_is_wrong(files: dict[str, Path], more: tuple[str, ...], code: int, message: str) -> None:
+    result = CliRunner().invoke(app, command(files, *more))
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_widths_and_templates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    tokens = tokenizer()
-    model = model_for(tokens)
-    with pytest.raises(InputError, match="the embeddings have width 4, but the projector takes 8"):
-        train(model, tokens, SAMPLES, ROWS[:, :4], index=IDS, options=OPTIONS, output=tmp_path / "run")
-    other = aniso.make_aligner("mean_shift").fit(np.eye(4), -np.eye(4))
-    with pytest.raises(InputError, match="the aligner was fitted at width 4, but the projector takes 8"):
-        model.set_correction(Correction.from_aligner(other))
-    with pytest.raises(InputError, match="embeddings that are no files need an index"):
-        train(model, tokens, SAMPLES, ROWS, options=OPTIONS, output=tmp_path / "run")
-    tokens.chat_template = None
-    with pytest.raises(DataError, match="the tokenizer has no chat template"):
-        train(model, tokens, SAMPLES, ROWS, index=IDS, options=OPTIONS, output=tmp_path / "run")
+def test_a_model_that_is_not_there_is_named(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, command(files, model=str(files["run"] / "gone")))
+    assert result.exit_code == 1
+    assert "gone cannot be loaded" in result.stderr and "pass a folder or a hub id" in result.stderr

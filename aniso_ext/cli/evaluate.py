@@ -57,7 +57,8 @@ def evaluate(
             tokenizer = transformers.AutoTokenizer.from_pretrained(run)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{run} holds no trained model ({reason}): pass the folder of aniso train --out") from None
+            remedy = "pass the folder of aniso train --output"
+            raise InputError(f"{run} holds no trained model ({reason}): {remedy}") from None
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with progress_bar("asking") as update:
         report = judge(

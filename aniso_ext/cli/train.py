@@ -1,22 +1,21 @@
-"""``aniso train``: a multimodal language model from texts and stand-ins."""
+"""``aniso train``: a multimodal model on text and stand-ins."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say, spinner
-from aniso_ext.cli.transformers_output import quiet_transformers
+from aniso_ext.cli.console import Debug, Json, Result, command, say, stage_bars
+from aniso_ext.cli.processes import process_group
+from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from aniso_ext.mllm import AnisoMLLMForCausalLM, Correction
-
-SMALL = "small:"
+    from aniso_ext.mllm import Correction, TrainOptions, TrainReport
 
 
 @command
@@ -26,170 +25,248 @@ def train(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="Folder of a language model with its tokenizer, or its name on the hub; small:FAMILY:SIZE makes one "
-            "of random weights (llama or qwen2; tiny, 10m, 30m, 60m, 1b).",
+            help="Folder or hub id of a language model, folder of a multimodal model to go on with, or FAMILY:SIZE "
+            "(llama:tiny, qwen2:30m, ...) for random weights.",
         ),
     ],
-    embeddings: Annotated[Path, typer.Option("--embeddings", metavar="DIR", help="Source embeddings of the samples.")],
-    conversations: Annotated[
-        Path, typer.Option("--conversations", metavar="FILE", help="LLaVA-style .json or .jsonl, or captions.")
+    source_embeddings: Annotated[
+        Path,
+        typer.Option("--source-embeddings", metavar="DIR", help="Embeddings of the samples, usually of their texts."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the model, its log and its states.")],
-    index: Annotated[
-        Path | None,
-        typer.Option("--index", metavar="PATH", help="Ids of the embeddings.", show_default="metadata beside them"),
-    ] = None,
+    conversations: Annotated[
+        Path, typer.Option("--conversations", metavar="FILE", help="Conversations or captions, .json or .jsonl.")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the model, states and logs.")],
     aligner: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--aligner",
             metavar="ALIGNER",
-            help="Folder that aniso fit wrote, or a method, fitted with --target.",
-            show_default="none: embeddings enter as they are",
+            help="What makes stand-ins: a folder that aniso fit wrote, a method to fit now, none, or noise:STD.",
         ),
-    ] = None,
-    target: Annotated[
-        Path | None, typer.Option("--target", metavar="DIR", help="Target embeddings that a method is fitted on.")
+    ] = "none",
+    target_embeddings: Annotated[
+        Path | None,
+        typer.Option("--target-embeddings", metavar="DIR", help="What a method by name is fitted to; unpaired."),
     ] = None,
     noise: Annotated[
-        float, typer.Option("--noise", min=0, metavar="SIGMA", help="Gaussian noise in each coordinate of a stand-in.")
+        float, typer.Option("--noise", min=0.0, metavar="STD", help="Gaussian noise on each stand-in, then a unit row.")
     ] = 0.0,
     train_refiner: Annotated[
-        bool, typer.Option("--train-refiner", help="Let the model's loss tune the aligner's refiner within its bounds.")
+        bool, typer.Option("--train-refiner", help="Let the loss tune the aligner's refiner, within its bounds.")
     ] = False,
-    stages: Annotated[
-        Literal["both", "projector", "full"], typer.Option("--stages", help="Projector first, then everything.")
-    ] = "both",
-    projector_rate: Annotated[float, typer.Option("--projector-rate", help="Learning rate of the projector.")] = 5e-4,
-    rate: Annotated[float, typer.Option("--rate", help="Learning rate of the second stage.")] = 1e-5,
-    epochs: Annotated[float, typer.Option("--epochs", min=0, help="Passes of each stage.")] = 1.0,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", min=1, help="Most steps of each stage.", show_default="no limit")
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            "--index",
+            metavar="FILE",
+            help="Ids in the order of the embeddings, .jsonl or .parquet.",
+            show_default="the metadata beside the embeddings",
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a step, over all processes.")] = 256,
-    device_batch: Annotated[int, typer.Option("--device-batch", min=1, help="Rows on a device at a time.")] = 8,
-    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Most tokens of a sample or pack.")] = 2048,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", metavar="FILE", help="Jinja template in place of the tokenizer's.")
+    ] = None,
+    visual_tokens: Annotated[int, typer.Option("--visual-tokens", min=1, metavar="T", help="Tokens of an image.")] = 1,
+    vocab_size: Annotated[
+        int, typer.Option("--vocab-size", min=262, metavar="N", help="Of the tokenizer of a FAMILY:SIZE, at most.")
+    ] = 4096,
+    stages: Annotated[
+        Literal["projector", "full", "both"], typer.Option("--stages", help="Train the projector, everything, or both.")
+    ] = "both",
+    projector_learning_rate: Annotated[
+        float, typer.Option("--projector-learning-rate", min=0.0, metavar="RATE", help="Peak of the first stage.")
+    ] = 5e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=0.0, metavar="RATE", help="Peak of the second stage.")
+    ] = 1e-5,
+    projector_epochs: Annotated[
+        float, typer.Option("--projector-epochs", min=0.0, metavar="N", help="Passes of the first stage.")
+    ] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.0, metavar="N", help="Passes of the second stage.")] = 1.0,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", min=1, metavar="N", help="Steps of a stage, in place of its passes.")
+    ] = None,
+    global_batch: Annotated[
+        int, typer.Option("--global-batch", min=1, metavar="N", help="Samples of a step, over all processes.")
+    ] = 256,
+    device_batch: Annotated[
+        int, typer.Option("--device-batch", min=1, metavar="N", help="Rows that a device takes at a time, at most.")
+    ] = 8,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=2, metavar="N", help="Tokens of a sample, and of a packed row, at most.")
+    ] = 2048,
     on_long: Annotated[
         Literal["fail", "truncate", "skip"], typer.Option("--on-long", help="What to do with longer samples.")
     ] = "fail",
-    packing: Annotated[bool, typer.Option("--packing", help="Several samples in a row; none sees another.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third slower.")
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Several samples in a row, none of which sees another.")
     ] = False,
-    lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="Low-rank updates; 0 trains all weights.")] = 0,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the model over the processes of torchrun.")] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--no-bf16", help="bfloat16 products over float32 weights.", show_default="on a GPU"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory: compute activations again.")
+    ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option("--attention", metavar="NAME", help="sdpa, eager, flex_attention", show_default="the model's"),
+    ] = None,
+    lora_rank: Annotated[
+        int,
+        typer.Option("--lora-rank", min=0, metavar="R", help="Low-rank updates in the second stage, then merged."),
+    ] = 0,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Under torchrun: shard the weights (FSDP2).")] = False,
+    save_every: Annotated[
+        int, typer.Option("--save-every", min=1, metavar="N", help="Steps between states to resume from.")
+    ] = 500,
+    log_every: Annotated[int, typer.Option("--log-every", min=1, metavar="N", help="Steps between logged losses.")] = 1,
     report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="tensorboard or wandb; may be given again.")
+        list[str] | None, typer.Option("--report-to", help="tensorboard or wandb, beside the JSON lines.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, metavar="N", help="Processes that prepare batches.")
+    ] = 0,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option("--device", help="Device.", show_default="a GPU if there is one")
+        Literal["cpu", "cuda"] | None,
+        typer.Option("--device", help="Where to train.", show_default="a GPU where there is one"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, order and noise.")] = 0,
-    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between resumable states.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --out.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --output.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Train a multimodal language model on texts, with stand-ins in the place of images.
+    """Train a multimodal language model on text alone: stand-ins in place of images.
 
-    The source embeddings are corrected on the fly. First the projector is trained under a frozen language model, then
-    everything. Evaluation feeds real target embeddings: see aniso eval. Under torchrun the processes share each batch.
+    Each sample's source embedding becomes a stand-in on the fly, a projector makes tokens of it, and a language model
+    learns to say what the conversation says. First the projector is trained, then everything. At use the model takes
+    embeddings of the target modality as they are.
 
     \b
     Examples:
-      aniso train --model meta/llama --embeddings text_emb --conversations train.jsonl --aligner aligner --out run
-      aniso train --model small:llama:tiny --embeddings train_text --conversations train_text/captions.jsonl --out run
+      aniso train --model LLM --source-embeddings text_emb --conversations chat.jsonl --aligner aligner --output run
+      aniso train --model llama:tiny --source-embeddings text.npy --index captions.jsonl \\
+        --conversations captions.jsonl --aligner noise:0.05 --output run --device cpu
+      torchrun --standalone --nproc-per-node 8 -m aniso_ext.cli train --fsdp --packing --model LLM ...
+
+    A run that was stopped goes on with the same command and --resume, on the CPU to the bit.
     """
-    quiet_transformers()
     from aniso_ext.mllm import TrainOptions
-    from aniso_ext.mllm import train as train_model
 
     options = TrainOptions(
         stages=("projector", "full") if stages == "both" else (stages,),
-        projector_learning_rate=projector_rate,
-        learning_rate=rate,
-        projector_epochs=epochs,
+        projector_learning_rate=projector_learning_rate,
+        learning_rate=learning_rate,
+        projector_epochs=projector_epochs,
         epochs=epochs,
         max_steps=max_steps,
-        global_batch=batch,
+        global_batch=global_batch,
         device_batch=device_batch,
         max_length=max_length,
         on_long=on_long,
         packing=packing,
+        bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
+        attention=attention,
+        train_refiner=train_refiner,
         lora_rank=lora_rank,
         fsdp=fsdp,
+        save_every=save_every,
+        log_every=log_every,
         report_to=tuple(report_to or ()),
+        workers=workers,
         device=device,
         seed=seed,
-        save_every=save_every,
-        train_refiner=train_refiner,
     )
-    with spinner("preparing model and aligner"):
-        language, tokenizer = _language_model(model, conversations, embeddings, seed)
-        language.set_correction(_correction(aligner, noise, train_refiner, embeddings, target))
-    with progress_bar("training") as update:
-        report = train_model(
-            language,
-            tokenizer,
-            conversations,
-            embeddings,
-            index=index,
-            options=options,
-            output=out,
-            resume=resume,
-            progress=lambda stage, step, steps: update(step, steps),
-        )
+    if output.exists() and not resume and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is not empty: name a new folder, or pass --resume to go on with the run in it")
+    correction = _correction(aligner, source_embeddings, target_embeddings, noise, train_refiner)
+    start = {
+        "name": model,
+        "visual_tokens": visual_tokens,
+        "vocab_size": vocab_size,
+        "chat_template": None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+        "seed": seed,
+    }
+    report, first = _train(start, correction, source_embeddings, conversations, index, options, output, resume)
+    if not first:
+        raise typer.Exit(0)
+    data = {"command": "train", "model": model, "aligner": aligner, "options": options.identity(), **vars(report)}
 
     def show(console: Console) -> None:
-        say(console, f"{report.samples:,} samples, {report.tokens:,} tokens, {report.targets:,} of them trained on")
-        if report.truncated or report.skipped:
-            say(console, f"{len(report.truncated):,} samples truncated, {len(report.skipped):,} skipped: too long")
+        say(console, f"{report.samples:,} samples, {report.tokens:,} tokens, {report.targets:,} of them targets")
+        for what, ids in (("truncated", report.truncated), ("skipped", report.skipped)):
+            if ids:
+                say(console, f"{len(ids):,} samples {what}, the first of them {ids[0]!r}; all are in train_report.json")
         for stage in report.stages:
-            losses = f"loss {stage.first_loss:.3f} to {stage.last_loss:.3f}" if stage.last_loss is not None else ""
-            say(console, f"{stage.name}: {stage.steps:,} steps, {stage.trained_parameters:,} parameters, {losses}")
-        say(console, f"{out}: written in {report.seconds:.1f} s")
-        say(console, f"next: aniso eval --run {out} --embeddings IMAGE_EMBEDDINGS --questions FILE --out RESULTS")
+            moved = f"{stage.trained_parameters:,} parameters, {stage.steps} steps of {stage.rows_per_step} rows"
+            losses = "" if stage.first_loss is None else f", loss {stage.first_loss:.4f} to {stage.last_loss:.4f}"
+            say(console, f"{stage.name}: {moved}{losses}, {stage.seconds:.1f} s")
+        say(console, f"{output}: model, tokenizer and log, after {report.seconds:.1f} s")
 
-    return Result({"command": "train", **asdict(report)}, show)
-
-
-def _language_model(name: str, conversations: Path, embeddings: Path, seed: int) -> tuple[AnisoMLLMForCausalLM, Any]:
-    import torch
-
-    from aniso_ext.data import open_embeddings
-    from aniso_ext.errors import InputError
-    from aniso_ext.mllm import AnisoMLLMForCausalLM, small_language_model, small_tokenizer
-    from aniso_ext.mllm.data import read_conversations
-    from aniso_ext.mllm.library import transformers
-
-    torch.manual_seed(seed)
-    width = open_embeddings(embeddings).width
-    if name.startswith(SMALL):
-        family, _, size = name.removeprefix(SMALL).partition(":")
-        texts = (turn["content"] for each in read_conversations(conversations) for turn in each.messages)
-        tokenizer: Any = small_tokenizer(texts)
-        language = small_language_model(family, vocab_size=len(tokenizer), size=size or "tiny", seed=seed)
-        return AnisoMLLMForCausalLM.from_language_model(language, tokenizer, embedding_width=width), tokenizer
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if config.model_type == "aniso_mllm":
-            return AnisoMLLMForCausalLM.from_pretrained(name), tokenizer
-        language = transformers.AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} cannot be loaded as a language model ({reason}): check the folder or name") from None
-    return AnisoMLLMForCausalLM.from_language_model(language, tokenizer, embedding_width=width), tokenizer
+    return Result(data, show)
 
 
 def _correction(
-    aligner: str | None, noise: float, train_refiner: bool, embeddings: Path, target: Path | None
+    aligner: str, source: Path, target: Path | None, noise: float, train_refiner: bool
 ) -> Correction | None:
+    from aniso_ext.align import list_aligners
     from aniso_ext.mllm import Correction
 
-    if aligner is None:
-        return Correction.noise(noise) if noise else None
-    return Correction.from_aligner(
-        aligner, source=embeddings, target=target, noise_std=noise, trainable=train_refiner
-    )
+    kind, _, std = aligner.partition(":")
+    if kind == "noise":
+        try:
+            noise = float(std)
+        except ValueError:
+            raise typer.BadParameter(f"{aligner!r} must be noise:STD, e.g. noise:0.1", param_hint="--aligner") from None
+    elif aligner not in ("none", "identity"):
+        if aligner in list_aligners() and target is None and not Path(aligner).is_dir():
+            raise typer.BadParameter(f"{aligner} is fitted now and needs it", param_hint="--target-embeddings")
+        return Correction.from_aligner(
+            aligner, source=source, target=target, noise_std=noise, trainable=train_refiner
+        )
+    if train_refiner:
+        raise typer.BadParameter("only an anisoalign has a refiner to train", param_hint="--train-refiner")
+    return Correction.noise(noise) if noise else None
+
+
+def _train(
+    start: dict[str, Any],
+    correction: Correction | None,
+    source: Path,
+    conversations: Path,
+    index: Path | None,
+    options: TrainOptions,
+    output: Path,
+    resume: bool,
+) -> tuple[TrainReport, bool]:
+    from aniso_ext.data import open_embeddings
+    from aniso_ext.mllm import load_model, train
+    from aniso_ext.mllm.data import read_conversations
+    from aniso_ext.mllm.library import transformers
+    from aniso_ext.mllm.stage import runs_on_cpu
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    texts = (message["content"] for sample in read_conversations(conversations) for message in sample.messages)
+    embeddings = open_embeddings(source)
+    with process_group(None if runs_on_cpu(options) else "cuda") as processes:
+        model, tokenizer = load_model(embedding_width=embeddings.width, texts=texts, **start)
+        model.set_correction(correction)
+        with stage_bars("training") as update, warnings.catch_warnings():
+            # what libraries deprecate among each other is nothing that a user of this command can mend
+            warnings.filterwarnings("ignore", category=UserWarning, module="(torch|transformers|accelerate|peft)")
+            report = train(
+                model,
+                tokenizer,
+                conversations,
+                source,
+                index=index,
+                options=options,
+                output=output,
+                resume=resume,
+                progress=update if processes.first else None,
+            )
+        processes.meet()
+    return report, processes.first

@@ -14,6 +14,7 @@ _EXPORTS = {
     "Correction": "aniso_ext.mllm.correction",
     "TrainOptions": "aniso_ext.mllm.options",
     "TrainReport": "aniso_ext.mllm.training",
+    "load_model": "aniso_ext.mllm.loading",
     "open_index": "aniso_ext.mllm.data",
     "prompt_tokens": "aniso_ext.mllm.templates",
     "small_language_model": "aniso_ext.mllm.small",

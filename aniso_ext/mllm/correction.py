@@ -116,8 +116,9 @@ class RefinedCorrection(nn.Module):
         self.frame: Frame = aligner.frame_
         self.backend = aligner.backend
         self._fitted = aligner
-        assert aligner.refiner_ is not None
-        self.refiner = copy.deepcopy(aligner.refiner_).requires_grad_(True).train()
+        refiner = aligner.refiner_
+        assert refiner is not None
+        self.refiner = copy.deepcopy(refiner).requires_grad_(True).train()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Unit rows [n, D] of rows [n, D]; differentiable in the rows and in the refiner's parameters."""

@@ -65,10 +65,16 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         embedding_width: int,
         visual_tokens: int = 1,
         projector_hidden: int | None = None,
+        seed: int = 0,
     ) -> AnisoMLLMForCausalLM:
         """A new projector in front of a language model, which is taken over, not copied.
 
-        ``<image>`` becomes a special token of the tokenizer; the language model gets rows for it if it has too few.
+        ``<image>`` becomes a special token of the tokenizer; the language model gets a row for it if it has too few.
+
+        Args:
+            language_model, tokenizer: of each other.
+            embedding_width, visual_tokens, projector_hidden: as in :class:`AnisoMLLMConfig`.
+            seed: of the projector. The global random state is left alone.
         """
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -81,15 +87,16 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
             projector_hidden=projector_hidden,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = cls(config)
         model.language_model = language_model
-        model.projector = _projector(config).to(language_model.device)
+        model.projector.to_empty(device=language_model.device)
+        generator = torch.Generator().manual_seed(seed)
         for layer in (model.projector.first, model.projector.last):
-            nn.init.normal_(layer.weight, std=getattr(config.text_config, "initializer_range", 0.02))
+            std = getattr(config.text_config, "initializer_range", 0.02)
+            layer.weight.data.copy_(torch.empty(layer.weight.shape).normal_(std=std, generator=generator))
             nn.init.zeros_(layer.bias)
         model.generation_config = language_model.generation_config
-        model.post_init()
         return model
 
     def set_correction(self, correction: Correction | None) -> None:
@@ -202,9 +209,10 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
 
 
 def _projector(config: AnisoMLLMConfig) -> Projector:
+    hidden = config.projector_hidden or config.text_config.hidden_size
     return Projector(
         config.embedding_width,
-        config.projector_hidden or config.text_config.hidden_size,
+        hidden,
         config.text_config.hidden_size,
         visual_tokens=config.visual_tokens,
     )

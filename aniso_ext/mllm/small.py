@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}\n"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 """Roles in marks of their own; what the assistant says is marked for training, its end included."""
 
 _SPECIAL = ("<|pad|>", "<|end|>", "<image>", "<|system|>", "<|user|>", "<|assistant|>")
+FAMILIES = ("llama", "qwen2")
 _SHAPES = {
     "tiny": (64, 2, 4, 176),
     "10m": (256, 8, 8, 704),
@@ -89,8 +90,8 @@ def small_language_model(
 
     from aniso_ext.mllm.library import transformers
 
-    if family not in ("llama", "qwen2"):
-        raise InputError(f"family must be 'llama' or 'qwen2', got {family!r}")
+    if family not in FAMILIES:
+        raise InputError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     if size not in _SHAPES:
         raise InputError(f"size must be one of {', '.join(_SHAPES)}, got {size!r}")
     width, layers, heads, inner = _SHAPES[size]

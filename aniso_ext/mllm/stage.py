@@ -187,14 +187,10 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         seed=options.seed + (stage == "full"),
         fsdp=options.fsdp or None,
-        fsdp_config=_sharding(options) if options.fsdp else None,
+        fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs go by torchrun, never by threads of one process
     return arguments
-
-
-def _sharding(options: TrainOptions) -> dict[str, Any]:
-    return {"version": 2, "activation_checkpointing": options.gradient_checkpointing}
 
 
 def _split(rows: int, device_rows: int, processes: int) -> tuple[int, int]:

@@ -104,11 +104,16 @@ def _render(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages,
 
 
 def _marked(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    _render(tokenizer, messages)
+    text = _render(tokenizer, messages)
     encoded = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
+    tokens, targets = list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
+    # of a character of several tokens transformers marks the first one as the end
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    for place in range(1, len(tokens)):
+        targets[place] = targets[place] or (targets[place - 1] and offsets[place] == offsets[place - 1])
+    return tokens, targets
 
 
 def _by_prefixes(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
