@@ -171,6 +171,6 @@ def test_messages_say_what_to_do() -> None:
         Correction.from_aligner("realign")
     with pytest.raises(InputError, match="noise_std must be finite"):
         Correction.noise(-1)
-    with pytest.raises(InputError, match="fitted at width 8, but the projector takes 16.*one encoder"):
+    with pytest.raises(InputError, match=r"fitted at width 8, but the projector takes 16.*one encoder"):
         narrow = aniso.make_aligner("mean_shift").fit(np.eye(8), -np.eye(8))
         World().model().set_correction(Correction(narrow))

@@ -64,7 +64,7 @@ REFUSED: Refusals = [
     (talk(("gpt", "a star")), "'s3'.*no turn of the user"),
     (talk(("human", "<image> <image>"), ("gpt", "a")), r"'s3'.*has <image> 2 time\(s\)"),
     (talk(("human", "a"), ("gpt", "<image>")), r"'s3'.*not once in its first turn"),
-    (talk(("human", "a"), ("gpt", "b"), image="gone"), "'s3' has no embedding: the index has no id 'gone' among its 48"),
+    (talk(("human", "a"), ("gpt", "b"), image="gone"), "'s3' has no embedding: the index has no id 'gone' among"),
 ]
 
 
@@ -77,7 +77,7 @@ def test_a_sample_that_cannot_be_used_is_named(record: dict[str, Any], message: 
 def test_bad_files_are_named(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"id": "s0", "caption": "a"}\n{"id": \n')
-    with pytest.raises(DataError, match="line 2 is not JSON.*mend or remove it"):
+    with pytest.raises(DataError, match=r"line 2 is not JSON.*mend or remove it"):
         list(read_conversations(lines))
     listed = tmp_path / "listed.json"
     listed.write_text('{"id": "s0"}')
@@ -91,7 +91,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_a_template_that_drops_the_user_is_named_with_the_sample() -> None:
     tokenizer = World(rows=4).tokenizer
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    template = "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = template
     with pytest.raises(DataError, match="'s0' has 0 image tokens where one is due: the chat template drops"):
         prepare_samples(read_conversations(WORLD.captions), tokenizer, open_index(WORLD.ids), image_token_id=IMAGE)
 
@@ -118,7 +119,7 @@ def test_long_samples_fail_or_are_truncated_or_skipped_by_name() -> None:
     skipped = prepared(records, max_length=40, on_long="skip")
     assert skipped.skipped == ("s3",) and len(skipped) == 3
     lost = talk(("human", "What? " * 40), ("gpt", "a star"))
-    with pytest.raises(DataError, match="sample 's3' has nothing to learn from.*beyond its first 40"):
+    with pytest.raises(DataError, match=r"sample 's3' has nothing to learn from.*beyond its first 40"):
         prepared([lost], max_length=40, on_long="truncate")
     with pytest.raises(InputError, match="on_long must be one of"):
         prepared(on_long="ignore")

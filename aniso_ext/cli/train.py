@@ -115,7 +115,7 @@ def train(
     ] = None,
     lora_rank: Annotated[
         int,
-        typer.Option("--lora-rank", min=0, metavar="R", help="Low-rank updates in the second stage, merged at the end."),
+        typer.Option("--lora-rank", min=0, metavar="R", help="Low-rank updates in the second stage, then merged."),
     ] = 0,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Under torchrun: shard the weights (FSDP2).")] = False,
     save_every: Annotated[
