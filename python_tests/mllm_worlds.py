@@ -14,7 +14,7 @@ from aniso_ext.mllm import AnisoMLLMForCausalLM, TrainOptions, small_language_mo
 
 COLOURS, SHAPES = ("red", "blue", "green", "black"), ("circle", "square", "star")
 QUICK = TrainOptions(
-    global_batch=16, device_batch=8, projector_learning_rate=0.02, learning_rate=0.01, max_length=64, device="cpu"
+    global_batch=16, device_batch=8, projector_learning_rate=0.02, learning_rate=0.003, max_length=64, device="cpu"
 )
 
 

@@ -91,9 +91,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_a_template_that_drops_the_user_is_named_with_the_sample() -> None:
     tokenizer = World(rows=4).tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
+    template = "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = template
     with pytest.raises(DataError, match="'s0' has 0 image tokens where one is due: the chat template drops"):
         prepare_samples(read_conversations(WORLD.captions), tokenizer, open_index(WORLD.ids), image_token_id=IMAGE)
 

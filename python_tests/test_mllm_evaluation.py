@@ -120,6 +120,8 @@ def test_answers_and_likelihoods_follow_the_embedding(trained: tuple[AnisoMLLMFo
     assert [int(values.argmax()) for values in found] == [1, 1, 0, 1]
     (likely,) = score_choices(model, tokenizer, rows[:1], prompts[:1], [("black",)], by_token=False)
     assert -0.5 < likely[0] < 0
+    counted = {"id": 7, "kind": "attribute", "attribute": "count", "question": "How many?", "answer": 0}
+    assert read_questions([counted])[0].answer == "0"
     with pytest.raises(InputError, match=r"embeddings are \[4, 8\] for 3 prompts"):
         generate_answers(model, tokenizer, rows, prompts[:3])
 
@@ -175,6 +177,11 @@ def test_an_evaluation_scores_and_keeps_every_answer(
         ),
         ({"id": "7", "kind": "multiple_choice", "question": "Q", "answer": "a"}, "has no choices"),
         ({"id": "7", "kind": "attribute", "answer": "a"}, "asks nothing"),
+        ({"id": "7", "kind": "caption", "references": "a red shoe"}, "has references 'a red shoe': write a list"),
+        (
+            {"id": "7", "kind": "multiple_choice", "question": "Q", "answer": "a", "choices": ["a", "a"]},
+            "has a choice twice",
+        ),
     ],
 )
 def test_a_question_that_cannot_be_used_is_named(record: dict[str, Any], message: str) -> None:

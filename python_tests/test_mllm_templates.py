@@ -100,10 +100,7 @@ def test_images_are_expanded_with_their_marks() -> None:
         ("{% for m in messages %}{% if loop.last %}!{% endif %}{{ m['content'] }}<|end|>{% endfor %}", "differently"),
         ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "not show"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the conversation .roles must alternate.*reorder"),
-        (
-            "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0]['content'] }}",
-            "every target is masked",
-        ),
+        ("{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0]['content'] }}", "every target"),
     ],
 )
 def test_templates_that_cannot_be_handled_are_refused(template: str, message: str) -> None:
@@ -114,5 +111,5 @@ def test_templates_that_cannot_be_handled_are_refused(template: str, message: st
 def test_no_template_names_the_remedy() -> None:
     made = tokenizer()
     made.chat_template = None
-    with pytest.raises(InputError, match=r"no chat template: set tokenizer\.chat_template"):
+    with pytest.raises(InputError, match=r"no chat template: set tokenizer.chat_template"):
         encode_conversation(made, TURNS)

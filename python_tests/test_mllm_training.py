@@ -57,7 +57,7 @@ def test_both_stages_learn_and_the_saved_model_says_what_it_saw(family: str, tmp
     assert [stage.steps for stage in report.stages] == [6, 150]
     # twelve captions, equally frequent: what remains for a model that does not look at the embedding
     blind = math.log(12) / (report.targets / report.samples)
-    assert losses(out, "full")[-1] < 0.75 * blind
+    assert losses(out, "full")[-1] < blind / 4
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     start = torch.tensor(

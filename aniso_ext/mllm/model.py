@@ -77,7 +77,8 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
             seed: of the projector. The global random state is left alone.
         """
         if IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+            added = {"additional_special_tokens": [IMAGE_TOKEN]}
+            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
         if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
             language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         config = AnisoMLLMConfig(

@@ -190,6 +190,9 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs go by torchrun, never by threads of one process
+    if on_cpu:
+        # accelerate numbers the CPUs of several processes, and torch restores no state to such a place
+        arguments.__dict__["_setup_devices"] = torch.device("cpu")
     return arguments
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aniso_ext.errors import InputError
-from aniso_ext.mllm.templates import prompt_tokens
+from aniso_ext.mllm.templates import encode_conversation, expand_images, prompt_tokens
 
 if TYPE_CHECKING:
     from aniso_ext.mllm.library import transformers
@@ -83,14 +83,17 @@ def score_choices(
     if len(choices) != len(prompts):
         raise InputError(f"{len(prompts)} prompts and {len(choices)} lists of choices: pass one list for each prompt")
     owner = np.repeat(np.arange(len(prompts)), [len(listed) for listed in choices])
-    heads = _prompts(model, tokenizer, prompts)
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    tails = [tokenizer(choice, add_special_tokens=False).input_ids + end for listed in choices for choice in listed]
+    turns = [
+        [{"role": "user", "content": _with_image(prompt)}, {"role": "assistant", "content": choice}]
+        for prompt, listed in zip(prompts, choices, strict=True)
+        for choice in listed
+    ]
+    encoded = [encode_conversation(tokenizer, each) for each in turns]  # the targets of training, their end included
     found = np.zeros(len(owner))
     with evaluating(model), torch.no_grad():
         for start in range(0, len(owner), batch_size):
             chosen = range(start, min(start + batch_size, len(owner)))
-            ids, mask = _padded([heads[owner[i]] + tails[i] for i in chosen], 0, left=False)
+            ids, mask = _padded([_expanded(model, *encoded[i])[0] for i in chosen], 0, left=False)
             logits = model(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -99,8 +102,8 @@ def score_choices(
             logarithms = torch.log_softmax(logits[:, :-1].float(), dim=-1)
             likely = logarithms.gather(2, ids[:, 1:, None].to(logits.device)).squeeze(2).cpu().numpy()
             for place, i in enumerate(chosen):
-                first = len(heads[owner[i]]) - 1
-                values = likely[place, first : first + len(tails[i])]
+                targets = np.array(_expanded(model, *encoded[i])[1][1:])
+                values = likely[place, : len(targets)][targets]
                 found[i] = values.mean() if by_token else values.sum()
     return np.split(found, np.cumsum([len(listed) for listed in choices])[:-1])
 
@@ -128,12 +131,24 @@ def _prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[list[in
     known: dict[str, list[int]] = {}
     for prompt in prompts:
         if prompt not in known:
-            text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
             config = model.config
             known[prompt] = prompt_tokens(
-                tokenizer, text, image_token_id=config.image_token_id, visual_tokens=config.visual_tokens
+                tokenizer,
+                _with_image(prompt),
+                image_token_id=config.image_token_id,
+                visual_tokens=config.visual_tokens,
             )
     return [known[prompt] for prompt in prompts]
+
+
+def _with_image(prompt: str) -> str:
+    return prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
+
+
+def _expanded(model: Any, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
+    """Tokens and targets with the image token as often as the model has visual tokens."""
+    image, count = model.config.image_token_id, model.config.visual_tokens
+    return expand_images(ids, image, count), expand_images(ids, image, count, like=targets)
 
 
 def _padded(tokens: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,19 +73,30 @@ def _question(record: Any, place: str) -> Question:
     kind = record.get("kind")
     if kind not in KINDS:
         raise DataError(f"{name} has the kind {kind!r}: choose {', '.join(KINDS)}")
+    for listed in ("choices", "references"):
+        if not isinstance(record.get(listed) or [], (list, tuple)):
+            raise DataError(f"{name} has {listed} {record[listed]!r}: write a list of texts")
     question = Question(
         id=str(record["id"]),
         kind=str(kind),
-        question=str(record.get("question") or (CAPTION_PROMPT if kind == "caption" else "")),
-        answer=str(record.get("answer") or ""),
+        question=_text(record, "question") or (CAPTION_PROMPT if kind == "caption" else ""),
+        answer=_text(record, "answer"),
         choices=tuple(map(str, record.get("choices") or ())),
         references=tuple(map(str, record.get("references") or ())),
-        attribute=str(record.get("attribute") or ""),
+        attribute=_text(record, "attribute"),
     )
     missing = _missing(question)
     if missing:
         raise DataError(f"{name} {missing}")
     return question
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    """An entry as a text; true and false as yes and no."""
+    value = record.get(name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 def _missing(question: Question) -> str | None:
@@ -99,6 +110,8 @@ def _missing(question: Question) -> str | None:
         return f"has the answer {question.answer!r}: yes or no is due"
     if question.kind == "multiple_choice" and not question.choices:
         return "has no choices: list them"
+    if len(set(question.choices)) != len(question.choices):
+        return f"has a choice twice, {', '.join(question.choices)}: list each once"
     if question.choices and question.answer not in question.choices:
         return f"has the answer {question.answer!r}, which is none of its choices"
     if question.kind == "attribute" and not question.attribute:
