@@ -244,11 +244,10 @@ def _train(
     from aniso_ext.data import open_embeddings
     from aniso_ext.mllm import load_model, train
     from aniso_ext.mllm.data import read_conversations
-    from aniso_ext.mllm.library import transformers
+    from aniso_ext.mllm.library import say_errors_alone
     from aniso_ext.mllm.stage import runs_on_cpu
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    say_errors_alone()
     texts = (message["content"] for sample in read_conversations(conversations) for message in sample.messages)
     embeddings = open_embeddings(source)
     with process_group(None if runs_on_cpu(options) else "cuda") as processes:

@@ -14,4 +14,10 @@ except ModuleNotFoundError as error:
         raise
     raise InputError(f"{error.name} is not installed: pip install 'aniso_ext[mllm]'") from None
 
-__all__ = ["transformers"]
+__all__ = ["say_errors_alone", "transformers"]
+
+
+def say_errors_alone() -> None:
+    """Keep transformers' bars and notes to itself; a command has its own."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
