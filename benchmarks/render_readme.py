@@ -187,14 +187,18 @@ def conversion_table(path: Path) -> str:
     return "\n".join((*lines, "", estimate(max(converted, key=lambda row: int(row["rows"])))))
 
 
+def spell(minutes: float) -> str:
+    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{max(1, round(minutes))} minutes"
+
+
 def estimate(measured: dict[str, str]) -> str:
     """What a corpus of ESTIMATED_ROWS takes at a measured rate."""
-    hours = ESTIMATED_ROWS / float(measured["rows_per_s"]) / 3600
+    minutes = ESTIMATED_ROWS / float(measured["rows_per_s"]) / 60
     terabytes = ESTIMATED_ROWS * int(measured["D"]) * 2 / 1e12
     return (
         f"So {ESTIMATED_ROWS:,} rows of this kind, {terabytes:.2f} TB and as much for the stand-ins, take one such "
-        f"machine {hours:.1f} hours at the rate of the {int(measured['rows']):,} rows above, and sixteen of them "
-        f"{hours / 16:.1f} hours if the storage keeps up. `--calibration corpus` reads and maps all rows once more."
+        f"machine {spell(minutes)} at the rate of the {int(measured['rows']):,} rows above, and sixteen of them "
+        f"{spell(minutes / 16)} if the storage keeps up. `--calibration corpus` reads and maps all rows once more."
     )
 
 
