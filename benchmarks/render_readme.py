@@ -188,7 +188,8 @@ def conversion_table(path: Path) -> str:
 
 
 def spell(minutes: float) -> str:
-    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{max(1, round(minutes))} minutes"
+    whole = max(1, round(minutes))
+    return f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{whole} minute{'s' if whole > 1 else ''}"
 
 
 def estimate(measured: dict[str, str]) -> str:
