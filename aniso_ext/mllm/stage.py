@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.options import TrainOptions
 
 LOG = "log"
+PROCESS_SEEDS = 1_000_003
+"""Between the seeds of two processes."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, steps done, steps)"""
 
@@ -78,6 +80,8 @@ def run_stage(run: StageRun, stage: str) -> StageReport:
         data_collator=run.batcher,
         processing_class=run.tokenizer,
     )
+    if (number := arguments.process_index) > 0:
+        torch.manual_seed(arguments.seed + number * PROCESS_SEEDS)  # the same noise on all would be less noise
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Watch(TrainingLog(run.folder / LOG), stage, run.progress))
     state = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir) if run.resume else None
@@ -186,6 +190,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=not on_cpu,
         seed=options.seed + (stage == "full"),
+        data_seed=options.seed + (stage == "full"),
         fsdp=options.fsdp or None,
         fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing},
     )
