@@ -123,7 +123,8 @@ def train(
     ] = 500,
     log_every: Annotated[int, typer.Option("--log-every", min=1, metavar="N", help="Steps between logged losses.")] = 1,
     report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", metavar="NAME", help="tensorboard or wandb, beside the JSON lines.")
+        list[str] | None,
+        typer.Option("--report-to", metavar="NAME", help="tensorboard or wandb, beside the JSON lines."),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, metavar="N", help="Processes that prepare batches.")
