@@ -84,10 +84,12 @@ def run_stage(run: StageRun, stage: str) -> StageReport:
         torch.manual_seed(arguments.seed + number * PROCESS_SEEDS)  # the same noise on all would be less noise
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Watch(TrainingLog(run.folder / LOG), stage, run.progress))
-    state = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir) if run.resume else None
-    trainer.train(resume_from_checkpoint=state)
+    trainer.train(resume_from_checkpoint=_last_state(arguments) if run.resume else None)
     if run.options.fsdp:
-        run.model = whole_model(run.model, transformers.trainer_utils.get_last_checkpoint(arguments.output_dir))
+        trainer.accelerator.wait_for_everyone()  # the first process may still be writing
+        state = _last_state(arguments)
+        assert state is not None
+        run.model = whole_model(run.model, state)
     _merge_low_rank(run.model)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return StageReport(
@@ -127,6 +129,14 @@ class Watch(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.file.flush()
+
+
+def _last_state(arguments: transformers.TrainingArguments) -> str | None:
+    """Folder of the last state of a stage; None where it has none. The first process alone makes the stage's folder."""
+    if not Path(arguments.output_dir).is_dir():
+        return None
+    found: str | None = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir)
+    return found
 
 
 def _choose_weights(model: AnisoMLLMForCausalLM, options: TrainOptions, stage: str) -> None:
