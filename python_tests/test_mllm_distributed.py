@@ -85,9 +85,7 @@ def test_two_processes_train_what_one_trains(folder: Path, two: str) -> None:
 
 
 def test_a_run_of_two_processes_resumes(folder: Path, two: str) -> None:
-    shutil.copytree(folder / two, folder / "parts")
-    shutil.rmtree(folder / "parts" / "full")  # as if it had been stopped after the first stage
-    run(folder, "parts", *two.removeprefix("two").split(), "--resume", processes=2)
-    resumed, whole = losses(folder, "parts"), losses(folder, two)
-    assert resumed == whole
-    shutil.rmtree(folder / "parts")
+    parts = shutil.copytree(folder / two, folder / f"{two}-parts")
+    shutil.rmtree(parts / "full")  # as if it had been stopped after the first stage
+    run(folder, parts.name, *two.removeprefix("two").split(), "--resume", processes=2)
+    assert losses(folder, parts.name) == losses(folder, two)

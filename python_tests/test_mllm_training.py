@@ -194,6 +194,16 @@ def test_options_and_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         trained(tmp_path / "other", options={"fsdp": True})
 
 
+def test_other_reports_are_written_or_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    trained(out, options={"report_to": ("tensorboard",), "max_steps": 1, "stages": ("projector",)})
+    assert list((out / "projector" / "runs").rglob("events.out.tfevents.*"))
+    monkeypatch.setattr("aniso_ext.mllm.training.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="wandb is not installed: pip install wandb, or leave it out"):
+        trained(tmp_path / "other", options={"report_to": ("wandb",)})
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     names = {name: tmp_path / name for name in ("text.npy", "image.npy", "captions.jsonl", "run")}

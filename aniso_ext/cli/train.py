@@ -123,7 +123,8 @@ def train(
     ] = 500,
     log_every: Annotated[int, typer.Option("--log-every", min=1, metavar="N", help="Steps between logged losses.")] = 1,
     report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="tensorboard or wandb, beside the JSON lines.")
+        list[str] | None,
+        typer.Option("--report-to", metavar="NAME", help="tensorboard or wandb, beside the JSON lines."),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, metavar="N", help="Processes that prepare batches.")
@@ -132,7 +133,7 @@ def train(
         Literal["cpu", "cuda"] | None,
         typer.Option("--device", help="Where to train.", show_default="a GPU where there is one"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --output.")] = False,
     json: Json = False,
     debug: Debug = False,

@@ -74,8 +74,16 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         Args:
             language_model, tokenizer: of each other.
             embedding_width, visual_tokens, projector_hidden: as in :class:`AnisoMLLMConfig`.
-            seed: of the projector. The global random state is left alone.
+            seed: of what is new. The global random state is left alone.
         """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls._around(language_model, tokenizer, embedding_width, visual_tokens, projector_hidden)
+
+    @classmethod
+    def _around(
+        cls, language_model: Any, tokenizer: Any, embedding_width: int, visual_tokens: int, projector_hidden: int | None
+    ) -> AnisoMLLMForCausalLM:
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             added = {"additional_special_tokens": [IMAGE_TOKEN]}
             tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
@@ -88,15 +96,14 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
             projector_hidden=projector_hidden,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
             model = cls(config)
         model.language_model = language_model
-        model.projector.to_empty(device=language_model.device)
-        generator = torch.Generator().manual_seed(seed)
+        model.projector = _projector(config)
         for layer in (model.projector.first, model.projector.last):
-            std = getattr(config.text_config, "initializer_range", 0.02)
-            layer.weight.data.copy_(torch.empty(layer.weight.shape).normal_(std=std, generator=generator))
+            nn.init.normal_(layer.weight, std=getattr(config.text_config, "initializer_range", 0.02))
             nn.init.zeros_(layer.bias)
+        model.projector.to(language_model.device)
         model.generation_config = language_model.generation_config
         return model
 

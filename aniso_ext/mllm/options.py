@@ -39,7 +39,7 @@ class TrainOptions:
         stages: which of ``projector`` and ``full`` to run, in this order.
         projector_learning_rate, learning_rate: peaks of the two stages; linear warm-up, then a cosine to zero.
         projector_epochs, epochs: passes over the samples.
-        max_steps: optimiser steps of each stage at most; None for no limit.
+        max_steps: optimiser steps of each stage, in place of its passes.
         global_batch: samples of an optimiser step, over all processes and accumulated. With packing, as many rows as
             hold about that many samples.
         device_batch: rows that a device takes at a time, at most.
@@ -105,13 +105,16 @@ class TrainOptions:
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.max_steps is not None and (isinstance(self.max_steps, bool) or not self.max_steps >= 1):
-            raise InputError(f"max_steps must be at least 1, or None for no limit, got {self.max_steps!r}")
+            raise InputError(f"max_steps must be at least 1, or None to go by passes, got {self.max_steps!r}")
         for name in _NUMBERS:
             value = getattr(self, name)
             if value is None and name == "lora_alpha":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise InputError(f"{name} must be a finite number that is not negative, got {value!r}")
+        for name in ("projector_epochs", "epochs"):
+            if not getattr(self, name):
+                raise InputError(f"{name} must be positive: leave a stage out with stages")
         if self.warmup >= 1:
             raise InputError(f"warmup is a share of the steps, below 1, got {self.warmup!r}")
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.options import TrainOptions
 
 LOG = "log"
+PROCESS_SEEDS = 1_000_003
+"""Between the seeds of two processes."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, steps done, steps)"""
 
@@ -78,12 +80,16 @@ def run_stage(run: StageRun, stage: str) -> StageReport:
         data_collator=run.batcher,
         processing_class=run.tokenizer,
     )
+    if (number := arguments.process_index) > 0:
+        torch.manual_seed(arguments.seed + number * PROCESS_SEEDS)  # the same noise on all would be less noise
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Watch(TrainingLog(run.folder / LOG), stage, run.progress))
-    state = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir) if run.resume else None
-    trainer.train(resume_from_checkpoint=state)
+    trainer.train(resume_from_checkpoint=_last_state(arguments) if run.resume else None)
     if run.options.fsdp:
-        run.model = whole_model(run.model, transformers.trainer_utils.get_last_checkpoint(arguments.output_dir))
+        trainer.accelerator.wait_for_everyone()  # the first process may still be writing
+        state = _last_state(arguments)
+        assert state is not None
+        run.model = whole_model(run.model, state)
     _merge_low_rank(run.model)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return StageReport(
@@ -123,6 +129,14 @@ class Watch(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.file.flush()
+
+
+def _last_state(arguments: transformers.TrainingArguments) -> str | None:
+    """Folder of the last state of a stage; None where it has none. The first process alone makes the stage's folder."""
+    if not Path(arguments.output_dir).is_dir():
+        return None
+    found: str | None = transformers.trainer_utils.get_last_checkpoint(arguments.output_dir)
+    return found
 
 
 def _choose_weights(model: AnisoMLLMForCausalLM, options: TrainOptions, stage: str) -> None:
@@ -186,6 +200,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=not on_cpu,
         seed=options.seed + (stage == "full"),
+        data_seed=options.seed + (stage == "full"),
         fsdp=options.fsdp or None,
         fsdp_config={"version": 2, "activation_checkpointing": options.gradient_checkpointing},
     )

@@ -94,22 +94,26 @@ def _template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
 
 
 def _render(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, *, prompt: bool = False) -> str:
+    return str(_apply(tokenizer, messages, tokenize=False, add_generation_prompt=prompt))
+
+
+def _apply(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     _template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        return tokenizer.apply_chat_template(list(messages), **options)
     except TemplateError as error:
         raise InputError(f"the chat template refuses the conversation ({error}): reorder its turns") from None
 
 
 def _marked(tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    text = _render(tokenizer, messages)
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     tokens, targets = list(encoded["input_ids"]), [bool(value) for value in encoded["assistant_masks"]]
+    if all(message["content"].isascii() for message in messages):
+        return tokens, targets
     # of a character of several tokens transformers marks the first one as the end
+    text = _render(tokenizer, messages)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     for place in range(1, len(tokens)):
         targets[place] = targets[place] or (targets[place - 1] and offsets[place] == offsets[place - 1])

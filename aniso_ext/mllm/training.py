@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def train(
     ``train_report.json``, the states of both stages and, where the refiner was trained, ``aligner/``.
 
     Args:
-        model: trained in place; with ``options.fsdp`` take the result from ``output``.
+        model: trained in place, then in evaluation mode; with ``options.fsdp`` take the result from ``output``.
         tokenizer: that the model was made with.
         conversations: what :func:`~aniso_ext.mllm.data.read_conversations` takes, or samples of
             :func:`~aniso_ext.mllm.data.prepare_samples`.
@@ -95,6 +96,7 @@ def train(
     options = options or TrainOptions()
     embedding_set = open_embeddings(embeddings)
     _check_model(model, embedding_set, options)
+    _check_reports(options)
     ids = _index(index, embeddings, embedding_set)
     folder = Path(output)
     samples = _shared_samples(model, tokenizer, conversations, ids, options, folder, resume)
@@ -128,6 +130,7 @@ def train(
         seconds=time.perf_counter() - started,
     )
     _save(run, report)
+    run.model.eval()
     return report
 
 
@@ -143,6 +146,13 @@ def _check_model(model: AnisoMLLMForCausalLM, embeddings: EmbeddingSet, options:
             "train_refiner needs a correction whose refiner takes gradients: "
             "model.set_correction(Correction.from_aligner(..., trainable=True))"
         )
+
+
+def _check_reports(options: TrainOptions) -> None:
+    for name in options.report_to:
+        if find_spec(name) is None:
+            extra = "'aniso_ext[tensorboard]'" if name == "tensorboard" else name
+            raise InputError(f"{name} is not installed: pip install {extra}, or leave it out of report_to")
 
 
 def _index(index: Any, embeddings: Any, embedding_set: EmbeddingSet) -> EmbeddingIndex:
