@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from aniso_ext.align import AnisoAlign
+from aniso_ext.align import AnisoAlign, TrainingOptions
+from aniso_ext.convert import convert_embeddings, verify_conversion
 from aniso_ext.convert import device as device_module
 from aniso_ext.convert.device import CudaMapper, Extent, Mapper
 from aniso_ext.convert.maps import TensorMap
@@ -21,6 +22,7 @@ from aniso_ext.convert.plan import Target
 from aniso_ext.convert.rows import magnitudes
 from aniso_ext.convert.shard import ShardConverter
 from aniso_ext.data import EmbeddingWriter, open_embeddings
+from aniso_ext.errors import DataError
 
 WIDTH = 16
 
@@ -235,8 +237,6 @@ def test_files_through_a_device_are_what_transform_gives(tmp_path: Path, dtype: 
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     options: dict[str, Any] = {}
     if refine:
-        from aniso_ext.align import TrainingOptions
-
         options = {"prior_training": TrainingOptions(steps=5), "refinement_training": TrainingOptions(steps=5)}
     aligner = AnisoAlign(rank=32, refine=refine, **options).fit(values[:5000], -values[5000:10_000])
     with EmbeddingWriter(tmp_path / "in.safetensors", dtype=dtype) as writer:
@@ -268,3 +268,31 @@ def test_bad_rows_on_a_device(tmp_path: Path) -> None:
     line = ShardConverter(Double(), "float32", 8192, "drop", device="cuda").convert(target, lambda count: None)  # type: ignore[arg-type]
     assert line["bad_rows"] == [7, 2000, 4999]
     assert np.array_equal(np.load(tmp_path / "out.npy"), 2 * np.delete(rows, [7, 2000, 4999], axis=0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("calibration", ["fitted", "corpus"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_a_device_converted_is_verified_there(tmp_path: Path, dtype: str, calibration: str) -> None:
+    """A refined aligner, whose products may change with the size of a batch: the same bytes again, all or sampled."""
+    width, count = 128, 150_001
+    values = np.random.default_rng(4).standard_normal((count, width)) + 0.3
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    short = TrainingOptions(steps=5)
+    aligner = AnisoAlign(rank=32, prior_training=short, refinement_training=short)
+    aligner.fit(values[:5000], -values[5000:10_000])
+    (tmp_path / "in").mkdir()
+    for number, part in enumerate(np.split(values.astype(dtype), [70_003, 70_004])):
+        np.save(tmp_path / "in" / f"{number}.npy", part)
+    options: dict[str, Any] = {"calibration": calibration, "device": "cuda"}
+    convert_embeddings(aligner, tmp_path / "in", tmp_path / "out", **options)
+    for rows, memory in (("all", None), ("all", 1 << 29), ("sample", None)):
+        report = verify_conversion(aligner, tmp_path / "in", tmp_path / "out", rows=rows, memory=memory, **options)
+        assert report.rows == count
+    path = tmp_path / "out" / "2.npy"
+    bytes_of = bytearray(path.read_bytes())
+    bytes_of[-5 * width * np.dtype(dtype).itemsize] ^= 1
+    path.write_bytes(bytes_of)
+    with pytest.raises(DataError, match=r"2\.npy"):
+        verify_conversion(aligner, tmp_path / "in", tmp_path / "out", **options)
