@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from aniso_ext.diagnostics import spectra
 from aniso_ext.diagnostics.consistency import exact_psi as correlate_all_pairs
 from aniso_ext.diagnostics.consistency import phi_bound, sampled_psi
+from aniso_ext.diagnostics.intervals import Interval
 from aniso_ext.diagnostics.mixing import mixing, mixing_expectation
 from aniso_ext.diagnostics.neighbours import (
     LabelShare,
@@ -58,6 +59,7 @@ class AlignmentReport(Report):
     recall_at_1: float
     recall_at_10: float
     spectrum: tuple[float, ...]
+    intervals: dict[str, Interval] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from aniso_ext.diagnostics import spectra
+from aniso_ext.diagnostics.intervals import Interval
 from aniso_ext.diagnostics.report import Report, emit, format_report
 from aniso_ext.diagnostics.rows import Rows, open_paired
 from aniso_ext.errors import InputError
@@ -26,6 +27,15 @@ class EnergyPoint:
     rank: int
     energy: float
     isotropic: float
+
+
+@dataclass(frozen=True)
+class OverlapPoint:
+    """O_q: overlap of the ``q`` leading directions of source and target, beside q/D of unrelated ones."""
+
+    q: int
+    overlap: float
+    baseline: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class GapReport(Report):
     source_spectrum: tuple[float, ...]
     target_spectrum: tuple[float, ...]
     residual_spectrum: tuple[float, ...]
+    overlap: tuple[OverlapPoint, ...] = ()
+    intervals: dict[str, Interval] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
