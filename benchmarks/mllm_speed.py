@@ -85,12 +85,13 @@ class World:
     sizes: Sizes
     device: torch.device
     attention: str | None
+    compile: bool
     rows: np.ndarray
     aligner: aniso.AnisoAlign
     tokenizer: Any
 
     @classmethod
-    def make(cls, sizes: Sizes, device: torch.device, attention: str | None) -> World:
+    def make(cls, sizes: Sizes, device: torch.device, attention: str | None, compile: bool) -> World:
         random = np.random.default_rng(0)
         rows = random.standard_normal((4000, sizes.width)).astype(np.float32) + 0.5
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -98,7 +99,7 @@ class World:
         aligner = aniso.AnisoAlign(rank=sizes.rank, prior_training=short, refinement_training=short)
         aligner.fit(rows, -rows[::-1].copy())
         words = [chr(97 + first) + chr(97 + second) for first in range(26) for second in range(26)]
-        return cls(sizes, device, attention, rows, aligner, small_tokenizer(words, 300))
+        return cls(sizes, device, attention, compile, rows, aligner, small_tokenizer(words, 300))
 
     def model(self, repeated: int = 1) -> AnisoMLLMForCausalLM:
         model = small_language_model(vocab_size=self.sizes.vocabulary, size=self.sizes.size)
@@ -205,7 +206,8 @@ def time_full(world: World) -> list[dict[str, Any]]:
     samples = samples[: sizes.steps * step_samples]
     options = TrainOptions(
         stages=("full",), packing=True, max_length=sizes.length, max_steps=sizes.steps, attention=world.attention,
-        global_batch=step_samples, device_batch=sizes.batch, save_every=10**6, device=world.device.type,
+        compile=world.compile, global_batch=step_samples, device_batch=sizes.batch,
+        save_every=10**6, device=world.device.type,
     )  # fmt: skip
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -248,7 +250,7 @@ def time_projector(world: World) -> list[dict[str, Any]]:
         model = world.model(visual_tokens)
         options = TrainOptions(
             stages=("projector",), max_steps=sizes.steps, global_batch=sizes.captions, device_batch=sizes.captions,
-            attention=world.attention, save_every=10**6, device=world.device.type,
+            attention=world.attention, compile=world.compile, save_every=10**6, device=world.device.type,
         )  # fmt: skip
         watch, _, _ = timed(world, model, samples, options)
         found.append(line("projector", f"{visual_tokens} visual tokens", watch.steps(), samples=sizes.captions))
@@ -262,6 +264,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     parser.add_argument("--attention", help="of the language model, e.g. sdpa, flex_attention")
+    parser.add_argument("--compile", action="store_true", help="the layers of the language model")
     parser.add_argument("--batch", type=int, help="packed rows of a step")
     parser.add_argument("--steps", type=int, help="steps of each part")
     parser.add_argument("--out", type=Path, help="default: results/<device>_mllm_speed.csv")
@@ -272,11 +275,12 @@ def main() -> int:
     if sizes.steps < FIRST_STEPS + 2:
         parser.error(f"--steps must be at least {FIRST_STEPS + 2}, the first {FIRST_STEPS} are not counted")
     say_errors_alone()
-    world = World.make(sizes, device, arguments.attention)
+    world = World.make(sizes, device, arguments.attention, arguments.compile)
     measured: list[dict[str, Any]] = []
     parts = {"full": time_full, "projector": time_projector}
     out = arguments.out or RESULTS / f"{short_name(device)}_mllm_speed.csv"
     header = {**facts(device), "model": sizes.size, "length": str(sizes.length), "attention": arguments.attention or ""}
+    header["compiled"] = "layers" if arguments.compile else "no"
     print(f"{'':36s} {'ms':>10s} {'steps/s':>9s} {'TFLOP/s':>9s} {'MFU':>7s} {'share':>7s}")
     for part in arguments.parts:
         found = parts[part](world)

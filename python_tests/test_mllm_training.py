@@ -134,6 +134,16 @@ def test_packed_and_unpacked_losses_agree(tmp_path: Path) -> None:
     assert packed.stages[0].first_loss == pytest.approx(plain.stages[0].first_loss, rel=1e-6)
 
 
+def test_compiled_layers_learn_the_same(tmp_path: Path) -> None:
+    found = []
+    for compile in (False, True):
+        options = {"compile": compile, "packing": True, "stages": ("full",), "max_steps": 2}
+        trained(tmp_path / str(compile), options=options)
+        found.append(losses(tmp_path / str(compile), "full"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert "_orig_mod" not in " ".join(weights(AnisoMLLMForCausalLM.from_pretrained(tmp_path / "True")))
+
+
 def test_accumulated_rows_weigh_by_their_targets(tmp_path: Path) -> None:
     options = {"stages": ("full",), "max_steps": 1, "global_batch": 48}
     parts = trained(tmp_path / "parts", options={**options, "device_batch": 5})

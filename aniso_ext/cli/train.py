@@ -113,6 +113,9 @@ def train(
         str | None,
         typer.Option("--attention", metavar="NAME", help="sdpa, eager, flex_attention", show_default="the model's"),
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the language model's layers; for long runs of even rows.")
+    ] = False,
     lora_rank: Annotated[
         int,
         typer.Option("--lora-rank", min=0, metavar="R", help="Low-rank updates in the second stage, then merged."),
@@ -170,6 +173,7 @@ def train(
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
         attention=attention,
+        compile=compile,
         train_refiner=train_refiner,
         lora_rank=lora_rank,
         fsdp=fsdp,

@@ -52,6 +52,7 @@ class TrainOptions:
         gradient_checkpointing: compute activations again in the backward pass.
         attention: implementation of the language model's attention, e.g. ``sdpa``, ``eager``, ``flex_attention``; None
             leaves it.
+        compile: the layers of the language model by torch.compile; their first steps are slow.
         train_refiner: the language model's loss tunes the refiner of the correction, within its bounds.
         lora_rank: train low-rank updates of the language model in the full stage and merge them; 0 trains its weights.
         lora_alpha: their scale, alpha/rank; None for twice the rank.
@@ -87,6 +88,7 @@ class TrainOptions:
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     attention: str | None = None
+    compile: bool = False
     train_refiner: bool = False
     lora_rank: int = 0
     lora_alpha: float | None = None

@@ -145,9 +145,19 @@ def _choose_weights(model: AnisoMLLMForCausalLM, options: TrainOptions, stage: s
     model.language_model.requires_grad_(stage == "full")
     if stage == "full" and options.lora_rank:
         model.language_model = _low_rank(model.language_model, options)
+    if options.compile:
+        _compile_layers(model.language_model)
     model.projector.requires_grad_(True)
     if model.correction is not None:
         model.correction.requires_grad_(options.train_refiner)
+
+
+def _compile_layers(language_model: Any) -> None:
+    """Each layer by itself: all share one compilation, and what looks at the batch to make a mask stays outside."""
+    layers = set(language_model._no_split_modules or ())
+    for module in language_model.modules():
+        if type(module).__name__ in layers:
+            module.compile()
 
 
 def _low_rank(language_model: Any, options: TrainOptions) -> Any:
