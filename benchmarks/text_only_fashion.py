@@ -7,7 +7,7 @@ FOLDER has image.npy, text.npy and captions.jsonl (id, caption, split, articleTy
 row, such as fashion44k. For every arm and seed a small Llama is trained on titles and attribute questions of the train
 split, with the arm's stand-ins of the *text* embeddings in place of images (`images` is the bound: real ones). It is
 judged on *image* embeddings of the test split: CIDEr-D and BLEU of titles, and the four attributes, written out freely.
-Aligners are fitted on the two sides of the train split, shuffled apart. 500 rows of the train split are kept from
+Aligners are fitted on the two sides of the train split, shuffled apart. 2 000 rows of the train split are kept from
 training: their photos choose the level of the noise arm, and with `--noise each` that of every method without pairs.
 Results: OUT/ladder.md, .csv, .png and a folder for each run.
 """
@@ -32,7 +32,7 @@ ATTRIBUTES = {
     "gender": "Who is it for?",
     "usage": "What is it used for?",
 }
-VALIDATION_ROWS = 500
+VALIDATION_ROWS = 2000
 
 
 def arguments() -> argparse.Namespace:
@@ -86,12 +86,14 @@ def write_files(data: Path, folder: Path, most_rows: int | None, test_rows: int)
 
 
 def samples(line: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
-    """The title, and one attribute drawn by lot."""
-    name = str(random.choice(list(ATTRIBUTES)))
-    turns = [{"from": "human", "value": ATTRIBUTES[name]}, {"from": "gpt", "value": str(line[name])}]
+    """The title, and one of the attributes that are known, drawn by lot."""
     identity = str(line["id"])
-    attribute = {"id": f"{identity}:{name}", "embedding": identity, "conversations": turns}
-    return [{"id": identity, "caption": line["caption"]}, attribute]
+    title = {"id": identity, "caption": line["caption"]}
+    if not (known := [name for name in ATTRIBUTES if line[name]]):
+        return [title]
+    name = str(random.choice(known))
+    turns = [{"from": "human", "value": ATTRIBUTES[name]}, {"from": "gpt", "value": str(line[name])}]
+    return [title, {"id": f"{identity}:{name}", "embedding": identity, "conversations": turns}]
 
 
 def questions(lines: Any) -> list[dict[str, Any]]:
@@ -100,10 +102,10 @@ def questions(lines: Any) -> list[dict[str, Any]]:
         identity = str(line["id"])
         found.append({"id": identity, "kind": "caption", "references": [line["caption"]]})
         for name, asked in ATTRIBUTES.items():
-            answer = str(line[name])
-            found.append(
-                {"id": identity, "kind": "attribute", "attribute": name, "question": asked, "answer": answer}
-            )
+            if answer := str(line[name] or ""):
+                found.append(
+                    {"id": identity, "kind": "attribute", "attribute": name, "question": asked, "answer": answer}
+                )
     return found
 
 

@@ -39,9 +39,9 @@ class Arm:
         return "-".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
 
 
-_NOISE = (0.01, 0.02, 0.04, 0.08)
+_NOISE = (0.01, 0.02, 0.04, 0.06, 0.08)
 """In 512 dimensions these have lengths from 0.2 to 1.8, around the residual of real encoders."""
-_METHOD_NOISE = (0.01, 0.02, 0.04)
+_METHOD_NOISE = (0.02, 0.04, 0.06)
 """Levels on stand-ins of a method, beside none: what is left to blur is less than that of the source itself."""
 
 ARMS = {
@@ -75,7 +75,7 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> lis
 
     Example:
         >>> [arm.name for arm in choose_arms(["realign"], noise="each")]
-        ['realign', 'realign-0.01', 'realign-0.02', 'realign-0.04']
+        ['realign', 'realign-0.02', 'realign-0.04', 'realign-0.06']
     """
     if noise not in (None, "each"):
         raise InputError(f"noise must be 'each' or None, got {noise!r}")
