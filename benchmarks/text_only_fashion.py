@@ -9,21 +9,24 @@ split, with the arm's stand-ins of the *text* embeddings in place of images (`im
 judged on *image* embeddings of the test split: CIDEr-D and BLEU of titles, and the four attributes, written out freely.
 Aligners are fitted on the two sides of the train split, shuffled apart. 2 000 rows of the train split are kept from
 training: their photos choose the level of the noise arm, and with `--noise each` that of every method without pairs.
-Results: OUT/ladder.md, .csv, .png and a folder for each run.
+Results: OUT/ladder.md, .csv, .png, runs.csv of every level of noise, and a folder for each run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from aniso_ext.mllm.arms import LadderData, LadderModel, choose_arms, ladder_figure, run_ladder
+from aniso_ext.bench.environment import facts
+from aniso_ext.mllm.arms import LadderData, LadderModel, choose_arms, ladder_figure, run_ladder, write_runs
 from aniso_ext.mllm.options import TrainOptions
 
 ATTRIBUTES = {
@@ -115,6 +118,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     given = arguments()
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
     data = write_files(given.data, given.out / "data", given.rows, given.test_rows)
     options = TrainOptions(
@@ -152,6 +156,7 @@ def main() -> None:
     text = "\n".join([ladder.table(), "", *(ladder.verdict(name) for name in names)])
     (given.out / "ladder.md").write_text(text + "\n", encoding="utf-8")
     ladder.write_csv(given.out / "ladder.csv")
+    write_runs(given.out, given.out / "runs.csv", {**facts(device), "command": " ".join(map(shlex.quote, sys.argv))})
     ladder_figure(ladder).savefig(given.out / "ladder.png", dpi=160)
     print(text, file=sys.stdout)
 

@@ -3,7 +3,7 @@
 from aniso_ext.mllm.arms.arms import ARMS, Arm, choose_arms
 from aniso_ext.mllm.arms.figure import ladder_figure
 from aniso_ext.mllm.arms.ladder import LadderData, LadderModel, run_ladder
-from aniso_ext.mllm.arms.table import Ladder, read_ladder
+from aniso_ext.mllm.arms.table import Ladder, read_ladder, write_runs
 
 __all__ = [
     "ARMS",
@@ -15,4 +15,5 @@ __all__ = [
     "ladder_figure",
     "read_ladder",
     "run_ladder",
+    "write_runs",
 ]

@@ -118,6 +118,23 @@ def read_ladder(folder: str | os.PathLike[str], arms: Sequence[str] | None = Non
     return Ladder(scores, chosen)
 
 
+def write_runs(folder: str | os.PathLike[str], path: Path, facts: dict[str, str] | None = None) -> None:
+    """CSV of all that runs have left in a folder: a line for each level of noise, seed, split and score.
+
+    ``facts`` stand above it as ``# name: value``.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in (facts or {}).items())
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "reported_as", "seed", "split", "score", "value"])
+        for place in sorted(Path(folder).glob(f"*/seed-*/{RESULT}")):
+            run = json.loads(place.read_text(encoding="utf-8"))
+            start = [run["arm"], run["tuned"] or run["arm"], run["seed"]]
+            for split, scores in (("validation", run.get("validation")), ("test", run["scores"])):
+                for name, score in (scores or {}).items():
+                    writer.writerow([*start, split, name, f"{score['value']:.5g}"])
+
+
 def _best(members: dict[str, list[dict[str, Any]]]) -> str:
     """The arm of a group with the best validation scores, over the seeds that all of the group have."""
     if len(members) == 1:
