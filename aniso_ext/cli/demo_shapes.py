@@ -30,7 +30,7 @@ ATTRIBUTES = ("background", "count", "colour", "size", "texture")
 KINDS = ("caption", "attribute", "multiple_choice")
 SCORES = ("cider_d", "attribute", "multiple_choice")
 _MOST_ITEMS, _QUESTIONS_EACH, _RANK = 2, 3, 32
-_PROJECTOR_GAIN = 4.0
+_PROJECTOR_GAIN = 6.0
 """So short a training keeps a projector near its start. With a gain of 1 that start is nearly linear, and a constant
 shift such as the gap does little harm; with more the bend of the GELU is met, as after a long training."""
 _MOST_JOBS = 8
@@ -60,7 +60,7 @@ class ShapesDemo:
     Attributes:
         folder: for all that is made.
         seed: of the world, the encoder and the fits.
-        scenes: to learn from; a tenth as many, 200 at most, for validation, and as many again for the test.
+        scenes: to learn from, by text and as many others by picture; a tenth of them, 200 at most, for validation.
         encoder_steps, steps: of the dual encoder and of each language model.
         seeds: language models of each arm.
         arms: by name.
@@ -70,8 +70,8 @@ class ShapesDemo:
     folder: Path = FOLDER
     seed: int = 0
     scenes: int = 3_000
-    encoder_steps: int = 400
-    steps: int = 500
+    encoder_steps: int = 600
+    steps: int = 400
     seeds: int = 3
     arms: tuple[str, ...] = ARMS_SHOWN
     jobs: int = field(default_factory=default_jobs)
@@ -82,7 +82,13 @@ class ShapesDemo:
 
     @property
     def test(self) -> int:
-        return min(300, self.scenes // 5)
+        """Pairs that methods are judged on."""
+        return min(1_000, self.scenes // 3)
+
+    @property
+    def asked(self) -> int:
+        """Of them, those that language models are judged on."""
+        return min(300, self.test)
 
 
 def shapes_demo(demo: ShapesDemo) -> Result:
@@ -150,10 +156,12 @@ def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
 
     # small batches and the temperature at which CLIP ends leave each modality in a narrow cone, as in large encoders
     options = DualEncoderOptions(
+        width=64,
         text_width=64,
         context_length=32,
         steps=demo.encoder_steps,
-        batch_rows=32,
+        batch_rows=16,
+        learning_rate=1.5e-3,
         logit_scale=100.0,
         seed=demo.seed,
     )
@@ -276,13 +284,18 @@ def _ladder_data(demo: ShapesDemo) -> LadderData:
     from aniso_ext.worlds.shapes import ShapesWorld
 
     train, test, own = demo.folder / "world" / "train_text", demo.folder / "world" / "test", demo.folder / "ladder"
-    kept = ShapesWorld(seed=demo.seed, most_items=_MOST_ITEMS).scenes(demo.validation, split="train_text")
+    world = ShapesWorld(seed=demo.seed, most_items=_MOST_ITEMS)
+    kept = world.scenes(demo.validation, split="train_text")
     names = {scene.id for scene in kept}
     lines = (train / "conversations.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     trained = [line for line in lines if json.loads(line)["embedding"] not in names]
-    world = ShapesWorld(seed=demo.seed, most_items=_MOST_ITEMS)
     asked = [one for scene in kept for one in world.questions(scene, kinds=KINDS, each=1, attributes=ATTRIBUTES)]
     own.mkdir(exist_ok=True)
+    shown = {scene.id for scene in world.scenes(demo.asked, split="test")}
+    lines = (test / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (own / "questions.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["id"] in shown), encoding="utf-8"
+    )
     (own / "conversations.jsonl").write_text("".join(trained), encoding="utf-8")
     (own / "validation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
     return LadderData(
@@ -292,7 +305,7 @@ def _ladder_data(demo: ShapesDemo) -> LadderData:
         conversations=str(own / "conversations.jsonl"),
         test=str(test / "img_emb"),
         test_ids=str(test / "captions.jsonl"),
-        questions=str(test / "questions.jsonl"),
+        questions=str(own / "questions.jsonl"),
         validation_questions=str(own / "validation.jsonl"),
     )
 
@@ -382,7 +395,7 @@ def _write(demo: ShapesDemo, ladder: Ladder, judged: list[dict[str, Any]], data:
 def _show(demo: ShapesDemo, ladder: Ladder, judged: Sequence[Mapping[str, Any]], console: Console) -> None:
     from rich.table import Table
 
-    say(console, f"[5/5] The ladder: mean ± spread over {demo.seeds} seeds, on {demo.test} pictures of the test\n")
+    say(console, f"[5/5] The ladder: mean ± spread over {demo.seeds} seeds, on {demo.asked} pictures of the test\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
     for heading in ("captions (CIDEr-D)", "attributes right", "multiple choice right"):
