@@ -36,7 +36,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## create .venv, compile the kernels, install the package (editable)
 
 .PHONY: demo
-demo: install ## simulate a modality gap, then fit, convert and judge every method; one table
+demo: install ## rendered shapes, an encoder, its gap, stand-ins, and language models trained on text alone; one table
 	$(BIN)/aniso demo
 
 .PHONY: test

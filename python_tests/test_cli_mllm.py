@@ -102,3 +102,23 @@ def test_ladder(world: Path, tmp_path: Path) -> None:
     assert json.loads(run(*options, *arms).stdout)["scores"] == found["scores"]
     assert (tmp_path / "images" / "seed-0" / "result.json").stat().st_mtime_ns == before, "finished runs are taken over"
     assert "unknown arm 'best'" in run(*options, "--arm", "best", code=1).stderr
+
+
+def test_train_with_arms_is_the_ladder_with_the_options_of_a_training(world: Path, tmp_path: Path) -> None:
+    options = (
+        "train", "--model", "llama:tiny", "--source-embeddings", world / "text.npy", "--target-embeddings",
+        world / "image.npy", "--index", world / "ids.jsonl", "--conversations", world / "train.jsonl", "--questions",
+        world / "questions.jsonl", "--test-index", world / "test_ids.jsonl", "--stages", "full", "--max-steps", 2,
+        "--global-batch", 16, "--device", "cpu", "--json",
+    )  # fmt: skip
+    judged = ("--test-embeddings", world / "test.npy")
+    found = json.loads(run(*options, *judged, "--arms", "blind,mean_shift", "--output", tmp_path / "arms").stdout)
+    assert {arm: len(scores["attribute"]) for arm, scores in found["scores"].items()} == {"blind": 3, "mean_shift": 3}
+    result = json.loads((tmp_path / "arms" / "mean_shift" / "seed-2" / "result.json").read_text())
+    (stage,) = result["train"]["stages"]
+    assert (stage["stage"], stage["steps"]) == ("full", 2)
+    assert "--test-embeddings" in run(*options, "--arms", "blind", "--output", tmp_path / "a", code=2).output
+    refused = run(*options, *judged, "--arms", "blind", "--noise", 0.1, "--output", tmp_path / "a", code=2).output
+    assert "each arm has its own" in " ".join(refused.replace("│", " ").split())
+    error = run(*options, *judged, "--arms", "noise", "--output", tmp_path / "a", code=1).stderr
+    assert "validation questions" in error

@@ -1,42 +1,104 @@
-"""``aniso demo``: every method from fit to measured stand-ins, on simulated or own pairs, as one table."""
+"""``aniso demo``: the package in one command, on rendered shapes or on a simulated gap; nothing to download."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
-from aniso_ext.cli.methods import build_aligner, parse_rank
-from aniso_ext.cli.report import (
-    alignment_table,
-    compare_constants,
-    constants_table,
-    judge,
-    markdown,
-    without_energy_curve,
-    write_report,
-)
-from aniso_ext.errors import InputError
+from aniso_ext.cli.console import Debug, Json, Result, command
+from aniso_ext.cli.demo_gap import HELD_OUT, NEIGHBOURS, gap_demo
+from aniso_ext.cli.demo_shapes import ARMS_SHOWN, FOLDER, ShapesDemo, shapes_demo
 
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-
-    from aniso_ext.worlds import GapWorld
-
-DEFAULT_WIDTH = 1280
-DEFAULT_RANK = 128
-MAX_PAIRS_OF_FILES = 50_000
-TIMES = (("fit_seconds", "fit s", 2), ("convert_seconds", "convert s", 2))
+_SIZES = ShapesDemo()
+_SHAPES, _GAP = "World: shapes", "World: gap, simulated or of own files"
 
 
 @command
 def demo(
+    world: Annotated[
+        Literal["shapes", "gap"] | None,
+        typer.Option(
+            "--world", help="Rendered shapes, or a simulated gap.", show_default="shapes; gap with an option of it"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder for what is made; with the gap, for report.json and report.md.",
+            show_default="demo_output; with the gap none",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the world and of everything random.")] = 0,
+    scenes: Annotated[
+        int | None,
+        typer.Option(
+            "--scenes",
+            min=60,
+            metavar="N",
+            help="Scenes to learn from.",
+            show_default=str(_SIZES.scenes),
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
+    encoder_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--encoder-steps",
+            min=1,
+            metavar="N",
+            help="Of the dual encoder.",
+            show_default=str(_SIZES.encoder_steps),
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            min=1,
+            metavar="N",
+            help="Of each language model.",
+            show_default=str(_SIZES.steps),
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds",
+            min=1,
+            metavar="N",
+            help="Language models of each arm.",
+            show_default=str(_SIZES.seeds),
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            "--arms",
+            metavar="NAME,NAME",
+            help="Arms of the ladder, by commas, or all; blind, identity and images are always among them.",
+            show_default=",".join(ARMS_SHOWN),
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            metavar="N",
+            help="Language models at a time.",
+            show_default="one for each core, at most 8",
+            rich_help_panel=_SHAPES,
+        ),
+    ] = None,
     pairs: Annotated[
         int | None,
         typer.Option(
@@ -45,224 +107,138 @@ def demo(
             metavar="N",
             help="Pairs to simulate, or to take of the files.",
             show_default="13000 at the default width; of files all, at most 50000",
+            rich_help_panel=_GAP,
         ),
     ] = None,
     width: Annotated[
         int | None,
         typer.Option(
-            "--width", min=24, metavar="D", help="Width of the simulated embeddings.", show_default=str(DEFAULT_WIDTH)
+            "--width",
+            min=24,
+            metavar="D",
+            help="Width of the simulated embeddings.",
+            show_default="1280",
+            rich_help_panel=_GAP,
         ),
     ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
-            "--rank", metavar="R", help="Rank for the methods that have one.", show_default="128, or D/4 if less"
+            "--rank",
+            metavar="R",
+            help="Rank for the methods that have one.",
+            show_default="128, or D/4 if less",
+            rich_help_panel=_GAP,
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--source", metavar="DIR", help="Own source embeddings, with --target.")
+        Path | None,
+        typer.Option(
+            "--source",
+            metavar="DIR",
+            help="Own source embeddings, with --target.",
+            rich_help_panel=_GAP,
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option("--target", metavar="DIR", help="Own target embeddings; row i belongs to source row i."),
+        typer.Option(
+            "--target",
+            metavar="DIR",
+            help="Own target embeddings; row i belongs to source row i.",
+            rich_help_panel=_GAP,
+        ),
     ] = None,
     held_out: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--held-out", min=0.05, max=0.95, metavar="SHARE", help="Share of the pairs that methods are judged on."
+            "--held-out",
+            min=0.05,
+            max=0.95,
+            metavar="SHARE",
+            help="Share of the pairs that methods are judged on.",
+            rich_help_panel=_GAP,
         ),
-    ] = 0.25,
+    ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", metavar="NAME,NAME", help="Methods to run, by commas.", show_default="all"),
+        typer.Option(
+            "--methods",
+            metavar="NAME,NAME",
+            help="Methods to run, by commas.",
+            show_default="all",
+            rich_help_panel=_GAP,
+        ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of Omega, M_Z and M_X.")] = 20,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Also write report.json and report.md here.")
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k",
+            min=1,
+            help="Neighbours of Omega, M_Z and M_X.",
+            rich_help_panel=_GAP,
+        ),
     ] = None,
     refine: Annotated[
         bool,
-        typer.Option("--refine", help="Train AnisoAlign's two stages too, with small networks: a minute or two more."),
+        typer.Option(
+            "--refine",
+            help="Train AnisoAlign's two stages too, with small networks: a minute or two more.",
+            rich_help_panel=_GAP,
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the simulation and of the split.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Fit, convert and judge every method, and print one table. Needs no data and no download.
+    """The package in one command; needs no data and no download.
 
-    Pairs come from --source and --target, or from the gap simulator: by default with the paper's constants, which are
-    measured on all simulated pairs and compared. Methods are fitted on training rows with the two sides shuffled
-    apart, so no method sees a pair, and judged on held-out pairs. AnisoAlign stands for its closed form, unless
-    --refine is given.
+    With the world of shapes, in some minutes on two cores: draws scenes, trains a small dual encoder on them, shows the
+    gap between its texts and pictures, fits every method without pairs, and trains small language models on texts
+    alone. They are judged on embeddings of pictures, a line for each arm. Needs the extras encode, mllm and plots.
+
+    With the gap, in seconds: pairs from the gap simulator, or from --source and --target. Methods are fitted on
+    training rows with the two sides shuffled apart and judged on held-out pairs; the simulator's constants are measured
+    and compared. AnisoAlign stands for its closed form, unless --refine is given.
 
     \b
     Examples:
       aniso demo
-      aniso demo --methods mean_shift,realign,anisoalign --pairs 4000 --width 256
+      aniso demo --arms blind,identity,mean_shift,images --seeds 1
+      aniso demo --world gap --methods mean_shift,realign,anisoalign --pairs 4000 --width 256
       aniso demo --source text_emb --target img_emb --pairs 20000
     """
-    from aniso_ext import diagnostics
-    from aniso_ext.worlds import simulate_gap
-
-    constants: list[dict[str, Any]] = []
-    if (source is None) != (target is None):
-        raise typer.BadParameter("own files need both --source and --target, with rows that correspond")
-    names, parsed_rank = _chosen_methods(methods), parse_rank(rank)
-    if source is not None and target is not None:
-        if width is not None:
-            raise typer.BadParameter("the width of own files is what it is", param_hint="--width")
-        y, x = _read_pairs(source, target, pairs or MAX_PAIRS_OF_FILES, seed)
-        title = f"Pairs of {source} and {target}"
-    else:
-        world = _world(width or DEFAULT_WIDTH)
-        count = pairs or world.pairs
-        assert count is not None  # the worlds of the demo say for how many pairs their constants hold
-        y, x = simulate_gap(count, world=world, seed=seed)
-        title = "Simulated modality gap"
-
-    if parsed_rank is None:
-        parsed_rank = min(DEFAULT_RANK, max(2, y.shape[1] // 8 * 2))
-
-    with tempfile.TemporaryDirectory(prefix="aniso-demo-") as scratch, progress_bar("methods") as update:
-        files = _split(Path(scratch), y, x, held_out, seed)
-        if source is None:
-            gap = diagnostics.gap(y, x)
-            constants = compare_constants(gap, world.constants())
-        else:
-            gap = diagnostics.gap(files.source_test, files.target_test)
-        rows = []
-        for done, name in enumerate(names):
-            update(done, len(names))
-            rows.append(_run(name, parsed_rank, files, k, seed, refine))
-
-    data = {
-        "command": "demo",
-        "world": "simulated" if source is None else {"source": str(source), "target": str(target)},
-        "width": int(y.shape[1]),
-        "train_rows": files.train_rows,
-        "held_out_pairs": files.test_rows,
-        "seed": seed,
-        "refine": refine,
-        "gap": gap.to_dict(),
-        "constants": constants,
-        "methods": rows,
-    }
-    written = [] if out is None else write_report(out, data, markdown(title, gap, rows))
-
-    def show(console: Console) -> None:
-        say(
-            console,
-            f"{title}: fitted on {files.train_rows:,} unpaired rows a side, judged on {files.test_rows:,} pairs\n",
+    of_gap: dict[str, Any] = {"pairs": pairs, "width": width, "rank": rank, "source": source, "target": target}
+    of_gap |= {"held_out": held_out, "methods": methods, "k": k, "refine": refine or None}
+    of_shapes: dict[str, Any] = {"scenes": scenes, "encoder_steps": encoder_steps, "steps": steps, "seeds": seeds}
+    of_shapes |= {"jobs": jobs}
+    given = [name for name, value in of_gap.items() if value is not None]
+    if world == "shapes" and given:
+        raise typer.BadParameter("it is an option of --world gap", param_hint=_option(given[0]))
+    if world == "gap" or given:
+        if chosen := [name for name, value in {**of_shapes, "arms": arms}.items() if value is not None]:
+            raise typer.BadParameter("it is an option of --world shapes", param_hint=_option(chosen[0]))
+        return gap_demo(
+            pairs=pairs,
+            width=width,
+            rank=rank,
+            source=source,
+            target=target,
+            held_out=held_out or HELD_OUT,
+            methods=methods,
+            k=k or NEIGHBOURS,
+            out=out,
+            refine=refine,
+            seed=seed,
         )
-        say(console, without_energy_curve(gap))
-        console.print()
-        if constants:
-            console.print(constants_table(constants))
-            console.print()
-        console.print(alignment_table(rows, TIMES))
-        for path in written:
-            say(console, f"written: {path}")
-
-    return Result({**data, "files": written}, show)
+    sizes = {name: value for name, value in of_shapes.items() if value is not None}
+    return shapes_demo(replace(_SIZES, folder=out or FOLDER, seed=seed, arms=_arms(arms), **sizes))
 
 
-@dataclass(frozen=True)
-class Files:
-    """The split on disk: what methods are fitted on, and what they are judged on."""
-
-    source_train: Path
-    target_train: Path
-    source_test: Path
-    target_test: Path
-    stand_ins: Path
-    train_rows: int
-    test_rows: int
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _chosen_methods(text: str | None) -> list[str]:
-    from aniso_ext.align import list_aligners
-
+def _arms(text: str | None) -> tuple[str, ...]:
     if text is None:
-        return list_aligners()
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in list_aligners():
-            raise typer.BadParameter(
-                f"there is no method {name!r}; choose of {', '.join(list_aligners())}", param_hint="--methods"
-            )
-    if not names:
-        raise typer.BadParameter("name at least one method", param_hint="--methods")
-    return names
-
-
-def _world(width: int) -> GapWorld:
-    from aniso_ext.worlds import GapWorld
-
-    return GapWorld() if width == DEFAULT_WIDTH else GapWorld.small(width)
-
-
-def _read_pairs(source: Path, target: Path, limit: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
-    from aniso_ext.data import open_embeddings
-
-    y, x = open_embeddings(source), open_embeddings(target)
-    if len(y) != len(x):
-        raise InputError(f"{source} has {len(y):,} rows and {target} has {len(x):,}: row i of both must be one pair")
-    if len(y) <= limit:
-        return y.numpy(), x.numpy()
-    chosen = np.sort(np.random.default_rng(seed).choice(len(y), limit, replace=False))
-    return y.read(chosen), x.read(chosen)
-
-
-def _split(folder: Path, y: np.ndarray, x: np.ndarray, held_out: float, seed: int) -> Files:
-    """Write the held-out pairs, and the training rows with both sides in an order of their own."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(y))
-    test_rows = round(held_out * len(y))
-    test, train = np.sort(order[:test_rows]), order[test_rows:]
-    files = Files(
-        source_train=folder / "source_train.npy",
-        target_train=folder / "target_train.npy",
-        source_test=folder / "source_test.npy",
-        target_test=folder / "target_test.npy",
-        stand_ins=folder / "stand_ins",
-        train_rows=len(train),
-        test_rows=test_rows,
-    )
-    np.save(files.source_train, y[train])
-    np.save(files.target_train, x[generator.permutation(train)])
-    np.save(files.source_test, y[test])
-    np.save(files.target_test, x[test])
-    return files
-
-
-def _small_stages() -> dict[str, Any]:
-    """Options of AnisoAlign under which both stages train in seconds, at a cost in what they learn."""
-    from aniso_ext.align import PriorOptions, RefinementOptions, TrainingOptions
-
-    return {
-        "prior": PriorOptions(width=128, blocks=2),
-        "prior_training": TrainingOptions(steps=200, batch_rows=256),
-        "refinement": RefinementOptions(hidden=256),
-        "refinement_training": TrainingOptions(steps=150, batch_rows=256),
-    }
-
-
-def _run(name: str, rank: int | float, files: Files, k: int, seed: int, refine: bool) -> dict[str, Any]:
-    """Fit, convert from file to file, and judge one method."""
-    from aniso_ext.convert import convert_embeddings
-
-    accepted = build_aligner(name, {}).get_params()
-    options = {"rank": rank, "seed": seed, "refine": refine, **_small_stages()}
-    aligner = build_aligner(name, {option: value for option, value in options.items() if option in accepted})
-    started = time.perf_counter()
-    aligner.fit(files.source_train, files.target_train)
-    fitted = time.perf_counter()
-    folder = files.stand_ins / name
-    convert_embeddings(aligner, files.source_test, folder)
-    converted = time.perf_counter()
-    row = judge(name, files.source_test, files.target_test, folder, k=k, max_pairs=None, seed=seed)
-    return {**row, "fit_seconds": fitted - started, "convert_seconds": converted - fitted}
+        return ARMS_SHOWN
+    return ("blind", "identity", *(name.strip() for name in text.split(",") if name.strip()), "images")

@@ -13,6 +13,9 @@ from aniso_ext.cli.transformers_output import quiet_transformers
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from aniso_ext.mllm import TrainOptions
+    from aniso_ext.mllm.arms import LadderData, LadderModel
+
 _HEADLINES = ("cider_d", "attribute", "multiple_choice", "yes_no")
 
 
@@ -70,11 +73,9 @@ def ladder(
       aniso ladder --source text_emb --target img_emb --ids metadata --conversations train.jsonl --test test/img_emb
         --test-ids test/metadata --questions test/questions.jsonl --out ladder --arm identity --arm images
     """
-    quiet_transformers()
     from aniso_ext.mllm import TrainOptions
-    from aniso_ext.mllm.arms import LadderData, LadderModel, choose_arms, ladder_figure, run_ladder
+    from aniso_ext.mllm.arms import LadderData, LadderModel
 
-    chosen = choose_arms(arms, noise=noise)
     data = LadderData(
         source=str(source),
         target=str(target),
@@ -97,12 +98,42 @@ def ladder(
         save_every=10**6,
         device=device,
     )
+    return climb(
+        data,
+        arms,
+        noise=noise,
+        model=LadderModel(family=family, size=size),
+        options=options,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        jobs=jobs,
+        out=out,
+    )
+
+
+def climb(
+    data: LadderData,
+    arms: list[str] | None,
+    *,
+    noise: str | None = None,
+    model: LadderModel,
+    options: TrainOptions,
+    seeds: int = 3,
+    tuning_seeds: int | None = None,
+    jobs: int = 1,
+    out: Path,
+) -> Result:
+    """Run the arms, write table and figure, and show them."""
+    quiet_transformers()
+    from aniso_ext.mllm.arms import choose_arms, ladder_figure, run_ladder
+
+    chosen = choose_arms(arms, noise=noise)
     with progress_bar("runs") as update:
         found = run_ladder(
             data,
             chosen,
             output=out,
-            model=LadderModel(family=family, size=size),
+            model=model,
             options=options,
             seeds=range(seeds),
             tuning_seeds=tuning_seeds,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from aniso_ext.mllm import Correction, TrainOptions, TrainReport
 
+_LADDER = "Comparison of arms"
+
 
 @command
 def train(
@@ -137,6 +139,41 @@ def train(
         typer.Option("--device", help="Where to train.", show_default="a GPU where there is one"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything random.")] = 0,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            "--arms",
+            metavar="all|NAME,NAME",
+            help="Instead of one model: the ladder, a model from scratch for each of these arms and three seeds.",
+            rich_help_panel=_LADDER,
+        ),
+    ] = None,
+    test_embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--test-embeddings",
+            metavar="DIR",
+            help="Target embeddings that the arms are judged on.",
+            rich_help_panel=_LADDER,
+        ),
+    ] = None,
+    test_index: Annotated[
+        Path | None,
+        typer.Option("--test-index", metavar="FILE", help="Their ids.", rich_help_panel=_LADDER),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option("--questions", metavar="FILE", help="What is asked of them.", rich_help_panel=_LADDER),
+    ] = None,
+    validation_questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--validation-questions",
+            metavar="FILE",
+            help="Of the training split; choose levels of noise.",
+            rich_help_panel=_LADDER,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --output.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -153,6 +190,9 @@ def train(
       aniso train --model llama:tiny --source-embeddings text.npy --index captions.jsonl \\
         --conversations captions.jsonl --aligner noise:0.05 --output run --device cpu
       torchrun --standalone --nproc-per-node 8 -m aniso_ext.cli train --fsdp --packing --model LLM ...
+
+    --arms trains and judges every arm as aniso ladder does, with these options; --target-embeddings are then rows of
+    the same things as --source-embeddings.
 
     A run that was stopped goes on with the same command and --resume, on the CPU to the bit.
     """
@@ -184,6 +224,23 @@ def train(
         device=device,
         seed=seed,
     )
+    if arms is not None:
+        names = [name.strip() for name in arms.split(",") if name.strip()]
+        needed: dict[str, Path | None] = {
+            "target": target_embeddings,
+            "ids": index,
+            "test": test_embeddings,
+            "test_ids": test_index,
+            "questions": questions,
+        }
+        if aligner != "none" or noise or train_refiner or resume:
+            raise typer.BadParameter(
+                "each arm has its own aligner and noise, and finished runs are taken over: leave --aligner, --noise, "
+                "--train-refiner and --resume out",
+                param_hint="--arms",
+            )
+        return _compare(names, model, vocab_size, source_embeddings, conversations, needed, validation_questions,
+                        options, output)  # fmt: skip
     if output.exists() and not resume and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty: name a new folder, or pass --resume to go on with the run in it")
     correction = _correction(aligner, source_embeddings, target_embeddings, noise, train_refiner)
@@ -211,6 +268,53 @@ def train(
         say(console, f"{output}: model, tokenizer and log, after {report.seconds:.1f} s")
 
     return Result(data, show)
+
+
+_NEEDED = {
+    "target": "--target-embeddings",
+    "ids": "--index",
+    "test": "--test-embeddings",
+    "test_ids": "--test-index",
+    "questions": "--questions",
+}
+
+
+def _compare(
+    names: list[str],
+    model: str,
+    vocab_size: int,
+    source: Path,
+    conversations: Path,
+    needed: dict[str, Path | None],
+    validation: Path | None,
+    options: TrainOptions,
+    output: Path,
+) -> Result:
+    """The ladder with the options of a training."""
+    from aniso_ext.cli.ladder import climb
+    from aniso_ext.mllm.arms import LadderData, LadderModel
+
+    for name, path in needed.items():
+        if path is None:
+            raise typer.BadParameter("a comparison of arms needs it", param_hint=_NEEDED[name])
+    family, colon, size = model.partition(":")
+    if not colon or Path(model).exists():
+        raise typer.BadParameter(
+            f"arms are trained from scratch: {model!r} must be FAMILY:SIZE, e.g. llama:10m", param_hint="--model"
+        )
+    data = LadderData(
+        source=str(source),
+        conversations=str(conversations),
+        validation_questions=None if validation is None else str(validation),
+        **{name: str(path) for name, path in needed.items()},
+    )
+    return climb(
+        data,
+        names,
+        model=LadderModel(family=family, size=size, vocab_size=vocab_size),
+        options=options,
+        out=output,
+    )
 
 
 def _correction(

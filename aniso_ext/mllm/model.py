@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -65,6 +66,7 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         embedding_width: int,
         visual_tokens: int = 1,
         projector_hidden: int | None = None,
+        projector_gain: float | None = None,
         seed: int = 0,
     ) -> AnisoMLLMForCausalLM:
         """A new projector in front of a language model, which is taken over, not copied.
@@ -74,11 +76,20 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         Args:
             language_model, tokenizer: of each other.
             embedding_width, visual_tokens, projector_hidden: as in :class:`AnisoMLLMConfig`.
+            projector_gain: its weights start with standard deviation gain / sqrt(inputs); None for the language model's
+                ``initializer_range``, with which a narrow projector learns nothing in its first hundreds of steps.
             seed: of what is new. The global random state is left alone.
+
+        Raises:
+            InputError: a gain that is not positive.
         """
+        if projector_gain is not None and not 0 < projector_gain < math.inf:
+            raise InputError(f"projector_gain must be positive, or None, got {projector_gain!r}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls._around(language_model, tokenizer, embedding_width, visual_tokens, projector_hidden)
+            model = cls._around(language_model, tokenizer, embedding_width, visual_tokens, projector_hidden)
+            model._start_projector(projector_gain)
+        return model
 
     @classmethod
     def _around(
@@ -100,12 +111,15 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
             model = cls(config)
         model.language_model = language_model
         model.projector = _projector(config)
-        for layer in (model.projector.first, model.projector.last):
-            nn.init.normal_(layer.weight, std=getattr(config.text_config, "initializer_range", 0.02))
-            nn.init.zeros_(layer.bias)
-        model.projector.to(language_model.device)
         model.generation_config = language_model.generation_config
         return model
+
+    def _start_projector(self, gain: float | None) -> None:
+        for layer in (self.projector.first, self.projector.last):
+            own = getattr(self.config.text_config, "initializer_range", 0.02)
+            nn.init.normal_(layer.weight, std=own if gain is None else gain / math.sqrt(layer.in_features))
+            nn.init.zeros_(layer.bias)
+        self.projector.to(self.language_model.device)
 
     def set_correction(self, correction: Correction | None) -> None:
         """Map source embeddings to stand-ins in training; None takes the correction off.

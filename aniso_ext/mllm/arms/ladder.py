@@ -59,11 +59,16 @@ class LadderModel:
     Attributes:
         family, size: of :func:`aniso_ext.mllm.small_language_model`.
         vocab_size: of the tokenizer, at most.
+        initializer_range: standard deviation of its first weights; None for the family's own, .02, which is little for
+            widths below some hundreds.
+        projector_gain: of :meth:`aniso_ext.mllm.AnisoMLLMForCausalLM.from_language_model`.
     """
 
     family: str = "llama"
     size: str = "10m"
     vocab_size: int = 4096
+    initializer_range: float | None = None
+    projector_gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,11 +167,31 @@ def _finished(runs: Sequence[_Job], jobs: int) -> Any:
             _run(job)
             yield job
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    import torch
+
+    from aniso_ext.mllm.library import transformers
+
+    logging = transformers.utils.logging
+    settings = (max(1, torch.get_num_threads() // jobs), logging.get_verbosity(), logging.is_progress_bar_enabled())
+    with ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_process, initargs=settings
+    ) as pool:
         started: dict[Future[None], _Job] = {pool.submit(_run, job): job for job in runs}
         for future in as_completed(started):
             future.result()
             yield started[future]
+
+
+def _start_process(threads: int, verbosity: int, bars: bool) -> None:
+    """A share of the threads, and no more talk than in the process that asked for the runs."""
+    import torch
+
+    from aniso_ext.mllm.library import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity(verbosity)
+    if not bars:
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _prepare(job: _Job) -> None:
@@ -252,11 +277,18 @@ def _model(job: _Job, tokenizer: transformers.PreTrainedTokenizerBase) -> AnisoM
     from aniso_ext.mllm.small import small_language_model
 
     torch.manual_seed(job.seed)
+    spread = job.model.initializer_range
     language = small_language_model(
-        job.model.family, vocab_size=len(tokenizer), size=job.model.size, seed=job.seed
+        job.model.family,
+        vocab_size=len(tokenizer),
+        size=job.model.size,
+        seed=job.seed,
+        **({} if spread is None else {"initializer_range": spread}),
     )
     width = open_embeddings(job.data.test).width
-    model = AnisoMLLMForCausalLM.from_language_model(language, tokenizer, embedding_width=width)
+    model = AnisoMLLMForCausalLM.from_language_model(
+        language, tokenizer, embedding_width=width, projector_gain=job.model.projector_gain
+    )
     arm = job.arm
     if arm.method is not None:
         model.set_correction(

@@ -52,6 +52,11 @@ class Ladder:
         low, high = self.mean(FLOOR, name), self.mean(BOUND, name)
         return (self.mean(arm, name) - low) / (high - low) if high != low else None
 
+    def margin(self, arm: str, over: str, name: str) -> tuple[float, float]:
+        """How much better an arm is than another, and the spread over seeds of that difference (NaN of one seed)."""
+        spread = float(np.hypot(self.spread(arm, name), self.spread(over, name)))
+        return self.mean(arm, name) - self.mean(over, name), spread
+
     def table(self) -> str:
         """Markdown: mean ± standard deviation over the seeds, and in brackets the recovered share."""
         lines = ["| arm | " + " | ".join(self.names) + " |", "|---|" + "---|" * len(self.names)]

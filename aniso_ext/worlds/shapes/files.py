@@ -13,8 +13,8 @@ import numpy as np
 from aniso_ext.data import write_clip_retrieval
 from aniso_ext.data.whole_file import replace_file
 from aniso_ext.errors import InputError
-from aniso_ext.worlds.shapes.questions import CAPTION_PROMPT
-from aniso_ext.worlds.shapes.scenes import Scene
+from aniso_ext.worlds.shapes.questions import CAPTION_PROMPT, KINDS
+from aniso_ext.worlds.shapes.scenes import MOST_ITEMS, Scene
 from aniso_ext.worlds.shapes.world import ShapesWorld
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def build_world(
     held_out: int = 1_000,
     questions_each: int = 2,
     pictures: int = 16,
+    most_items: int = MOST_ITEMS,
+    kinds: Sequence[str] = KINDS,
+    attributes: Sequence[str] | None = None,
     encoder: DualEncoder | None = None,
     options: DualEncoderOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -50,6 +53,8 @@ def build_world(
         train_texts, train_images, held_out: scenes of each split.
         questions_each: questions of each kind about a scene, in conversations and in questions.
         pictures: held-out scenes whose pictures are written as PNG, the first ones.
+        most_items: of a scene.
+        kinds, attributes: what is asked; conversations have a caption and of the kinds those with an answer in words.
         encoder: one that is trained already.
         options: of the training otherwise.
         progress: called with (step, steps) of the training.
@@ -67,7 +72,8 @@ def build_world(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder: name a new one")
-    world = ShapesWorld(seed=seed)
+    world = ShapesWorld(seed=seed, most_items=most_items)
+    asked = {"each": questions_each, "attributes": attributes}
     chosen = options or replace(DualEncoderOptions(), seed=seed)
     trained = encoder or world.train_dual_encoder(options=chosen, progress=progress)
     trained.save(folder / "encoder")
@@ -84,10 +90,11 @@ def build_world(
         record.write(folder / split)
         found = rows
         if split == "test":
-            _write_lines(folder / split / "questions.jsonl", _asked(world, scenes, questions_each))
+            _write_lines(folder / split / "questions.jsonl", _asked(world, scenes, {**asked, "kinds": kinds}))
             _write_pictures(folder / split / "pictures", world, scenes[:pictures])
         else:
-            lines = _conversations(world, scenes, questions_each)
+            trained_kinds = [kind for kind in _TRAINED_KINDS if kind in kinds]
+            lines = _conversations(world, scenes, {**asked, "kinds": trained_kinds})
             _write_lines(folder / split / "conversations.jsonl", lines)
     summary = {
         "seed": seed,
@@ -95,6 +102,7 @@ def build_world(
         "train_images": train_images,
         "held_out": held_out,
         "questions_each": questions_each,
+        "most_items": most_items,
         "encoder": record.name,
         "training": asdict(chosen) if encoder is None else None,
         **retrieval(found["text"], found["image"]),
@@ -133,18 +141,20 @@ def _write_split(folder: Path, world: ShapesWorld, scenes: Sequence[Scene], rows
     _write_lines(folder / "captions.jsonl", lines)
 
 
-def _conversations(world: ShapesWorld, scenes: Sequence[Scene], each: int) -> Iterable[dict[str, Any]]:
+def _conversations(
+    world: ShapesWorld, scenes: Sequence[Scene], options: Mapping[str, Any]
+) -> Iterable[dict[str, Any]]:
     for scene in scenes:
-        asked = world.questions(scene, kinds=_TRAINED_KINDS, each=each)
+        asked = world.questions(scene, **options)
         pairs = [(CAPTION_PROMPT, world.captions(scene)[0])]
         pairs += [(question["question"], question["answer"]) for question in asked]
         for number, (question, answer) in enumerate(pairs):
             yield conversation(scene, number, question, answer)
 
 
-def _asked(world: ShapesWorld, scenes: Sequence[Scene], each: int) -> Iterable[dict[str, Any]]:
+def _asked(world: ShapesWorld, scenes: Sequence[Scene], options: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     for scene in scenes:
-        yield from world.questions(scene, each=each)
+        yield from world.questions(scene, **options)
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

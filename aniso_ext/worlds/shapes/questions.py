@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aniso_ext.errors import InputError
 from aniso_ext.worlds.shapes.grammar import NUMBERS, captions, counted, plural, relation
 from aniso_ext.worlds.shapes.scenes import BACKGROUNDS, COLOURS, MOST_ITEMS, SHAPES, SIZES, TEXTURES, Group, Scene
 
@@ -32,15 +33,20 @@ Fact = tuple[str, str, str]
 """attribute, question, answer"""
 
 
-def questions(scene: Scene, *, kinds: Sequence[str] = KINDS, each: int = 1) -> list[dict[str, Any]]:
+def questions(
+    scene: Scene, *, kinds: Sequence[str] = KINDS, each: int = 1, attributes: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """``each`` questions of each kind: dicts with id, kind, question, answer, and choices, attribute or references.
 
     An attribute question has one word for an answer; a multiple-choice question is one with up to four choices; yes and
-    no are equally likely; the caption question has up to five references and is asked once.
+    no are equally likely; the caption question has up to five references and is asked once. ``attributes`` are those
+    that attribute and multiple-choice questions are about, all by default.
     """
+    if unknown := sorted(set(attributes or ()) - set(_VALUES)):
+        raise InputError(f"attributes must be some of {', '.join(_VALUES)}, got {unknown[0]!r}")
     random = scene.generator(_SALT_QUESTION)
     asked: list[dict[str, Any]] = []
-    facts = list(_facts(scene))
+    facts = [fact for fact in _facts(scene) if attributes is None or fact[0] in attributes]
     for kind in kinds:
         if kind == "caption":
             references = captions(scene, _REFERENCES)

@@ -89,10 +89,11 @@ class Scene:
         return np.random.default_rng([*self.key, purpose])
 
 
-def draw_scene(key: tuple[int, int, int], id: str) -> Scene:
+def draw_scene(key: tuple[int, int, int], id: str, most_items: int = MOST_ITEMS) -> Scene:
     """The scene that ``key`` stands for."""
     random = np.random.default_rng([*key, _SALT_SCENE])
-    count = 1 + _weighted(random, _COUNT_SHARES)
+    shares = _COUNT_SHARES[:most_items]
+    count = 1 + _weighted(random, tuple(share / sum(shares) for share in shares))
     kinds: list[Kind] = []
     while len(kinds) < count:
         if kinds and random.random() < _REPEAT_SHARE:

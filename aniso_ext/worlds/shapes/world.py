@@ -11,7 +11,7 @@ import numpy as np
 from aniso_ext.errors import InputError
 from aniso_ext.worlds.shapes import grammar, rendering
 from aniso_ext.worlds.shapes import questions as asking
-from aniso_ext.worlds.shapes.scenes import Scene, draw_scene
+from aniso_ext.worlds.shapes.scenes import MOST_ITEMS, Scene, draw_scene
 
 if TYPE_CHECKING:
     from aniso_ext.worlds.shapes.dual_encoder import DualEncoder, DualEncoderOptions
@@ -25,6 +25,11 @@ class ShapesWorld:
 
     Scene i of a split depends on the seed, the split and i alone. Splits are independent draws.
 
+    Args:
+        seed: of everything.
+        size: of a picture, in pixels.
+        most_items: of a scene; its count is uniform from one.
+
     Example:
         >>> world = ShapesWorld(seed=0)
         >>> (scene,) = world.scenes(1, split="test")
@@ -34,10 +39,13 @@ class ShapesWorld:
 
     seed: int = 0
     size: int = rendering.SIZE
+    most_items: int = MOST_ITEMS
 
     def __post_init__(self) -> None:
         if self.seed < 0 or self.size < 32:
             raise InputError(f"seed must be at least 0 and size at least 32, got {self.seed} and {self.size}")
+        if not 1 <= self.most_items <= MOST_ITEMS:
+            raise InputError(f"most_items must be in 1 to {MOST_ITEMS}, got {self.most_items}")
 
     def scenes(self, count: int, *, split: str = "train_text", start: int = 0) -> list[Scene]:
         """Scenes ``start`` … ``start + count - 1`` of one of the ``SPLITS``."""
@@ -45,7 +53,8 @@ class ShapesWorld:
             raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         stream = SPLITS.index(split)
         return [
-            draw_scene((self.seed, stream, number), f"{split}_{number:06d}") for number in range(start, start + count)
+            draw_scene((self.seed, stream, number), f"{split}_{number:06d}", self.most_items)
+            for number in range(start, start + count)
         ]
 
     def render(self, scene: Scene) -> np.ndarray:
@@ -56,9 +65,16 @@ class ShapesWorld:
         """Different true captions, at most ``count``; the first one is *the* caption of the scene."""
         return grammar.captions(scene, count)
 
-    def questions(self, scene: Scene, *, kinds: Sequence[str] = asking.KINDS, each: int = 1) -> list[dict[str, Any]]:
+    def questions(
+        self,
+        scene: Scene,
+        *,
+        kinds: Sequence[str] = asking.KINDS,
+        each: int = 1,
+        attributes: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:
         """Questions with answers, as evaluation reads them; see :func:`aniso_ext.worlds.shapes.questions.questions`."""
-        return asking.questions(scene, kinds=kinds, each=each)
+        return asking.questions(scene, kinds=kinds, each=each, attributes=attributes)
 
     def train_dual_encoder(
         self, *, options: DualEncoderOptions | None = None, progress: Callable[[int, int], None] | None = None

@@ -1,0 +1,419 @@
+"""The shapes of ``aniso demo``: pictures, an encoder, its gap, stand-ins, and language models trained on text alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aniso_ext.cli.console import Result, output, progress_bar, say, to_jsonable
+from aniso_ext.cli.demo_gap import small_stages
+from aniso_ext.cli.report import alignment_table, judge, without_energy_curve
+from aniso_ext.cli.transformers_output import quiet_transformers
+from aniso_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from aniso_ext.mllm.arms import Arm, Ladder, LadderData
+
+FOLDER = Path("demo_output")
+ARMS_SHOWN = ("blind", "identity", "noise", "mean_shift", "realign", "initialisation", "anisoalign", "images")
+ATTRIBUTES = ("background", "count", "colour", "size", "texture")
+"""What the pictures' embeddings show; shapes and directions are too fine for so small an encoder."""
+KINDS = ("caption", "attribute", "multiple_choice")
+SCORES = ("cider_d", "attribute", "multiple_choice")
+_MOST_ITEMS, _QUESTIONS_EACH, _RANK = 2, 3, 32
+_PROJECTOR_GAIN = 6.0
+"""So short a training keeps a projector near its start. With a gain of 1 that start is nearly linear, and a constant
+shift such as the gap does little harm; with more the bend of the GELU is met, as after a long training."""
+_MOST_JOBS = 8
+_MARK, _PARTS = "demo.json", ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
+
+_MEANING = {
+    "blind": "sees nothing: what can be guessed from the question",
+    "identity": "trained on text embeddings as they are",
+    "noise": "trained on text embeddings with noise, its level chosen on validation scenes",
+    "mean_shift": "trained on text embeddings moved by the distance of the two means",
+    "realign": "moved, scaled and moved again",
+    "initialisation": "AnisoAlign's closed form",
+    "anisoalign": "AnisoAlign with its two trained stages",
+    "images": "the bound: trained on embeddings of pictures, which the others never see",
+}
+
+
+def default_jobs() -> int:
+    """A language model for each core, within reason."""
+    return min(_MOST_JOBS, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class ShapesDemo:
+    """Sizes of the demo.
+
+    Attributes:
+        folder: for all that is made.
+        seed: of the world, the encoder and the fits.
+        scenes: to learn from, by text and as many others by picture; a tenth of them, 200 at most, for validation.
+        encoder_steps, steps: of the dual encoder and of each language model.
+        seeds: language models of each arm.
+        arms: by name.
+        jobs: language models at a time.
+    """
+
+    folder: Path = FOLDER
+    seed: int = 0
+    scenes: int = 3_000
+    encoder_steps: int = 600
+    steps: int = 400
+    seeds: int = 3
+    arms: tuple[str, ...] = ARMS_SHOWN
+    jobs: int = field(default_factory=default_jobs)
+
+    @property
+    def validation(self) -> int:
+        return min(200, self.scenes // 10)
+
+    @property
+    def test(self) -> int:
+        """Pairs that methods are judged on."""
+        return min(1_000, self.scenes // 3)
+
+    @property
+    def asked(self) -> int:
+        """Of them, those that language models are judged on."""
+        return min(300, self.test)
+
+
+def shapes_demo(demo: ShapesDemo) -> Result:
+    """Run the whole story, saying what happens on the way."""
+    quiet_transformers()
+    from aniso_ext.mllm.arms import choose_arms
+
+    arms = choose_arms(demo.arms)
+    started = time.perf_counter()
+    _make_room(demo.folder)
+    console = output()
+    world = _build(demo, console)
+    gap = _gap(demo, console)
+    methods = _fit(demo, arms, console)
+    ladder = _ladder(demo, arms, console)
+    judged = verdicts(ladder)
+    data = {
+        "command": "demo",
+        "world": "shapes",
+        "seed": demo.seed,
+        "built": world,
+        "gap": gap,
+        "methods": methods,
+        "scores": ladder.scores,
+        "chosen": ladder.chosen,
+        "margins": judged,
+        "seconds": round(time.perf_counter() - started, 1),
+        "out": str(demo.folder),
+    }
+    _write(demo, ladder, judged, data)
+
+    def show(console: Console) -> None:
+        _show(demo, ladder, judged, console)
+
+    return Result(data, show)
+
+
+def _make_room(folder: Path) -> None:
+    """An empty place; what an earlier demo left there is replaced, other files are never touched."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _MARK).is_file())):
+        raise InputError(f"{folder} is not empty and not of an earlier demo: name a new folder with --out")
+    for name in _PARTS:
+        place = folder / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARK).write_text("{}\n", encoding="utf-8")
+
+
+@contextmanager
+def _timed(console: Console, number: int, title: str) -> Iterator[None]:
+    say(console, f"[{number}/5] {title}")
+    started = time.perf_counter()
+    yield
+    say(console, f"      {time.perf_counter() - started:.0f} s\n")
+
+
+def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
+    """World and encoder, and the pictures of the training scenes, which only validation and the bound read."""
+    import numpy as np
+
+    from aniso_ext.worlds.shapes import DualEncoder, DualEncoderOptions, ShapesWorld, build_world
+
+    # small batches and the temperature at which CLIP ends leave each modality in a narrow cone, as in large encoders
+    options = DualEncoderOptions(
+        width=64,
+        text_width=64,
+        context_length=32,
+        steps=demo.encoder_steps,
+        batch_rows=16,
+        learning_rate=1.5e-3,
+        logit_scale=100.0,
+        seed=demo.seed,
+    )
+    folder = demo.folder / "world"
+    with _timed(console, 1, "A world: pictures of one or two shapes, captions, questions, and a dual encoder"):
+        with progress_bar("encoder") as update:
+            found = build_world(
+                folder,
+                seed=demo.seed,
+                train_texts=demo.scenes,
+                train_images=demo.scenes,
+                held_out=demo.test,
+                questions_each=_QUESTIONS_EACH,
+                most_items=_MOST_ITEMS,
+                kinds=KINDS,
+                attributes=ATTRIBUTES,
+                options=options,
+                progress=update,
+            )
+        world = ShapesWorld(seed=demo.seed, most_items=_MOST_ITEMS)
+        scenes = world.scenes(demo.scenes, split="train_text")
+        pictures = world.embed_images(DualEncoder.load(folder / "encoder"), scenes)
+        (demo.folder / "bound").mkdir()
+        np.save(demo.folder / "bound" / "img_emb.npy", pictures)
+        scene = world.scenes(1, split="test")[0]
+        question = world.questions(scene, kinds=("attribute",), attributes=ATTRIBUTES)[0]
+        for line in (
+            f"{demo.scenes:,} scenes known by their texts, {demo.scenes:,} others by their pictures, {demo.test} pairs "
+            "for the test",
+            f"such as test/pictures/{scene.id}.png: {world.captions(scene)[0]}.",
+            f"{question['question']} {question['answer']}.",
+            f"encoder of open_clip's classes, {demo.encoder_steps} contrastive steps from random weights: of "
+            f"{demo.test} pictures the own one is among the ten nearest to {found['recall_at_10']:.0%} of the captions",
+        ):
+            say(console, f"      {line}")
+    return found
+
+
+def _gap(demo: ShapesDemo, console: Console) -> dict[str, Any]:
+    from aniso_ext import diagnostics
+
+    test = demo.folder / "world" / "test"
+    with _timed(console, 2, "The gap, which training put there by itself"):
+        report = diagnostics.gap(test / "text_emb", test / "img_emb")
+        for line in without_energy_curve(report).splitlines():
+            say(console, f"      {line}")
+    return dict(report.to_dict())
+
+
+def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[str, Any]]:
+    """Fit each method of the arms on texts and on pictures of other scenes; convert and judge the test texts."""
+    from aniso_ext.align import make_aligner
+    from aniso_ext.convert import convert_embeddings
+
+    world, rows = demo.folder / "world", []
+    test = world / "test"
+    fitted = {arm.aligner: arm for arm in arms if arm.aligner is not None}
+    with _timed(console, 3, "Stand-ins: fitted without pairs, converted from file to file, judged on the test pairs"):
+        rows.append(judge("identity", test / "text_emb", test / "img_emb", test / "text_emb", k=20, seed=demo.seed))
+        with progress_bar("methods") as update:
+            for done, (key, arm) in enumerate(fitted.items()):
+                update(done, len(fitted))
+                assert arm.method is not None
+                aligner = make_aligner(arm.method, **arm.options)
+                given = {"rank": _RANK, "seed": demo.seed, **small_stages()}
+                known = aligner.parameter_names()
+                aligner.set_params(**{name: value for name, value in given.items() if name in known})
+                aligner.fit(world / "train_text" / "text_emb", world / "train_image" / "img_emb")
+                aligner.save_pretrained(demo.folder / "ladder" / "aligners" / key)
+                place = demo.folder / "stand_ins" / arm.name
+                convert_embeddings(aligner, test / "text_emb", place)
+                rows.append(judge(arm.name, test / "text_emb", test / "img_emb", place, k=20, seed=demo.seed))
+        console.print(alignment_table(rows))
+    return rows
+
+
+def _ladder(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
+    from aniso_ext.mllm import TrainOptions
+    from aniso_ext.mllm.arms import LadderModel, run_ladder
+
+    options = TrainOptions(
+        stages=("full",),
+        learning_rate=4e-3,
+        warmup=0.05,
+        max_steps=demo.steps,
+        global_batch=32,
+        device_batch=32,
+        packing=True,
+        max_length=64,
+        on_long="truncate",
+        log_every=20,
+        save_every=10**6,
+        device="cpu",
+    )
+    count = len(arms) + (demo.seeds - 1) * len({arm.tuned or arm.name for arm in arms})
+    title = f"Language models: {count} runs of the same small Llama, each from random weights, {demo.jobs} at a time"
+    with _timed(console, 4, title):
+        say(console, "      each learns captions and answers, with a token for the embedding of a text; only those of")
+        say(console, "      the arm images learn from pictures; all are judged on embeddings of pictures")
+        with progress_bar("language models") as update:
+            return run_ladder(
+                _ladder_data(demo),
+                arms,
+                output=demo.folder / "ladder",
+                model=LadderModel(
+                    size="tiny", vocab_size=600, initializer_range=0.08, projector_gain=_PROJECTOR_GAIN
+                ),
+                options=options,
+                seeds=range(demo.seeds),
+                tuning_seeds=1,
+                jobs=demo.jobs,
+                max_new_tokens=32,
+                progress=lambda done, total, name: update(done, total),
+            )
+
+
+def _ladder_data(demo: ShapesDemo) -> LadderData:
+    """Conversations without the validation scenes, whose questions choose the level of noise."""
+    from aniso_ext.mllm.arms import LadderData
+    from aniso_ext.worlds.shapes import ShapesWorld
+
+    train, test, own = demo.folder / "world" / "train_text", demo.folder / "world" / "test", demo.folder / "ladder"
+    world = ShapesWorld(seed=demo.seed, most_items=_MOST_ITEMS)
+    kept = world.scenes(demo.validation, split="train_text")
+    names = {scene.id for scene in kept}
+    lines = (train / "conversations.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    trained = [line for line in lines if json.loads(line)["embedding"] not in names]
+    asked = [one for scene in kept for one in world.questions(scene, kinds=KINDS, each=1, attributes=ATTRIBUTES)]
+    own.mkdir(exist_ok=True)
+    shown = {scene.id for scene in world.scenes(demo.asked, split="test")}
+    lines = (test / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (own / "questions.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["id"] in shown), encoding="utf-8"
+    )
+    (own / "conversations.jsonl").write_text("".join(trained), encoding="utf-8")
+    (own / "validation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    return LadderData(
+        source=str(train / "text_emb"),
+        target=str(demo.folder / "bound" / "img_emb.npy"),
+        ids=str(train / "captions.jsonl"),
+        conversations=str(own / "conversations.jsonl"),
+        test=str(test / "img_emb"),
+        test_ids=str(test / "captions.jsonl"),
+        questions=str(own / "questions.jsonl"),
+        validation_questions=str(own / "validation.jsonl"),
+    )
+
+
+def verdicts(ladder: Ladder) -> list[dict[str, Any]]:
+    """For each method and score: its lead over the better of blind and identity, and the spread of that over seeds."""
+    found = []
+    for arm in ladder.scores:
+        if arm in ("blind", "identity", "images"):
+            continue
+        for name in (name for name in SCORES if name in ladder.names):
+            over = "blind" if ladder.mean("blind", name) > ladder.mean("identity", name) else "identity"
+            margin, spread = ladder.margin(arm, over, name)
+            share = ladder.recovered(arm, name)
+            found.append(
+                {"arm": arm, "score": name, "over": over, "margin": margin, "spread": spread, "recovered": share}
+            )
+    return found
+
+
+def _sentences(judged: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
+    """Each score in a line: which methods are clearly better than the floors, and which are not."""
+    lines = []
+    for name in dict.fromkeys(one["score"] for one in judged):
+        own = [one for one in judged if one["score"] == name]
+        clear = [one for one in own if one["margin"] > one["spread"]]
+        others = [one for one in own if one not in clear]
+        told = ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in clear) or "none"
+        line = f"{name}: better than {own[0]['over']} by more than the spread over {seeds} seeds: {told}"
+        if others:
+            line += "; not: " + ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in others)
+        lines.append(line if seeds > 1 else f"{name}: one seed, no spread; " + ", ".join(
+            f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own
+        ))
+    return lines
+
+
+def _example(demo: ShapesDemo, ladder: Ladder) -> list[str]:
+    """What some arms say of the first picture of the test."""
+    lines: list[str] = []
+    for arm in ("blind", "identity", "anisoalign", "images"):
+        if arm in ladder.scores:
+            place = demo.folder / "ladder" / ladder.chosen.get(arm, arm) / "seed-0" / "predictions.jsonl"
+            texts = place.read_text(encoding="utf-8").splitlines()
+            said = next(one for one in map(json.loads, texts) if one["kind"] == "caption")
+            lines = lines or [f"world/test/pictures/{said['id']}.png: {said['references'][0]}"]
+            lines.append(f"  {arm}: {said['prediction']}")
+    return lines
+
+
+def _legend(ladder: Ladder) -> list[tuple[str, str]]:
+    lines = []
+    for arm in ladder.scores:
+        level = ladder.chosen.get(arm, arm)
+        text = _MEANING.get(arm, f"trained on the stand-ins of {arm}")
+        lines.append((arm, text if level == arm else f"{text}: {level}"))
+    return lines
+
+
+def _next_commands(folder: Path) -> list[str]:
+    world, aligners = folder / "world", folder / "ladder" / "aligners"
+    return [
+        f"aniso diagnose --source {world}/test/text_emb --target {world}/test/img_emb --aligner {aligners}/mean_shift",
+        f"aniso train --model llama:tiny --source-embeddings {world}/train_text/text_emb --index "
+        f"{world}/train_text/captions.jsonl --conversations {world}/train_text/conversations.jsonl --aligner "
+        f"{aligners}/mean_shift --max-steps 200 --output run",
+        "aniso demo --world gap",
+    ]
+
+
+def _write(demo: ShapesDemo, ladder: Ladder, judged: list[dict[str, Any]], data: Mapping[str, Any]) -> None:
+    from aniso_ext.mllm.arms import ladder_figure
+
+    lines = ["# The ladder of the demo", "", ladder.table(), ""]
+    lines.append(
+        f"Mean ± standard deviation over {demo.seeds} seeds, in brackets the share of the way from identity to images."
+    )
+    lines += ["", *(f"- {arm}: {text}." for arm, text in _legend(ladder)), ""]
+    lines += [f"- {sentence}." for sentence in _sentences(judged, demo.seeds)]
+    lines += ["", "```text", *_example(demo, ladder), "```", ""]
+    (demo.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    ladder.write_csv(demo.folder / "ladder.csv")
+    ladder_figure(ladder, SCORES).savefig(demo.folder / "ladder.png", dpi=160)
+    (demo.folder / _MARK).write_text(json.dumps(to_jsonable(data), indent=2) + "\n", encoding="utf-8")
+
+
+def _show(demo: ShapesDemo, ladder: Ladder, judged: Sequence[Mapping[str, Any]], console: Console) -> None:
+    from rich.table import Table
+
+    say(console, f"[5/5] The ladder: mean ± spread over {demo.seeds} seeds, on {demo.asked} pictures of the test\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm", no_wrap=True)
+    for heading in ("captions (CIDEr-D)", "attributes right", "multiple choice right"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in ladder.scores:
+        cells = []
+        for name in SCORES:
+            spread = "" if demo.seeds == 1 else f" ± {ladder.spread(arm, name):.2f}"
+            cells.append(f"{ladder.mean(arm, name):.2f}{spread}")
+        table.add_row(arm, *cells)
+    console.print(table)
+    console.print()
+    for arm, text in _legend(ladder):
+        say(console, f"{arm}: {text}")
+    console.print()
+    for line in [*_sentences(judged, demo.seeds), "", *_example(demo, ladder), ""]:
+        say(console, line)
+    say(console, f"written in {demo.folder}/: README.md (every score), ladder.png, ladder.csv, demo.json, world/,")
+    say(console, "  stand_ins/, ladder/ARM/seed-S/predictions.jsonl (every answer)\nnext:")
+    for line in _next_commands(demo.folder):
+        say(console, f"  {line}")
