@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say, spinner
-from aniso_ext.cli.transformers_output import quiet_transformers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +40,6 @@ def evaluate(
     Example:
       aniso eval --run run --embeddings test/img_emb --questions test/questions.jsonl --out results
     """
-    quiet_transformers()
     import json as json_module
 
     import torch
@@ -49,8 +47,9 @@ def evaluate(
     from aniso_ext.errors import InputError
     from aniso_ext.mllm import AnisoMLLMForCausalLM
     from aniso_ext.mllm.evaluation import evaluate as judge
-    from aniso_ext.mllm.library import transformers
+    from aniso_ext.mllm.library import say_errors_alone, transformers
 
+    say_errors_alone()
     with spinner(f"loading {run}"):
         try:
             model = AnisoMLLMForCausalLM.from_pretrained(run)

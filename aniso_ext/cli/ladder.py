@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
-from aniso_ext.cli.transformers_output import quiet_transformers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,10 +69,11 @@ def ladder(
       aniso ladder --source text_emb --target img_emb --ids metadata --conversations train.jsonl --test test/img_emb
         --test-ids test/metadata --questions test/questions.jsonl --out ladder --arm identity --arm images
     """
-    quiet_transformers()
     from aniso_ext.mllm import TrainOptions
     from aniso_ext.mllm.arms import LadderData, LadderModel, choose_arms, ladder_figure, run_ladder
+    from aniso_ext.mllm.library import say_errors_alone
 
+    say_errors_alone()
     chosen = choose_arms(arms, noise=noise)
     data = LadderData(
         source=str(source),
