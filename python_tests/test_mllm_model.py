@@ -124,7 +124,9 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are() -> None:
     for checkpointing in (False, True):
         model = WORLD.model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # later versions of transformers deprecate the old name
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         model.language_model.requires_grad_(False)
         model(given, labels=given, embeddings=rows(2), use_cache=False).loss.backward()
         gradients.append(model.projector.first.weight.grad)

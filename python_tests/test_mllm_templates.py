@@ -61,6 +61,20 @@ def test_an_answer_without_a_prompt_token_keeps_its_leading_space() -> None:
     assert said(tokenizer(INSTRUCT), TURNS[1:]) == [" a red star<|end|>", " a blue circle<|end|>"]
 
 
+def test_an_end_token_that_is_not_registered_as_special_ends_an_answer() -> None:
+    made = tokenizer(CHATML.replace("<|end|>", "<|stop|>"))
+    made.add_tokens(["<|stop|>"])
+    assert made.convert_tokens_to_ids("<|stop|>") not in made.all_special_ids
+    assert said(made) == ["a red star<|stop|>", "a blue circle<|stop|>"]
+
+
+def test_added_and_special_tokens_within_an_answer_do_not_cut_it() -> None:
+    made = tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    made.add_tokens(["<|colour|>"])
+    turns = [TURNS[1], {"role": "assistant", "content": "a <|colour|>red<|end|> star"}]
+    assert said(made, turns) == ["a <|colour|>red<|end|> star\n"]
+
+
 def test_the_whole_rendering_is_hand_written() -> None:
     made = tokenizer(CHATML)
     tokens, _ = encode_conversation(made, TURNS[1:3])

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from aniso_ext.cli.console import Result, output, progress_bar, say, to_jsonable
 from aniso_ext.cli.demo_gap import small_stages
 from aniso_ext.cli.report import alignment_table, judge, without_energy_curve
-from aniso_ext.cli.transformers_output import quiet_transformers
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,9 +92,10 @@ class ShapesDemo:
 
 def shapes_demo(demo: ShapesDemo) -> Result:
     """Run the whole story, saying what happens on the way."""
-    quiet_transformers()
     from aniso_ext.mllm.arms import choose_arms
+    from aniso_ext.mllm.library import say_errors_alone
 
+    say_errors_alone()
     arms = choose_arms(demo.arms)
     started = time.perf_counter()
     _make_room(demo.folder)

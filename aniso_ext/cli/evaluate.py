@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say, spinner
-from aniso_ext.cli.transformers_output import quiet_transformers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,24 +40,17 @@ def evaluate(
     Example:
       aniso eval --run run --embeddings test/img_emb --questions test/questions.jsonl --out results
     """
-    quiet_transformers()
     import json as json_module
 
     import torch
 
-    from aniso_ext.errors import InputError
-    from aniso_ext.mllm import AnisoMLLMForCausalLM
     from aniso_ext.mllm.evaluation import evaluate as judge
-    from aniso_ext.mllm.library import transformers
+    from aniso_ext.mllm.library import say_errors_alone
+    from aniso_ext.mllm.loading import load_trained
 
+    say_errors_alone()
     with spinner(f"loading {run}"):
-        try:
-            model = AnisoMLLMForCausalLM.from_pretrained(run)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(run)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            remedy = "pass the folder of aniso train --output"
-            raise InputError(f"{run} holds no trained model ({reason}): {remedy}") from None
+        model, tokenizer = load_trained(run)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with progress_bar("asking") as update:
         report = judge(

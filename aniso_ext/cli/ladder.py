@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from aniso_ext.cli.console import Debug, Json, Result, command, progress_bar, say
-from aniso_ext.cli.transformers_output import quiet_transformers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,9 +123,10 @@ def climb(
     out: Path,
 ) -> Result:
     """Run the arms, write table and figure, and show them."""
-    quiet_transformers()
     from aniso_ext.mllm.arms import choose_arms, ladder_figure, run_ladder
+    from aniso_ext.mllm.library import say_errors_alone
 
+    say_errors_alone()
     chosen = choose_arms(arms, noise=noise)
     with progress_bar("runs") as update:
         found = run_ladder(

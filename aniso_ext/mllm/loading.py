@@ -64,6 +64,21 @@ def load_model(
     return new, tokenizer
 
 
+def load_trained(folder: str | Path) -> tuple[AnisoMLLMForCausalLM, transformers.PreTrainedTokenizerBase]:
+    """The model and the tokenizer that a training wrote.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    try:
+        model = AnisoMLLMForCausalLM.from_pretrained(folder)
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        remedy = "pass the folder of aniso train --output"
+        raise InputError(f"{folder} holds no trained model ({reason}): {remedy}") from None
+
+
 def _pretrained(name: str) -> tuple[Any, Any]:
     import torch
 

@@ -175,7 +175,7 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self._embed(input_ids, embeddings)
-        if position_ids is not None and attention_mask is None and kwargs.get("past_key_values") is None:
+        if position_ids is not None and attention_mask is None and _cache(kwargs) is None:
             kwargs["use_cache"] = False  # with a cache transformers does not look for packed samples
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -211,8 +211,8 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
     ) -> dict[str, Any]:
         """The inputs of a step; embeddings take their places when the prompt is read, and are in the cache then."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        cached = kwargs.get("past_key_values")
-        if kwargs.get("is_first_iteration") or cached is None or cached.get_seq_length() == 0:
+        cache = _cache(kwargs)
+        if kwargs.get("is_first_iteration") or cache is None or cache.get_seq_length() == 0:
             inputs["embeddings"] = embeddings
         return inputs
 
@@ -228,6 +228,11 @@ class AnisoMLLMForCausalLM(transformers.PreTrainedModel, transformers.Generation
                 f"{len(input_ids)} prompts but {len(embeddings)} embeddings: pass one embedding for each prompt"
             )
         return super().generate(inputs, *args, **kwargs)
+
+
+def _cache(options: dict[str, Any]) -> Any:
+    """The keys and values of what was read, under its new name in transformers or its old one."""
+    return options.get("cache", options.get("past_key_values"))
 
 
 def _projector(config: AnisoMLLMConfig) -> Projector:

@@ -195,8 +195,7 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         num_train_epochs=options.passes(stage),
         max_steps=options.max_steps or -1,
         bf16=not on_cpu if options.bf16 is None else options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing and not options.fsdp,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(options.gradient_checkpointing and not options.fsdp),
         use_cpu=on_cpu,
         logging_steps=options.log_every,
         save_strategy="steps",
@@ -219,6 +218,13 @@ def _arguments(run: StageRun, stage: str) -> transformers.TrainingArguments:
         # accelerate numbers the CPUs of several processes, and torch restores no state to such a place
         arguments.__dict__["_setup_devices"] = torch.device("cpu")
     return arguments
+
+
+def _checkpointing(chosen: bool) -> dict[str, Any]:
+    """The options of transformers that compute activations again; it renames them and deprecates the old names."""
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {name: chosen, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _split(rows: int, device_rows: int, processes: int) -> tuple[int, int]:

@@ -21,8 +21,8 @@ def encode_conversation(
     """Tokens of a conversation under the tokenizer's chat template, and which of them are targets.
 
     A template with ``{% generation %}`` marks them itself. For any other, they are what a longer rendering adds to a
-    shorter one: from the prompt of a turn of the assistant to the end of that turn, up to and with its last special
-    token, where it has one.
+    shorter one: from the prompt of a turn of the assistant to the end of that turn, up to and with the last special or
+    added token that follows its content, where there is one.
 
     Args:
         tokenizer: a fast one, with a chat template.
@@ -124,14 +124,15 @@ def _by_prefixes(tokenizer: transformers.PreTrainedTokenizerBase, messages: Mess
     text = _render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens, offsets = list(encoded.input_ids), encoded.offset_mapping
-    special = set(tokenizer.all_special_ids)
+    # an end token need not be registered as special
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     targets = [False] * len(tokens)
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start, end = _span(tokenizer, messages, number, text)
+        start, said, end = _span(tokenizer, messages, number, text)
         inside = [place for place, (first, last) in enumerate(offsets) if start <= first < last <= end]
-        ends = [place for place in inside if tokens[place] in special]
+        ends = [place for place in inside if offsets[place][0] >= said and tokens[place] in marks]
         for place in inside:
             targets[place] = not ends or place <= ends[-1]
     return tokens, targets
@@ -139,8 +140,8 @@ def _by_prefixes(tokenizer: transformers.PreTrainedTokenizerBase, messages: Mess
 
 def _span(
     tokenizer: transformers.PreTrainedTokenizerBase, messages: Messages, number: int, text: str
-) -> tuple[int, int]:
-    """Characters of ``text`` that turn ``number`` adds to the prompt before it."""
+) -> tuple[int, int, int]:
+    """Where in ``text`` what turn ``number`` adds to the prompt before it starts, its content ends, and it ends."""
     before = _render(tokenizer, messages[:number], prompt=True)
     after = _render(tokenizer, messages[: number + 1])
     if not after.startswith(before) or not text.startswith(after):
@@ -148,9 +149,11 @@ def _span(
             f"the chat template renders turn {number + 1} differently once the conversation goes on, so what the "
             "assistant says cannot be told apart: mark it in the template with {% generation %}"
         )
-    if messages[number]["content"].strip() not in after[len(before) :]:
+    content = messages[number]["content"].strip()
+    place = after.find(content, len(before))
+    if place < 0:
         raise InputError(
             f"the chat template does not show what the assistant says in turn {number + 1}: use another template, or "
             "mark its answers with {% generation %}"
         )
-    return len(before), len(after)
+    return len(before), place + len(content), len(after)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aniso_ext.data import EmbeddingSet, open_embeddings
+from aniso_ext.data.encoder import find_encoder_record
 from aniso_ext.errors import DataError, InputError
 from aniso_ext.mllm.data import (
     Batcher,
@@ -74,7 +75,8 @@ def train(
 
     The correction of the model, if it has one, makes stand-ins of the embeddings on the fly. Under torchrun the
     processes share each batch. ``output`` gets the model, the tokenizer, ``log/*.jsonl`` with the losses,
-    ``train_report.json``, the states of both stages and, where the refiner was trained, ``aligner/``.
+    ``train_report.json``, the states of both stages, ``encoder.json`` where the embeddings have one, and ``aligner/``
+    where the refiner was trained.
 
     Args:
         model: trained in place, then in evaluation mode; with ``options.fsdp`` take the result from ``output``.
@@ -129,7 +131,7 @@ def train(
         stages=stages,
         seconds=time.perf_counter() - started,
     )
-    _save(run, report)
+    _save(run, report, embedding_set)
     run.model.eval()
     return report
 
@@ -256,7 +258,7 @@ def _check_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(run: StageRun, report: TrainReport) -> None:
+def _save(run: StageRun, report: TrainReport, embeddings: EmbeddingSet) -> None:
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -270,4 +272,7 @@ def _save(run: StageRun, report: TrainReport) -> None:
     model.save_pretrained(run.folder)
     model.set_correction(correction)
     run.tokenizer.save_pretrained(run.folder)
+    path = embeddings.shards[0].path
+    if path is not None and (record := find_encoder_record(path)) is not None:
+        record.write(run.folder)
     (run.folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

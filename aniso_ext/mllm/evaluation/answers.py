@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ def generate_answers(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 48,
+    search: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
 ) -> list[str]:
-    """Greedy answers, one for each embedding and prompt; embeddings enter as they are, uncorrected.
+    """Answers, one for each embedding and prompt, greedy by default; embeddings enter as they are, uncorrected.
 
     Args:
         embeddings: [N, D] array or tensor of the target modality.
         prompts: what the user says; ``<image>`` is put before it unless it is there.
+        search: other options of transformers' ``generate``, e.g. ``{"num_beams": 3}``.
         advance: called with the number of answers after each batch.
 
     Raises:
@@ -52,9 +54,9 @@ def generate_answers(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 embeddings=torch.from_numpy(batch).to(model.device),
-                do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
+                **{"do_sample": False, **(search or {})},
             )
             answers += tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
             if advance is not None:
@@ -83,29 +85,66 @@ def score_choices(
     if len(choices) != len(prompts):
         raise InputError(f"{len(prompts)} prompts and {len(choices)} lists of choices: pass one list for each prompt")
     owner = np.repeat(np.arange(len(prompts)), [len(listed) for listed in choices])
-    turns = [
-        [{"role": "user", "content": _with_image(prompt)}, {"role": "assistant", "content": choice}]
-        for prompt, listed in zip(prompts, choices, strict=True)
-        for choice in listed
+    asked = [prompts[int(place)] for place in owner]
+    answers = [choice for listed in choices for choice in listed]
+    scored = score_answers(model, tokenizer, rows[owner], asked, answers, batch_size=batch_size)
+    found = np.array([each.total / each.tokens if by_token else each.total for each in scored])
+    return np.split(found, np.cumsum([len(listed) for listed in choices])[:-1])
+
+
+class Likelihood(NamedTuple):
+    """Of an answer: log-likelihood, tokens with its end token, and whether greedy decoding would give it."""
+
+    total: float
+    tokens: int
+    greedy: bool
+
+
+def score_answers(
+    model: AnisoMLLMForCausalLM,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    embeddings: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 64,
+) -> list[Likelihood]:
+    """How likely one answer is for each embedding and prompt; its tokens are the targets of training.
+
+    Args:
+        embeddings, prompts: as for :func:`generate_answers`.
+        answers: one for each prompt.
+    """
+    rows = _rows(embeddings, prompts)
+    encoded = [
+        _expanded(
+            model,
+            *encode_conversation(
+                tokenizer,
+                [{"role": "user", "content": _with_image(prompt)}, {"role": "assistant", "content": answer}],
+            ),
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    encoded = [encode_conversation(tokenizer, each) for each in turns]  # the targets of training, their end included
-    found = np.zeros(len(owner))
+    found: list[Likelihood] = []
     with evaluating(model), torch.no_grad():
-        for start in range(0, len(owner), batch_size):
-            chosen = range(start, min(start + batch_size, len(owner)))
-            ids, mask = _padded([_expanded(model, *encoded[i])[0] for i in chosen], 0, left=False)
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            ids, mask = _padded([tokens for tokens, _ in batch], 0, left=False)
             logits = model(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                embeddings=torch.from_numpy(rows[owner[list(chosen)]]).to(model.device),
+                embeddings=torch.from_numpy(rows[start : start + batch_size]).to(model.device),
             ).logits
             logarithms = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-            likely = logarithms.gather(2, ids[:, 1:, None].to(logits.device)).squeeze(2).cpu().numpy()
-            for place, i in enumerate(chosen):
-                targets = np.array(_expanded(model, *encoded[i])[1][1:])
-                values = likely[place, : len(targets)][targets]
-                found[i] = values.mean() if by_token else values.sum()
-    return np.split(found, np.cumsum([len(listed) for listed in choices])[:-1])
+            following = ids[:, 1:].to(logits.device)
+            likely = logarithms.gather(2, following[..., None]).squeeze(2).double().cpu().numpy()
+            first = (logarithms.argmax(2) == following).cpu().numpy()
+            for place, (_, targets) in enumerate(batch):
+                counted = np.flatnonzero(targets[1:])
+                total, greedy = float(likely[place, counted].sum()), bool(first[place, counted].all())
+                found.append(Likelihood(total, len(counted), greedy))
+    return found
 
 
 @contextmanager
