@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_convert_embeddings import Affine, contents, make_input
 
-from aniso_ext.convert import Worker, convert_embeddings, parse_worker, worker_from_environment
+from aniso_ext.convert import Worker, convert_embeddings, local_device, parse_worker, worker_from_environment
 from aniso_ext.convert.workers import shares
 from aniso_ext.errors import DataError, InputError
 
@@ -182,3 +182,54 @@ def test_temporary_files_are_removed_only_where_nobody_can_be_writing(tmp_path: 
     convert(tmp_path / "in", tmp_path / "out")
     assert not any((tmp_path / "out" / name).exists() for name in names)
     assert all((tmp_path / "out" / name).exists() for name in foreign)
+
+
+@pytest.mark.parametrize(
+    "environment, device",
+    [
+        ({}, "cuda"),
+        ({"LOCAL_RANK": "0"}, "cuda:0"),
+        ({"LOCAL_RANK": "3", "RANK": "11", "WORLD_SIZE": "16"}, "cuda:3"),
+        ({"LOCAL_RANK": "5"}, "cuda:1"),
+        ({"SLURM_LOCALID": "2", "SLURM_PROCID": "9"}, "cuda:2"),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, "cuda:1"),
+    ],
+)
+def test_each_process_takes_a_gpu_of_its_machine(
+    environment: dict[str, str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert local_device("cuda", environment) == device
+    for named in (None, "cpu", "cuda:2"):
+        assert local_device(named, environment) == named
+
+
+def test_a_gpu_without_a_machine_that_has_one_is_left_to_the_error_that_says_so(monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert local_device("cuda", {"LOCAL_RANK": "1"}) == "cuda"
+    with pytest.raises(InputError, match="LOCAL_RANK is 'one', not a number"):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        local_device("cuda", {"LOCAL_RANK": "one"})
+
+
+def test_the_command_maps_on_the_gpu_of_its_local_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from aniso_ext.align import make_aligner
+    from aniso_ext.cli.main import app
+
+    rows = np.eye(4, dtype=np.float32)
+    make_aligner("identity").fit(rows, rows).save_pretrained(tmp_path / "aligner")
+    np.save(tmp_path / "in.npy", rows)
+    asked: list[Any] = []
+
+    def convert(*_: Any, **options: Any) -> Any:
+        asked.append(options["device"])
+        raise InputError("enough")
+
+    monkeypatch.setattr("aniso_ext.convert.convert_embeddings", convert)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    words = ["--aligner", tmp_path / "aligner", "--input", tmp_path / "in.npy", "--output", tmp_path / "out.npy"]
+    CliRunner().invoke(app, ["convert", *map(str, words), "--device", "cuda"])
+    assert asked == ["cuda:1"]

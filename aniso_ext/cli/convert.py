@@ -145,7 +145,13 @@ def convert(
         raise typer.BadParameter("Ray hands out the work by itself", param_hint="--worker")
     with stop_requests("the shard in hand") as stop:
         from aniso_ext.align import load_aligner
-        from aniso_ext.convert import convert_embeddings, convert_on_ray, parse_worker, worker_from_environment
+        from aniso_ext.convert import (
+            convert_embeddings,
+            convert_on_ray,
+            local_device,
+            parse_worker,
+            worker_from_environment,
+        )
         from aniso_ext.convert.memory import parse_size
 
         told = "0/1" if engine == "ray" else worker
@@ -161,7 +167,7 @@ def convert(
             "kind": kind,
             "column": column,
             "memory": budget,
-            "device": device,
+            "device": device if engine == "ray" else local_device(device),
             "threads": threads,
             "worker": me,
         }

@@ -6,7 +6,7 @@ from aniso_ext.convert.ray_engine import convert_on_ray
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.shard import RowAligner
 from aniso_ext.convert.verify import VerificationReport, verify_conversion
-from aniso_ext.convert.workers import Worker, parse_worker, worker_from_environment
+from aniso_ext.convert.workers import Worker, local_device, parse_worker, worker_from_environment
 
 __all__ = [
     "ConversionPlan",
@@ -16,6 +16,7 @@ __all__ = [
     "Worker",
     "convert_embeddings",
     "convert_on_ray",
+    "local_device",
     "parse_worker",
     "preview_conversion",
     "verify_conversion",

@@ -11,6 +11,7 @@ from aniso_ext.errors import InputError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE")
 _SLURM_STEP = ("SLURM_PROCID", "SLURM_NTASKS")
+_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
 _SLURM_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 MOST_WORKERS = 1 << 24
 
@@ -107,6 +108,27 @@ def worker_from_environment(environment: Mapping[str, str] | None = None) -> Wor
         if tasks > 1:
             origins.append("SLURM_PROCID of SLURM_NTASKS")
     return Worker(rank, world, " and ".join(origins), together=together and world > 1)
+
+
+def local_device(device: str | None, environment: Mapping[str, str] | None = None) -> str | None:
+    """``cuda`` as the GPU of this process among those of its machine; any other device as it is.
+
+    The process is number ``LOCAL_RANK`` (torchrun) or ``SLURM_LOCALID`` of its machine. Where there are more processes
+    than GPUs they take turns.
+
+    Raises:
+        InputError: the variable is not a number.
+    """
+    if device != "cuda":
+        return device
+    found = os.environ if environment is None else environment
+    name = next((name for name in _LOCAL if found.get(name)), None)
+    if name is None:
+        return device
+    from torch.cuda import device_count
+
+    count = device_count()
+    return f"cuda:{_number(found, name) % count}" if count else device
 
 
 def _number(found: Mapping[str, str], name: str) -> int:
