@@ -100,10 +100,11 @@ def shapes_demo(demo: ShapesDemo) -> Result:
     started = time.perf_counter()
     _make_room(demo.folder)
     console = output()
-    world = _build(demo, console)
-    gap = _gap(demo, console)
-    methods = _fit(demo, arms, console)
-    ladder = _ladder(demo, arms, console)
+    with _one_thread():
+        world = _build(demo, console)
+        gap = _gap(demo, console)
+        methods = _fit(demo, arms, console)
+        ladder = _ladder(demo, arms, console)
     judged = verdicts(ladder)
     data = {
         "command": "demo",
@@ -124,6 +125,19 @@ def shapes_demo(demo: ShapesDemo) -> Result:
         _show(demo, ladder, judged, console)
 
     return Result(data, show)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain little from a second thread, and on busy cores the two spend minutes on waiting."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _make_room(folder: Path) -> None:
@@ -156,7 +170,6 @@ def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
 
     # small batches and the temperature at which CLIP ends leave each modality in a narrow cone, as in large encoders
     options = DualEncoderOptions(
-        width=64,
         text_width=64,
         context_length=32,
         steps=demo.encoder_steps,
