@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import aniso_ext as aniso
-from aniso_ext.cli.demo_shapes import ShapesDemo, verdicts
+from aniso_ext.cli.demo_shapes import ShapesDemo
+from aniso_ext.cli.demo_story import verdicts
 from aniso_ext.cli.main import app
 from aniso_ext.data import open_embeddings
 from aniso_ext.mllm.arms import Ladder, choose_arms

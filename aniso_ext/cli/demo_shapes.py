@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aniso_ext.cli.console import Result, output, progress_bar, say, to_jsonable
+from aniso_ext.cli.console import Result, output, progress_bar, say
 from aniso_ext.cli.demo_gap import small_stages
+from aniso_ext.cli.demo_story import MARK, show_ladder, verdicts, write_ladder
 from aniso_ext.cli.report import alignment_table, judge, without_energy_curve
 from aniso_ext.errors import InputError
 
@@ -27,25 +28,12 @@ ARMS_SHOWN = ("blind", "identity", "noise", "mean_shift", "realign", "initialisa
 ATTRIBUTES = ("background", "count", "colour", "size", "texture")
 """What the pictures' embeddings show; shapes and directions are too fine for so small an encoder."""
 KINDS = ("caption", "attribute", "multiple_choice")
-SCORES = ("cider_d", "attribute", "multiple_choice")
 _MOST_ITEMS, _QUESTIONS_EACH, _RANK = 2, 3, 32
 _PROJECTOR_GAIN = 6.0
 """So short a training keeps a projector near its start. With a gain of 1 that start is nearly linear, and a constant
 shift such as the gap does little harm; with more the bend of the GELU is met, as after a long training."""
 _MOST_JOBS = 8
-_MARK, _PARTS = "demo.json", ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
-
-_MEANING = {
-    "blind": "sees nothing: what can be guessed from the question",
-    "identity": "trained on text embeddings as they are",
-    "noise": "trained on text embeddings with noise, its level chosen on validation scenes",
-    "mean_shift": "trained on text embeddings moved by the distance of the two means",
-    "realign": "moved, scaled and moved again",
-    "initialisation": "AnisoAlign's closed form",
-    "anisoalign": "AnisoAlign with its two trained stages",
-    "images": "the bound: trained on embeddings of pictures, which the others never see",
-}
-
+_PARTS = ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
 
 def default_jobs() -> int:
     """A language model for each core, within reason."""
@@ -100,10 +88,11 @@ def shapes_demo(demo: ShapesDemo) -> Result:
     started = time.perf_counter()
     _make_room(demo.folder)
     console = output()
-    world = _build(demo, console)
-    gap = _gap(demo, console)
-    methods = _fit(demo, arms, console)
-    ladder = _ladder(demo, arms, console)
+    with _one_thread():
+        world = _build(demo, console)
+        gap = _gap(demo, console)
+        methods = _fit(demo, arms, console)
+        ladder = _ladder(demo, arms, console)
     judged = verdicts(ladder)
     data = {
         "command": "demo",
@@ -118,17 +107,30 @@ def shapes_demo(demo: ShapesDemo) -> Result:
         "seconds": round(time.perf_counter() - started, 1),
         "out": str(demo.folder),
     }
-    _write(demo, ladder, judged, data)
+    write_ladder(demo, ladder, judged, data)
 
     def show(console: Console) -> None:
-        _show(demo, ladder, judged, console)
+        show_ladder(demo, ladder, judged, console)
 
     return Result(data, show)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain little from a second thread, and on busy cores the two spend minutes on waiting."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _make_room(folder: Path) -> None:
     """An empty place; what an earlier demo left there is replaced, other files are never touched."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _MARK).is_file())):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).is_file())):
         raise InputError(f"{folder} is not empty and not of an earlier demo: name a new folder with --out")
     for name in _PARTS:
         place = folder / name
@@ -137,7 +139,7 @@ def _make_room(folder: Path) -> None:
         else:
             place.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARK).write_text("{}\n", encoding="utf-8")
+    (folder / MARK).write_text("{}\n", encoding="utf-8")
 
 
 @contextmanager
@@ -156,7 +158,6 @@ def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
 
     # small batches and the temperature at which CLIP ends leave each modality in a narrow cone, as in large encoders
     options = DualEncoderOptions(
-        width=64,
         text_width=64,
         context_length=32,
         steps=demo.encoder_steps,
@@ -308,112 +309,3 @@ def _ladder_data(demo: ShapesDemo) -> LadderData:
         questions=str(own / "questions.jsonl"),
         validation_questions=str(own / "validation.jsonl"),
     )
-
-
-def verdicts(ladder: Ladder) -> list[dict[str, Any]]:
-    """For each method and score: its lead over the better of blind and identity, and the spread of that over seeds."""
-    found = []
-    for arm in ladder.scores:
-        if arm in ("blind", "identity", "images"):
-            continue
-        for name in (name for name in SCORES if name in ladder.names):
-            over = "blind" if ladder.mean("blind", name) > ladder.mean("identity", name) else "identity"
-            margin, spread = ladder.margin(arm, over, name)
-            share = ladder.recovered(arm, name)
-            found.append(
-                {"arm": arm, "score": name, "over": over, "margin": margin, "spread": spread, "recovered": share}
-            )
-    return found
-
-
-def _sentences(judged: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
-    """Each score in a line: which methods are clearly better than the floors, and which are not."""
-    lines = []
-    for name in dict.fromkeys(one["score"] for one in judged):
-        own = [one for one in judged if one["score"] == name]
-        clear = [one for one in own if one["margin"] > one["spread"]]
-        others = [one for one in own if one not in clear]
-        told = ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in clear) or "none"
-        line = f"{name}: better than {own[0]['over']} by more than the spread over {seeds} seeds: {told}"
-        if others:
-            line += "; not: " + ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in others)
-        lines.append(line if seeds > 1 else f"{name}: one seed, no spread; " + ", ".join(
-            f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own
-        ))
-    return lines
-
-
-def _example(demo: ShapesDemo, ladder: Ladder) -> list[str]:
-    """What some arms say of the first picture of the test."""
-    lines: list[str] = []
-    for arm in ("blind", "identity", "anisoalign", "images"):
-        if arm in ladder.scores:
-            place = demo.folder / "ladder" / ladder.chosen.get(arm, arm) / "seed-0" / "predictions.jsonl"
-            texts = place.read_text(encoding="utf-8").splitlines()
-            said = next(one for one in map(json.loads, texts) if one["kind"] == "caption")
-            lines = lines or [f"world/test/pictures/{said['id']}.png: {said['references'][0]}"]
-            lines.append(f"  {arm}: {said['prediction']}")
-    return lines
-
-
-def _legend(ladder: Ladder) -> list[tuple[str, str]]:
-    lines = []
-    for arm in ladder.scores:
-        level = ladder.chosen.get(arm, arm)
-        text = _MEANING.get(arm, f"trained on the stand-ins of {arm}")
-        lines.append((arm, text if level == arm else f"{text}: {level}"))
-    return lines
-
-
-def _next_commands(folder: Path) -> list[str]:
-    world, aligners = folder / "world", folder / "ladder" / "aligners"
-    return [
-        f"aniso diagnose --source {world}/test/text_emb --target {world}/test/img_emb --aligner {aligners}/mean_shift",
-        f"aniso train --model llama:tiny --source-embeddings {world}/train_text/text_emb --index "
-        f"{world}/train_text/captions.jsonl --conversations {world}/train_text/conversations.jsonl --aligner "
-        f"{aligners}/mean_shift --max-steps 200 --output run",
-        "aniso demo --world gap",
-    ]
-
-
-def _write(demo: ShapesDemo, ladder: Ladder, judged: list[dict[str, Any]], data: Mapping[str, Any]) -> None:
-    from aniso_ext.mllm.arms import ladder_figure
-
-    lines = ["# The ladder of the demo", "", ladder.table(), ""]
-    lines.append(
-        f"Mean ± standard deviation over {demo.seeds} seeds, in brackets the share of the way from identity to images."
-    )
-    lines += ["", *(f"- {arm}: {text}." for arm, text in _legend(ladder)), ""]
-    lines += [f"- {sentence}." for sentence in _sentences(judged, demo.seeds)]
-    lines += ["", "```text", *_example(demo, ladder), "```", ""]
-    (demo.folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-    ladder.write_csv(demo.folder / "ladder.csv")
-    ladder_figure(ladder, SCORES).savefig(demo.folder / "ladder.png", dpi=160)
-    (demo.folder / _MARK).write_text(json.dumps(to_jsonable(data), indent=2) + "\n", encoding="utf-8")
-
-
-def _show(demo: ShapesDemo, ladder: Ladder, judged: Sequence[Mapping[str, Any]], console: Console) -> None:
-    from rich.table import Table
-
-    say(console, f"[5/5] The ladder: mean ± spread over {demo.seeds} seeds, on {demo.asked} pictures of the test\n")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("arm", no_wrap=True)
-    for heading in ("captions (CIDEr-D)", "attributes right", "multiple choice right"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for arm in ladder.scores:
-        cells = []
-        for name in SCORES:
-            spread = "" if demo.seeds == 1 else f" ± {ladder.spread(arm, name):.2f}"
-            cells.append(f"{ladder.mean(arm, name):.2f}{spread}")
-        table.add_row(arm, *cells)
-    console.print(table)
-    console.print()
-    for arm, text in _legend(ladder):
-        say(console, f"{arm}: {text}")
-    console.print()
-    for line in [*_sentences(judged, demo.seeds), "", *_example(demo, ladder), ""]:
-        say(console, line)
-    say(console, f"written in {demo.folder}/: README.md (every score), ladder.png, ladder.csv, demo.json, world/,")
-    say(console, "  stand_ins/, ladder/ARM/seed-S/predictions.jsonl (every answer)\nnext:")
-    for line in _next_commands(demo.folder):
-        say(console, f"  {line}")
