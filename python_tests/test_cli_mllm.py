@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import aniso_ext as aniso
 from aniso_ext.cli.main import app
+from aniso_ext.data import EncoderRecord
 
 WIDTH = 8
 COLOURS = ("red", "blue", "green", "black")
@@ -42,6 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids]
         )
     source, target = np.load(folder / "text.npy"), np.load(folder / "image.npy")
+    EncoderRecord("toy", "toy", None, None, WIDTH, True, (8, 8), "none").write(folder)
     aniso.make_aligner("mean_shift").fit(source, target).save_pretrained(folder / "aligner")
     return folder
 
@@ -63,6 +65,7 @@ def test_train_and_eval(world: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     report = json.loads(trained.stdout)
     assert [stage["steps"] for stage in report["stages"]] == [90, 90] and report["aligner_fingerprint"]
+    assert (tmp_path / "run" / "encoder.json").read_bytes() == (world / "encoder.json").read_bytes()
     judged = run(
         "eval", "--run", tmp_path / "run", "--embeddings", world / "test.npy", "--index", world / "test_ids.jsonl",
         "--questions", world / "questions.jsonl", "--out", tmp_path / "results", "--device", "cpu",

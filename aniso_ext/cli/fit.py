@@ -120,6 +120,18 @@ def fit(
             show_default="that of both sets, if they name it",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            "--engine", help="Who works: this process and those of torchrun, or Ray (of RAY_ADDRESS, else a local one)."
+        ),
+    ] = "local",
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            "--tasks", min=1, metavar="N", help="Tasks of Ray that share the rows.", show_default="as many as can run"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an aligner that is already there.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -138,7 +150,7 @@ def fit(
       torchrun --standalone --nproc-per-node 2 -m aniso_ext.cli fit --source text_emb --target img_emb --out aligner
 
     Under torchrun the processes share the rows of every pass and merge what they count, share each training batch and
-    average their gradients; the first one writes and prints.
+    average their gradients; the first one writes and prints. With --engine ray tasks of Ray are these processes.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise InputError(f"{out} exists: name a new folder, or pass --overwrite to replace an aligner in it")
@@ -158,6 +170,8 @@ def fit(
         "--checkpoint": checkpoint,
         "--log": log,
     }
+    if tasks is not None and engine != "ray":
+        raise typer.BadParameter("only --engine ray has tasks", param_hint="--tasks")
     aligner = build_aligner(method, options)
     _prepare_training(aligner, given)
 
@@ -173,7 +187,10 @@ def fit(
         if processes.device != device:
             aligner.set_params(device=processes.device)
         processes.meet()  # every process has found the folder free before one of them writes to it
-        _fit(aligner, source_set, target_set, checkpoint, log, watched=processes.first)
+        if engine == "ray":
+            aligner = _fit_on_ray(aligner, source, target, checkpoint, log, tasks)
+        else:
+            _fit(aligner, source_set, target_set, checkpoint, log, watched=processes.first)
         seconds = time.perf_counter() - started
         if processes.first:
             aligner.save_pretrained(out, encoder=encoder)
@@ -258,3 +275,16 @@ def _fit(
         return
     with stage_bars(text) if watched else nullcontext() as update:
         aligner.fit(source, target, checkpoint_dir=checkpoint, log_dir=log, progress=update)
+
+
+def _fit_on_ray(
+    aligner: Aligner, source: Path, target: Path, checkpoint: Path | None, log: Path | None, tasks: int | None
+) -> Aligner:
+    from aniso_ext.align import AnisoAlign
+    from aniso_ext.align.ray_fit import fit_on_ray
+
+    run: dict[str, Any] = {}
+    if isinstance(aligner, AnisoAlign):
+        run = {"checkpoint_dir": checkpoint, "log_dir": log}
+    with spinner(f"fitting {aligner.method} on Ray"):
+        return fit_on_ray(aligner, source, target, tasks=tasks, **run)

@@ -9,11 +9,10 @@ process that died again, and it resumes.
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,13 @@ from aniso_ext.convert.manifest import Manifest
 from aniso_ext.convert.pipeline import ON_EXISTING, Progress, convert_embeddings
 from aniso_ext.convert.report import ConversionReport
 from aniso_ext.convert.workers import shares
-from aniso_ext.errors import AnisoError, BackendUnavailableError, StoppedError, WorkerError
+from aniso_ext.ray_cluster import Cluster
 
 if TYPE_CHECKING:
     from aniso_ext.align import Aligner
 
 TASKS_PER_PLACE = 4
 """Tasks for each place where one can run: enough that the slowest is a small part of the whole."""
-RETRIES = 5
-"""How often a task whose process died is started again."""
 _DEFAULTS = {
     "batch_rows": None,
     "calibration": "fitted",
@@ -41,8 +38,6 @@ _DEFAULTS = {
     "column": None,
 }
 _MACHINE = ("memory", "device", "threads")
-POLL_SECONDS = 0.5
-"""How often a run looks whether it is to stop."""
 
 
 def convert_on_ray(
@@ -87,7 +82,7 @@ def convert_on_ray(
     if len(finished) < len(rows):
         passes = 1 + (model.corpus_passes if conversion.calibration == "corpus" else 0)
         gpus = int(machine.device is not None and machine.device.startswith("cuda"))
-        with _Cluster(cpus, gpus) as cluster:
+        with Cluster(cpus, gpus) as cluster:
             world = min(len(rows), TASKS_PER_PLACE * cluster.places())
             job = _Job(_absolute(aligner), *places, options, world, model.fingerprint())
             loads = [sum(rows[index] for index in share) for share in shares(rows, world)]
@@ -137,7 +132,7 @@ def _convert_share(job: _Job, rank: int) -> int:
 
 
 def _run_tasks(
-    cluster: _Cluster,
+    cluster: Cluster,
     job: _Job,
     loads: list[int],
     passes: int,
@@ -158,86 +153,3 @@ def _run_tasks(
             if progress is not None:
                 progress(sum(map(operator.mul, loads, reached)), passes * sum(loads))
         left.sort()
-
-
-class _Cluster:
-    """A connection to Ray, for as long as it is entered; ``cpus`` and ``gpus`` are what one task takes."""
-
-    def __init__(self, cpus: int, gpus: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise BackendUnavailableError(
-                "the engine 'ray' needs Ray, which is not installed: pip install 'aniso_ext[ray]'"
-            ) from None
-        self._ray = ray
-        self._needs = {"CPU": cpus, "GPU": gpus}
-        self._ours = not ray.is_initialized()
-
-    def __enter__(self) -> _Cluster:
-        if self._ours:
-            address = os.environ.get("RAY_ADDRESS") or "local"
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-            try:
-                self._ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-            except Exception as error:
-                where = "start on this machine" if address == "local" else f"be reached at RAY_ADDRESS {address!r}"
-                raise BackendUnavailableError(f"Ray cannot {where}: {error}") from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            self._ray.shutdown()
-
-    def places(self) -> int:
-        """How many tasks can run at the same time.
-
-        Raises:
-            BackendUnavailableError: not one.
-        """
-        there = self._ray.cluster_resources()
-        for name, needed in self._needs.items():
-            if needed > there.get(name, 0):
-                reason = f"a task needs {needed} {name}s, Ray has {there.get(name, 0):g} {name}s"
-                raise BackendUnavailableError(f"{reason}: ask for less, or add nodes")
-        return min(int(there[name] // needed) for name, needed in self._needs.items() if needed)
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Start a task; another process takes it over if its own dies."""
-        needs: dict[str, Any] = {"num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"]}
-        return self._ray.remote(max_retries=RETRIES, **needs)(function).remote(*arguments)
-
-    def results(self, tasks: list[Any], stop: Callable[[], bool]) -> Iterator[tuple[Any, Any]]:
-        """(task, result) as the tasks end; all are cancelled where one fails or ``stop`` says so."""
-        waiting = tasks
-        try:
-            while waiting:
-                ready, waiting = self._ray.wait(waiting, timeout=POLL_SECONDS)
-                for task in ready:
-                    yield task, self._result(task)
-                if waiting and stop():
-                    raise StoppedError("stopped: run the same command again to go on")
-        except BaseException:
-            self._cancel(waiting)
-            raise
-
-    def _result(self, task: Any) -> Any:
-        try:
-            return self._ray.get(task)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise (cause if isinstance(cause, (AnisoError, OSError)) else error) from None
-        except self._ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise WorkerError(
-                f"a process of Ray died {RETRIES + 1} times at the same shards ({reason}): look at its memory, then "
-                "run the same command again to go on"
-            ) from None
-
-    def _cancel(self, tasks: list[Any]) -> None:
-        """Interrupt tasks, which discard the shard in hand, and wait until they have ended."""
-        for task in tasks:
-            self._ray.cancel(task)
-        if tasks:
-            self._ray.wait(tasks, num_returns=len(tasks), timeout=60)
