@@ -83,8 +83,11 @@ class PairSums:
             residual = target - output - (means[1] - means[2])
             moments[1].addmm_(residual.T, residual)
         return cls(
-            *means,
-            *(moments / count),
+            means[0],
+            means[1],
+            means[2],
+            moments[0] / count,
+            moments[1] / count,
             torch.cat(products),
             torch.cat(cosines),
             dict(zip(names, zero.tolist(), strict=True)),

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from aniso_ext.diagnostics.gap import GapReport
 
 Eigenpairs = tuple[torch.Tensor, torch.Tensor]
-CONTRIBUTIONS = ("residual", "distance", "energy", "square", "leading", "spread", "reached", "turn_frame", "turn_q")
-CONTRIBUTIONS += ("logs", "difference", "size", "noise")
+CONTRIBUTIONS = (
+    *("residual", "distance", "energy", "square", "leading", "spread", "reached"),
+    *("turn_frame", "turn_q", "logs", "difference", "size", "noise"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class GapMoments:
             lengths = residual.norm(dim=1)
             norm += lengths.sum()
             lean += (residual / torch.where(lengths > 0, lengths, 1).unsqueeze(1)).sum(dim=0)
+        covariances = [torch.from_numpy(part.covariance).to(device) for part in moments]
         return cls(
             means[0],
             means[1],
-            *(torch.from_numpy(part.covariance).to(device) for part in moments),
+            covariances[0],
+            covariances[1],
+            covariances[2],
             means[1] - means[0],
             float(distance) / ys.count,
             float(norm) / ys.count,
