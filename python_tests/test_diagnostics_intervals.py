@@ -40,7 +40,7 @@ def test_weights_are_multinomial_however_rows_arrive() -> None:
 
 
 def test_interval_of_a_mean_is_that_of_its_standard_error() -> None:
-    """2 000 resamples: the percentile of a normal law at 2.5 % is off by sqrt(.025 .975 / B) / .0584 = 6 % of an s.e."""
+    """2 000 resamples: a normal law's percentile at 2.5 % is off by sqrt(.025 .975 / B) / .0584 = 6 % of an s.e."""
     values = np.random.default_rng(0).exponential(size=(3000, 1))
     means, drawn = resampled_means(iter(torch.from_numpy(values).split(1000)), 3000, resamples=2000, seed=1)
     error = values.std() / math.sqrt(3000)

@@ -174,6 +174,7 @@ def gap_intervals(
     noise = float(mean["noise"] - report.g_sigma_abs**2) / report.n
     dimension = of["energy"].square() / (2 * of["spread"] - mean["spread"])
     return defined(
+        report,
         {
             "g_mu": length_interval(drawn[:, count:].square().sum(dim=1), report.g_mu**2),
             "g_sigma": length_interval(squares / (size + 2 * moved["size"]), report.g_sigma**2, noise / size),
@@ -188,7 +189,7 @@ def gap_intervals(
             "d_eff": percentile_interval(dimension, 1.0, width),
             "d_eff_ratio": percentile_interval(dimension / width, 1.0 / width, 1.0),
             "eta_u": percentile_interval((of["reached"] + of["turn_frame"]) / of["energy"], 0.0, 1.0),
-        }
+        },
     )
 
 

@@ -88,6 +88,8 @@ def widened(interval: Interval, value: float, error: float) -> Interval:
     return Interval(value - math.hypot(value - interval.low, extra), value + math.hypot(interval.high - value, extra))
 
 
-def defined(intervals: dict[str, Interval]) -> dict[str, Interval]:
-    """Those whose bounds are numbers."""
-    return {name: bounds for name, bounds in intervals.items() if all(map(math.isfinite, bounds))}
+def defined(report: object, intervals: dict[str, Interval]) -> dict[str, Interval]:
+    """Those whose bounds, and whose numbers in the report, are defined."""
+    return {
+        name: bounds for name, bounds in intervals.items() if all(map(math.isfinite, (*bounds, getattr(report, name))))
+    }
