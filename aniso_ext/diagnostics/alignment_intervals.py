@@ -83,8 +83,11 @@ class PairSums:
             residual = target - output - (means[1] - means[2])
             moments[1].addmm_(residual.T, residual)
         return cls(
-            *means,
-            *(moments / count),
+            means[0],
+            means[1],
+            means[2],
+            moments[0] / count,
+            moments[1] / count,
             torch.cat(products),
             torch.cat(cosines),
             dict(zip(names, zero.tolist(), strict=True)),
@@ -111,6 +114,7 @@ def alignment_intervals(
         for name, column in zip(shares, values.unbind(dim=1), strict=True)
     }
     return defined(
+        report,
         {
             **intervals,
             "psi": _psi_interval(report.psi, products, drawn_products, settings.psi_pairs),
@@ -119,7 +123,7 @@ def alignment_intervals(
             "delta_mu": length_interval((m_z - m_x).square().sum(dim=1), report.delta_mu**2),
             "phi_bound": percentile_interval(phi_bounds(m_y, m_x)),
             "phi_bound_output": percentile_interval(phi_bounds(m_y, m_z)),
-        }
+        },
     )
 
 

@@ -124,6 +124,8 @@ def run_half(
         total = search.columns.stop - search.columns.start
         columns = torch.arange(total, device=everyone.device).unsqueeze(0)
         for rows in search.take_undecided().split(max(1, SETTLE_ELEMENTS // total)):
+            if rows.numel() == 0:
+                continue
             exact = queries.exact(rows)
             inside = [cloud for cloud, start in zip(corpus, starts, strict=True) if _covers(search, start)]
             scores = torch.cat([exact @ part.T for cloud in inside for part in _exact_parts(cloud)], dim=1)

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from aniso_ext.diagnostics.gap import GapReport
 
 Eigenpairs = tuple[torch.Tensor, torch.Tensor]
-CONTRIBUTIONS = ("residual", "distance", "energy", "square", "leading", "spread", "reached", "turn_frame", "turn_q")
-CONTRIBUTIONS += ("logs", "difference", "size", "noise")
+CONTRIBUTIONS = (
+    *("residual", "distance", "energy", "square", "leading", "spread", "reached"),
+    *("turn_frame", "turn_q", "logs", "difference", "size", "noise"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class GapMoments:
             lengths = residual.norm(dim=1)
             norm += lengths.sum()
             lean += (residual / torch.where(lengths > 0, lengths, 1).unsqueeze(1)).sum(dim=0)
+        covariances = [torch.from_numpy(part.covariance).to(device) for part in moments]
         return cls(
             means[0],
             means[1],
-            *(torch.from_numpy(part.covariance).to(device) for part in moments),
+            covariances[0],
+            covariances[1],
+            covariances[2],
             means[1] - means[0],
             float(distance) / ys.count,
             float(norm) / ys.count,
@@ -169,6 +174,7 @@ def gap_intervals(
     noise = float(mean["noise"] - report.g_sigma_abs**2) / report.n
     dimension = of["energy"].square() / (2 * of["spread"] - mean["spread"])
     return defined(
+        report,
         {
             "g_mu": length_interval(drawn[:, count:].square().sum(dim=1), report.g_mu**2),
             "g_sigma": length_interval(squares / (size + 2 * moved["size"]), report.g_sigma**2, noise / size),
@@ -183,7 +189,7 @@ def gap_intervals(
             "d_eff": percentile_interval(dimension, 1.0, width),
             "d_eff_ratio": percentile_interval(dimension / width, 1.0 / width, 1.0),
             "eta_u": percentile_interval((of["reached"] + of["turn_frame"]) / of["energy"], 0.0, 1.0),
-        }
+        },
     )
 
 

@@ -85,11 +85,11 @@ def length_interval(squares: torch.Tensor, square: float, bias: float = 0.0) -> 
 def widened(interval: Interval, value: float, error: float) -> Interval:
     """The interval around ``value`` with an independent error of that standard deviation added."""
     extra = 1.96 * error
-    return Interval(
-        value - math.hypot(value - interval.low, extra), value + math.hypot(interval.high - value, extra)
-    )
+    return Interval(value - math.hypot(value - interval.low, extra), value + math.hypot(interval.high - value, extra))
 
 
-def defined(intervals: dict[str, Interval]) -> dict[str, Interval]:
-    """Those whose bounds are numbers."""
-    return {name: bounds for name, bounds in intervals.items() if all(map(math.isfinite, bounds))}
+def defined(report: object, intervals: dict[str, Interval]) -> dict[str, Interval]:
+    """Those whose bounds, and whose numbers in the report, are defined."""
+    return {
+        name: bounds for name, bounds in intervals.items() if all(map(math.isfinite, (*bounds, getattr(report, name))))
+    }

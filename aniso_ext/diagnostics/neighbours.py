@@ -161,9 +161,7 @@ class Nearest(Search):
 class LabelShare(Nearest):
     """The share [n] of the first ``labelled`` columns among the k nearest; ties count at their expected share."""
 
-    def __init__(
-        self, columns: slice, k: int, queries: int, labelled: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, columns: slice, k: int, queries: int, labelled: int, device: torch.device | str = "cpu") -> None:
         super().__init__(columns, k, queries, device)
         self.labelled = labelled
         self.share = torch.empty(queries, dtype=torch.float64, device=device)

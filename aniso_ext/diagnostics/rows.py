@@ -130,8 +130,8 @@ def choose_device(device: torch.device | str | None, *values: Any) -> torch.devi
         return placed[0] if placed else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device = {device!r} is unknown ({error}): pass 'cpu' or 'cuda'") from None
+    except (RuntimeError, TypeError):
+        raise InputError(f"device = {device!r} is unknown: pass 'cpu' or 'cuda'") from None
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device = {device!r} is not supported: pass 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
