@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 from aniso_ext.errors import AnisoError, InputError
@@ -21,6 +21,7 @@ SINGLE, DOUBLE = 3.4, 7.0
 NARROWEST = 2.5
 TWO_COLUMNS = 5.0
 """From this width on a figure has room for panels side by side."""
+_PADS = {"w_pad": 0.04, "h_pad": 0.04, "wspace": 0.03, "hspace": 0.03}
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ DARK = Theme(
         "green": "#12a67c",
         "brown": "#f7d774",
         "pink": "#c765a0",
-        "plum": "#f3c6e6",
-        "pine": "#b4f0d9",
+        "plum": "#ffc4ee",
+        "pine": "#8cf5b4",
         "grey": "#b0b5bd",
         "wine": "#ff9aa2",
         "navy": "#8f9bff",
@@ -175,29 +176,33 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise AnisoError("figures need matplotlib: install the extra `plots`") from None
     if not width >= NARROWEST:
         raise InputError(f"width = {width:g} inches must be at least {NARROWEST:g}: narrower figures cannot be read")
-    figure = Figure(figsize=(width, height), dpi=200, facecolor=theme.background, layout="constrained")
+    figure = Figure(
+        figsize=(width, height), dpi=200, facecolor=theme.background, layout=ConstrainedLayoutEngine(**_PADS)
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0.03, hspace=0.03)
     return figure
 
 
 def dress(
-    axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: str = "both", size: float = SMALL
+    axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: Literal["x", "y", "both", ""] = "both"
 ) -> None:
     """Titles, ticks, spines and grid in the theme's colours; ``grid`` is ``x``, ``y``, ``both`` or empty."""
     axes.set_facecolor(theme.background)
     axes.set_xlabel(x, fontsize=LARGE, family=FONT, color=theme.ink)
     axes.set_ylabel(y, fontsize=LARGE, family=FONT, color=theme.ink)
     if title:
-        axes.set_title(title, fontsize=size, family=FONT, color=theme.ink, loc="left", pad=4)
+        axes.set_title(title, fontsize=SMALL, family=FONT, color=theme.ink, loc="left", pad=4)
     axes.tick_params(
         which="both", colors=theme.muted, labelsize=SMALL, labelfontfamily=FONT, width=0.6, length=2.5, direction="out"
     )
     axes.tick_params(which="minor", length=1.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(fontsize=SMALL, family=FONT, color=theme.muted)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.muted)
