@@ -495,7 +495,7 @@ def test_wrapped_names_lose_nothing() -> None:
     assert wrap("one two", 1000) == "one two"
 
 
-@pytest.mark.parametrize("module", ["style", "labels", "gap", "methods", "phases", "rows"])
+@pytest.mark.parametrize("module", ["style", "labels", "placement", "gap", "methods", "phases", "rows"])
 def test_examples_run(module: str) -> None:
     found = importlib.import_module(f"aniso_ext.diagnostics.figures.{module}")
     assert doctest.testmod(found).failed == 0

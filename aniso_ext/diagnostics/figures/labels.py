@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from aniso_ext.diagnostics.figures.placement import NEAR, Box, Room
 from aniso_ext.diagnostics.figures.style import FONT, SMALL, Look, Theme, text_style
 
 if TYPE_CHECKING:
@@ -155,9 +155,6 @@ def legend_below(figure: Figure, series: Sequence[Named], theme: Theme, *, marke
     )  # fmt: skip
 
 
-Box = tuple[float, float, float, float]
-
-
 def name_points(
     figure: Figure,
     axes: Axes,
@@ -169,89 +166,42 @@ def name_points(
 ) -> None:
     """Names beside points, clear of points, curves (``[n, 2]`` data coordinates) and each other; or a legend below.
 
-    ``notes`` are named where there is room for it, and not otherwise.
+    ``notes``, whose texts may be formulas, are written where there is room for them, and not otherwise.
     """
+    named = [replace(item, text=plain(item.text)) for item in points]
+    room = _room(figure, axes, named, curves)
+    boxes = [_find(axes, room, item) for item in named]
+    if None in boxes:
+        legend_below(figure, points, theme, markers=True)
+        room, named, boxes = _room(figure, axes, named, curves), [], []
+    for item in (*named, *notes):
+        box = boxes.pop(0) if boxes else _find(axes, room, item)
+        if box is not None:
+            _write(axes, item, box, room.scale, theme)
+
+
+def _room(figure: Figure, axes: Axes, points: Sequence[Named], curves: Sequence[Any]) -> Room:
+    """What is free in a panel with these points and curves, as it is laid out now."""
     figure.draw_without_rendering()
-    scale = figure.dpi / POINTS
-    frame = axes.get_window_extent()
-    places = [tuple(axes.transData.transform((item.x, item.y))) for item in points]
-    blocked: list[Box] = [_around(x, y, 3.5 * scale) for x, y in places]
+    left, bottom, right, top = axes.get_window_extent().extents
+    room = Room((left, bottom, right, top), figure.dpi / POINTS)
+    for item in points:
+        room.block_point(*axes.transData.transform((item.x, item.y)))
     for curve in curves:
-        blocked += [_around(x, y, 1.5 * scale) for x, y in _dense(axes.transData.transform(curve), 3 * scale)]
-    found: list[tuple[Named, float, float, Box]] = []
-    first_blocked = blocked[:]
-    for group in (points, notes):
-        for item in group:
-            x, y = axes.transData.transform((item.x, item.y))
-            size = text_width(item.text if group is notes else plain(item.text)) * scale, LINE * SMALL * scale
-            box = _free_box(x, y, size, frame.extents, blocked, [other for *_, other in found], scale)
-            if box is None and group is points:
-                legend_below(figure, points, theme, markers=True)
-                blocked, found = first_blocked[:], []
-                break
-            if box is not None:
-                blocked += [box, *(_around(*place, 1.0) for place in _leader(x, y, box, scale))]
-                found.append((item, x, y, box))
-    for item, x, y, box in found:
-        centre = ((box[0] + box[2]) / 2 - x) / scale, ((box[1] + box[3]) / 2 - y) / scale
-        near = math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) < 9 * scale
-        axes.annotate(
-            item.text if item in notes else plain(item.text), xy=(item.x, item.y), xytext=centre,
-            textcoords="offset points", ha="center", va="center",
-            **text_style(theme, item.look.colour),
-            arrowprops=None if near else _line(item.look, shrinkA=0, shrinkB=3),
-        )  # fmt: skip
+        room.block_curve(axes.transData.transform(curve))
+    return room
 
 
-def _around(x: float, y: float, reach: float) -> Box:
-    return x - reach, y - reach, x + reach, y + reach
+def _find(axes: Axes, room: Room, item: Named) -> Box | None:
+    x, y = axes.transData.transform((item.x, item.y))
+    return room.take(x, y, (text_width(item.text) * room.scale, LINE * SMALL * room.scale))
 
 
-def _dense(corners: Any, step: float) -> list[tuple[float, float]]:
-    """Points along a polygon, at most ``step`` apart."""
-    found: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in pairwise(corners):
-        count = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / step)) if math.isfinite(x0 + x1 + y0 + y1) else 0
-        shares = [part / count for part in range(count + 1)] if count else []
-        found += [(x0 + (x1 - x0) * share, y0 + (y1 - y0) * share) for share in shares]
-    return found
-
-
-def _free_box(
-    x: float,
-    y: float,
-    size: tuple[float, float],
-    frame: Sequence[float],
-    blocked: Sequence[Box],
-    texts: Sequence[Box],
-    scale: float,
-) -> Box | None:
-    """The nearest place for a text of this size beside (x, y) that nothing blocks and whose leader meets no text."""
-    width, height = size
-    for distance in (5, 9, 14, 20, 28, 38, 50):
-        for angle in (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 200, 340):
-            right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            middle = x + right * (distance * scale + width / 2), y + up * (distance * scale + height / 2)
-            box = (middle[0] - width / 2, middle[1] - height / 2, middle[0] + width / 2, middle[1] + height / 2)
-            inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-            if not inside or any(_overlap(box, other) for other in blocked):
-                continue
-            leader = [_around(*place, 1.0) for place in _leader(x, y, box, scale)]
-            if not any(_overlap(piece, text) for piece in leader for text in texts):
-                return box
-    return None
-
-
-def _leader(x: float, y: float, box: Box, scale: float) -> list[tuple[float, float]]:
-    """Points on the line from a point towards the middle of its text, outside of both."""
-    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    line = _dense([(x, y), middle], 2 * scale)
-    return [
-        (a, b)
-        for a, b in line
-        if math.hypot(a - x, b - y) > 4 * scale and not _overlap(_around(a, b, 0.5 * scale), box)
-    ]
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _write(axes: Axes, item: Named, box: Box, scale: float, theme: Theme) -> None:
+    x, y = axes.transData.transform((item.x, item.y))
+    centre = ((box[0] + box[2]) / 2 - x) / scale, ((box[1] + box[3]) / 2 - y) / scale
+    near = math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) < NEAR * scale
+    axes.annotate(
+        item.text, xy=(item.x, item.y), xytext=centre, textcoords="offset points", ha="center", va="center",
+        **text_style(theme, item.look.colour), arrowprops=None if near else _line(item.look, shrinkA=0, shrinkB=3),
+    )  # fmt: skip

@@ -21,7 +21,7 @@ SINGLE, DOUBLE = 3.4, 7.0
 NARROWEST = 2.5
 TWO_COLUMNS = 5.0
 """From this width on a figure has room for panels side by side."""
-_PADS = {"w_pad": 0.04, "h_pad": 0.04, "wspace": 0.03, "hspace": 0.03}
+_PAD = 0.04
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,10 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     if not width >= NARROWEST:
         raise InputError(f"width = {width:g} inches must be at least {NARROWEST:g}: narrower figures cannot be read")
     figure = Figure(
-        figsize=(width, height), dpi=200, facecolor=theme.background, layout=ConstrainedLayoutEngine(**_PADS)
+        figsize=(width, height),
+        dpi=200,
+        facecolor=theme.background,
+        layout=ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD, wspace=0.03, hspace=0.03),
     )
     FigureCanvasAgg(figure)
     return figure
