@@ -12,6 +12,7 @@ from aniso_ext.diagnostics.figures.style import (
     SINGLE,
     Look,
     dress,
+    label_few_decades,
     looks,
     new_figure,
     plain_log,
@@ -209,6 +210,7 @@ def draw_spectrum(axes: Axes, name: str, spectrum: tuple[float, ...], look: Look
     plain_log(axes, "y")
     index = np.arange(1, len(values) + 1)
     axes.plot(index, values, color=look.colour, lw=1.2, ls=look.dashes, label=name)
+    label_few_decades(axes)
     axes.set_xlim(1 - 0.02 * len(values), len(values) * 1.01 + 0.1)
     last = int(np.flatnonzero(np.isfinite(values))[-1]) if np.isfinite(values).any() else None
     if last is None:

@@ -18,6 +18,7 @@ from aniso_ext.diagnostics.figures.labels import (
     name_points,
     name_series,
     row_height,
+    wrap,
 )
 from aniso_ext.diagnostics.figures.style import (
     DOUBLE,
@@ -214,8 +215,6 @@ def _discrepancy(value: float, base: float, metric: str) -> float:
 
 
 def _short(name: str) -> str:
-    from aniso_ext.diagnostics.figures.labels import wrap
-
     first, *rest = wrap(name, 110).split("\n")
     return first + ("…" if rest else "")
 

@@ -154,7 +154,9 @@ def looks(names: Iterable[str], theme: Theme) -> dict[str, Look]:
             others.append(name)
     taken = {_OWN[key] for name in found if (key := name.lower().replace("-", "_").replace(" ", "_")) in _OWN}
     for name in sorted(others):
-        free = [hue for hue in _FORMS if hue not in taken] or list(_FORMS)
+        # grey last: it is near the colour of what is compared with
+        free = [hue for hue in _FORMS if hue not in (*taken, "grey")] or [hue for hue in _FORMS if hue not in taken]
+        free = free or list(_FORMS)
         hue = free[crc32(name.encode()) % len(free)]
         taken.add(hue)
         found[name] = _look(hue, theme)
@@ -224,6 +226,16 @@ def plain_log(axes: Axes, axis: str) -> None:
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
     chosen.set_major_locator(LogLocator(base=10, numticks=6))
     chosen.set_minor_formatter(NullFormatter())
+
+
+def label_few_decades(axes: Axes) -> None:
+    """Label 1, 2 and 5 of each decade on a logarithmic y axis that spans less than two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axes.get_ylim()
+    if low > 0 and high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def text_style(theme: Theme, colour: str | None = None, size: float = SMALL) -> dict[str, Any]:
