@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,7 @@ import torch
 from aniso_ext import diagnostics
 from aniso_ext.bench.environment import facts
 from aniso_ext.bench.records import write_table
-from aniso_ext.diagnostics import GapReport, figures, spectra
-from aniso_ext.diagnostics.gap import OverlapPoint
+from aniso_ext.diagnostics import GapReport, figures
 from aniso_ext.worlds import GapWorld, simulate_gap
 
 if TYPE_CHECKING:
@@ -59,18 +57,6 @@ def compare(gap: GapReport, tolerance: float) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def with_overlap_curve(gap: GapReport, source: np.ndarray, target: np.ndarray) -> GapReport:
-    """The report with O_q over powers of two, where it has no curve."""
-    if gap.overlap:
-        return gap
-    first, second = (
-        spectra.eigenpairs(spectra.covariance(torch.from_numpy(rows).double()))[1] for rows in (source, target)
-    )
-    ranks = [2**power for power in range(gap.width.bit_length()) if 2**power < gap.width] + [gap.width]
-    curve = tuple(OverlapPoint(q, spectra.subspace_overlap(first[:, :q], second[:, :q]), q / gap.width) for q in ranks)
-    return replace(gap, overlap=curve)
 
 
 def sheet(gap: GapReport) -> np.ndarray:
@@ -126,7 +112,7 @@ def main() -> int:
     from matplotlib.image import imsave
 
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-    imsave(arguments.picture, sheet(with_overlap_curve(gap, source, target)))
+    imsave(arguments.picture, sheet(gap))
     print(f"written: {arguments.csv}\nwritten: {arguments.picture}")
     return 0 if all(row["within"] == "yes" for row in rows) else 1
 
