@@ -119,7 +119,7 @@ def test_train_with_arms_is_the_ladder_with_the_options_of_a_training(world: Pat
     assert {arm: len(scores["attribute"]) for arm, scores in found["scores"].items()} == {"blind": 3, "mean_shift": 3}
     result = json.loads((tmp_path / "arms" / "mean_shift" / "seed-2" / "result.json").read_text())
     (stage,) = result["train"]["stages"]
-    assert (stage["stage"], stage["steps"]) == ("full", 2)
+    assert (stage["name"], stage["steps"]) == ("full", 2)
     assert "--test-embeddings" in run(*options, "--arms", "blind", "--output", tmp_path / "a", code=2).output
     refused = run(*options, *judged, "--arms", "blind", "--noise", 0.1, "--output", tmp_path / "a", code=2).output
     assert "each arm has its own" in " ".join(refused.replace("│", " ").split())

@@ -160,6 +160,7 @@ def test_products_of_random_pairs_are_the_same_gathered_or_grouped() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_gpu_reports_what_the_cpu_reports(world: str, dtype: torch.dtype) -> None:
