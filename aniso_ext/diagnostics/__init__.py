@@ -1,7 +1,7 @@
 """Measuring a modality gap and what a transform makes of it (METHOD section 1).
 
-``gap``, ``alignment``, ``projection`` and ``corrections`` are the functions; their modules of the same names are an
-implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is loaded when it is imported.
+``gap``, ``alignment``, ``projection``, ``corrections``, ``study`` and ``verdict`` are the functions; their modules of
+the same names are an implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is loaded when it is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from aniso_ext.diagnostics.oracle import OraclePathReport, OraclePoint, oracle_p
 from aniso_ext.diagnostics.phases import PhaseReport, phase_report
 from aniso_ext.diagnostics.projection import ProjectionReport, projection
 from aniso_ext.diagnostics.report import DiagnosticsWarning
+from aniso_ext.diagnostics.study import Origin, Study, StudyOptions, study
+from aniso_ext.diagnostics.verdict import Verdict, verdict
 
 __all__ = [
     "AlignmentReport",
@@ -24,8 +26,12 @@ __all__ = [
     "GapReport",
     "OraclePathReport",
     "OraclePoint",
+    "Origin",
     "PhaseReport",
     "ProjectionReport",
+    "Study",
+    "StudyOptions",
+    "Verdict",
     "alignment",
     "corrections",
     "gap",
@@ -34,4 +40,6 @@ __all__ = [
     "phase_report",
     "phi_bound",
     "projection",
+    "study",
+    "verdict",
 ]

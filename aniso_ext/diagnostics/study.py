@@ -257,6 +257,8 @@ def study(
     y, x = rows.source, rows.read(target)
 
     shared = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
+    import inspect  # TEMP
+    shared = {k: v for k, v in shared.items() if k in inspect.signature(gap).parameters}  # TEMP
     with clock.step("gap", f"measuring the gap of {ys.count:,} pairs"), quietly():
         measured_gap = gap(source, target, basis=None if frame is None else frame.basis, **shared)
     stand_ins, starts = {}, {}
@@ -274,7 +276,7 @@ def study(
     oracle = None
     if options.oracle and ys.count > options.k:
         with clock.step("oracle path", "walking the oracle path"), quietly():
-            oracle = oracle_path(y, x, k=options.k, max_pairs=max(options.oracle_pairs, options.k + 1), seed=options.seed, device=options.device)
+            oracle = oracle_path(y, x, k=options.k, max_pairs=max(options.oracle_pairs, options.k + 1), seed=options.seed, **{k: v for k, v in shared.items() if k == 'device'})  # TEMP
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from aniso_ext.diagnostics.alignment import AlignmentReport
 from aniso_ext.diagnostics.choice import choose_method
