@@ -1,12 +1,13 @@
 """Measuring a modality gap and what a transform makes of it (METHOD section 1).
 
-``gap``, ``alignment``, ``projection``, ``corrections``, ``study`` and ``verdict`` are the functions; their modules of
-the same names are an implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is loaded when it is imported.
+``gap``, ``alignment``, ``projection``, ``corrections``, ``study``, ``verdict`` and ``compare`` are the functions; their
+modules of the same names are an implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is loaded when it is imported.
 """
 
 from __future__ import annotations
 
 from aniso_ext.diagnostics.alignment import AlignmentReport, alignment
+from aniso_ext.diagnostics.compare import Comparison, compare
 from aniso_ext.diagnostics.consistency import phi_bound
 from aniso_ext.diagnostics.corrections import CorrectionReport, corrections
 from aniso_ext.diagnostics.gap import EnergyPoint, GapReport, gap
@@ -20,6 +21,7 @@ from aniso_ext.diagnostics.verdict import Verdict, verdict
 
 __all__ = [
     "AlignmentReport",
+    "Comparison",
     "CorrectionReport",
     "DiagnosticsWarning",
     "EnergyPoint",
@@ -33,6 +35,7 @@ __all__ = [
     "StudyOptions",
     "Verdict",
     "alignment",
+    "compare",
     "corrections",
     "gap",
     "mixing_expectation",

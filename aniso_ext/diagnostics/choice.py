@@ -15,9 +15,12 @@ RECALL_KEPT = 0.9
 """A method that finds fewer than this share of what identity finds has lost the pairs."""
 
 RULE = (
-    "Score: harmonic mean of preservation (mean of Psi and Omega) and mixing (the lesser of M_Z and M_X, at most 1), its bounds from theirs. Methods whose bounds "
-    f"overlap those of the highest score cannot be told apart; without intervals bounds are ± {MARGIN:g}. Left out: methods that lose the pairs, that is, whose cosine "
-    f"is clearly below identity's or whose R@10 is clearly below {RECALL_KEPT:.0%} of it. A method is favoured only if identity is not among the best."
+    "Score: harmonic mean of preservation (mean of Psi and Omega) and mixing (the lesser of M_Z and M_X, at most "
+    "1), its bounds from theirs. Methods whose bounds "
+    f"overlap those of the highest score cannot be told apart; without intervals bounds are ± {MARGIN:g}. Left "
+    "out: methods whose cosine "
+    f"is clearly below identity's or whose R@10 is clearly below {100 * RECALL_KEPT:.0f} % of it. A method is "
+    "favoured only if identity is not among the best."
 )
 
 
@@ -27,9 +30,13 @@ def preservation(report: AlignmentReport) -> Range:
 
 
 def mixing_share(report: AlignmentReport) -> Range:
-    """The lesser of M_Z and M_X, at most 1: mixed on one side only is not mixed, and better than by chance no better."""
+    """The lesser of M_Z and M_X, at most 1: mixed on one side only is not mixed, and above 1 is no better."""
     m_z, m_x = (_mean([range_of(report, name)]) for name in ("m_z", "m_x"))
-    return Range(*map(min, m_z[:3], m_x[:3]), m_z.measured and m_x.measured) if not math.isnan(m_z.value + m_x.value) else Range(math.nan, math.nan, math.nan, False)
+    return (
+        Range(*map(min, m_z[:3], m_x[:3]), m_z.measured and m_x.measured)
+        if not math.isnan(m_z.value + m_x.value)
+        else Range(math.nan, math.nan, math.nan, False)
+    )
 
 
 def score(report: AlignmentReport) -> Range:
@@ -50,13 +57,15 @@ def choose_method(methods: Mapping[str, AlignmentReport], *, paired: bool, gap_i
         return Finding("method", "alone", sentence, RULE)
     if any(math.isnan(one.value) for one in scores.values()):
         names = ", ".join(name for name, one in scores.items() if math.isnan(one.value))
-        sentence = f"Methods cannot be compared: the score of {names} is undefined (mixing needs k ≥ 2, and rows that vary)."
+        sentence = (
+            f"Methods cannot be compared: the score of {names} is undefined (mixing needs k ≥ 2, and rows that vary)."
+        )
         return Finding("method", "undefined", sentence, RULE)
     lost = _lost(methods) if paired else []
     ranked = sorted((name for name in methods if name not in lost), key=lambda name: -scores[name].value)
     best = ranked[0]
     tied = [name for name in ranked if scores[name].high >= scores[best].low]
-    leftover = f" {_list(lost)} lost the pairs and was left out." if lost else ""
+    leftover = f" Left out, since further from the own targets than the source as it is: {_list(lost)}." if lost else ""
     if IDENTITY in tied:
         return Finding("method", "identity", _identity_sentence(scores, tied, gap_is_nil) + leftover, RULE)
     gain = f"; the source as it is has {scores[IDENTITY]:.3f}" if IDENTITY in scores else ""
@@ -64,8 +73,8 @@ def choose_method(methods: Mapping[str, AlignmentReport], *, paired: bool, gap_i
         sentence = f"The numbers favour {best} (score {scores[best]:.3f}{gain})."
         return Finding("method", "favoured", sentence + leftover, RULE)
     sentence = (
-        f"{_list(tied)} cannot be told apart (best score {best} {scores[best]:.3f}{gain}): all beat the source as it is. "
-        + _closest(methods, tied, paired)
+        f"{_list(tied)} cannot be told apart (best score {best} {scores[best]:.3f}{gain}): all beat the source as "
+        "it is. " + _closest(methods, tied, paired)
     )
     return Finding("method", "tied", sentence + leftover, RULE)
 
@@ -77,7 +86,8 @@ def _identity_sentence(scores: Mapping[str, Range], tied: Sequence[str], gap_is_
     if not others:
         return f"No method does better than the source as it is (score {scores[IDENTITY]:.3f}): leave it."
     return (
-        f"The source as it is (score {scores[IDENTITY]:.3f}) and {_list(others)} cannot be told apart: these numbers give no reason to correct."
+        f"The source as it is (score {scores[IDENTITY]:.3f}) and {_list(others)} cannot be told apart: these numbers "
+        "give no reason to correct."
     )
 
 

@@ -45,9 +45,14 @@ class JudgedRows:
             value = open_embeddings(value)
         return value.read(slice(0, self.total) if self.chosen is None else self.chosen)
 
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a set whose rows are not those of the source; what a function makes is seen when it is called."""
+        if not callable(value):
+            open_paired(minimum=1, source=self.given, **{name: value})
+
     def stand_ins(self, name: str, value: Any) -> Any:
         """The judged rows of a method: those of a set of all rows, or what a function makes of the source."""
-        if callable(value) and not hasattr(value, "rows"):
+        if callable(value):
             made = value(self.source)
             shape = tuple(getattr(made, "shape", ()))
             if shape != (self.count, self.width):
@@ -56,7 +61,7 @@ class JudgedRows:
                     "a method must return one stand-in a row"
                 )
             return made
-        open_paired(minimum=1, source=self.given, **{name: value})
+        self.check(name, value)
         return self.read(value)
 
 

@@ -38,7 +38,7 @@ GAP_METRICS = (
         "near 0: both clouds have the same shape", "near 1 or above: they spread in different directions", "low",
     ),
     Metric(
-        "c_lambda", "C_lambda", 3, "Whether the two clouds share out their energy alike from the strongest direction on.",
+        "c_lambda", "C_lambda", 3, "Whether both clouds share out their energy alike from the strongest direction on.",
         "near 1: the spectra fall off alike", "near 0: they fall off in unrelated ways", "high",
     ),
     Metric(
@@ -68,22 +68,26 @@ GAP_METRICS = (
     ),
     Metric(
         "d_eff_ratio", "d_eff/D", 3, "The share of all directions over which the residual is spread.",
-        "well below its isotropic value: the residual is concentrated", "at its isotropic value: it is noise in all directions",
+        "well below its isotropic value: the residual is concentrated", "at its isotropic value: all directions alike",
     ),
     Metric(
-        "eta_u", "eta_U", 3, "The share of the residual that lies in the dominant subspace, which a frame of this rank can reach.",
-        "near 1: the frame reaches nearly all of it", "near R/D: the frame reaches no more than random directions would",
+        "eta_u", "eta_U", 3, "The share of the residual that lies in the dominant subspace, which a frame of this rank can "
+            "reach.",
+        "near 1: the frame reaches nearly all of it", "near R/D: the frame reaches no more than random directions "
+            "would",
     ),
 )  # fmt: skip
 
 METHOD_METRICS = (
     Metric(
         "delta_mu", "Delta_mu", 3, "The distance between the mean stand-in and the mean target.",
-        "near 0: stand-ins have the centre of the targets", "as large as for identity: the offset is still there", "low",
+        "near 0: stand-ins have the centre of the targets", "as large as for identity: the offset is still "
+            "there", "low",
     ),
     Metric(
         "phi", "Phi", 3, "The mean cosine between a row and its stand-in.",
-        "near 1: rows were hardly moved", "low: rows were moved far; with Delta_mu near 0 it cannot exceed its bound", "high",
+        "near 1: rows were hardly moved", "low: rows were moved far; with Delta_mu near 0 it cannot exceed its "
+            "bound", "high",
     ),
     Metric(
         "psi", "Psi", 3, "Whether two rows that were similar before are as similar after.",
@@ -102,20 +106,25 @@ METHOD_METRICS = (
         "near 1: stand-ins are found wherever targets are", "near 0: targets have only targets around them", "one",
     ),
     Metric(
-        "a_r", "A_r", 1, "How uneven the differences between targets and their stand-ins are over all directions, the mean included.",
-        "near its isotropic value: no direction is left to correct", "large: one direction, often the mean, still dominates",
+        "a_r", "A_r", 1, "How uneven the differences between targets and their stand-ins are over all directions, the mean "
+            "included.",
+        "near its isotropic value: no direction is left to correct", "large: one direction, often the mean, still "
+            "dominates",
         "low",
     ),
     Metric(
         "paired_cosine", "cosine", 3, "The mean cosine between a stand-in and its own target.",
-        "near 1: stand-ins are where their targets are", "below identity's: the transform led away from the targets", "high",
+        "near 1: stand-ins are where their targets are", "below identity's: the transform led away from the "
+            "targets", "high",
     ),
     Metric(
         "recall_at_1", "R@1", 3, "How often the target nearest to a stand-in is its own.",
-        "near 1: a stand-in still says which target is meant", "near 1/n: stand-ins have forgotten their targets", "high",
+        "near 1: a stand-in still says which target is meant", "near 1/n: stand-ins have forgotten their "
+            "targets", "high",
     ),
     Metric(
         "recall_at_10", "R@10", 3, "How often its own target is among the ten nearest to a stand-in.",
-        "near 1: a stand-in still says which target is meant", "near 10/n: stand-ins have forgotten their targets", "high",
+        "near 1: a stand-in still says which target is meant", "near 10/n: stand-ins have forgotten their "
+            "targets", "high",
     ),
 )  # fmt: skip

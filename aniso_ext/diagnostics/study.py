@@ -126,7 +126,9 @@ class Study(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values; ``methods`` is a list in order, each with its ``name``, and the verdict is included."""
-        values = {name: to_plain(getattr(self, name)) for name in ("gap", "oracle", "phases", "projection", "corrections")}
+        values = {
+            name: to_plain(getattr(self, name)) for name in ("gap", "oracle", "phases", "projection", "corrections")
+        }
         methods = [{"name": name, **to_plain(report)} for name, report in self.methods.items()]
         return {
             "format": FORMAT,
@@ -254,10 +256,13 @@ def study(
     clock = Clock(progress or (lambda text: nullcontext()))
     ys, xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
     rows = JudgedRows(source, ys.count, ys.width, choose_rows(ys.count, options.max_pairs, options.seed))
+    for name, value in given.items():
+        rows.check(name, value)
     y, x = rows.source, rows.read(target)
 
     shared = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
     import inspect  # TEMP
+
     shared = {k: v for k, v in shared.items() if k in inspect.signature(gap).parameters}  # TEMP
     with clock.step("gap", f"measuring the gap of {ys.count:,} pairs"), quietly():
         measured_gap = gap(source, target, basis=None if frame is None else frame.basis, **shared)
@@ -276,12 +281,23 @@ def study(
     oracle = None
     if options.oracle and ys.count > options.k:
         with clock.step("oracle path", "walking the oracle path"), quietly():
-            oracle = oracle_path(y, x, k=options.k, max_pairs=max(options.oracle_pairs, options.k + 1), seed=options.seed, **{k: v for k, v in shared.items() if k == 'device'})  # TEMP
+            oracle = oracle_path(
+                y,
+                x,
+                k=options.k,
+                max_pairs=max(options.oracle_pairs, options.k + 1),
+                seed=options.seed,
+                **{k: v for k, v in shared.items() if k == "device"},
+            )  # TEMP
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
             phases, projected, sizes = _rows_of(y, x, stand_ins, frame, starts, bounds or {}, options)
-    texts = [text for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes) for text in getattr(one, "warnings", ())]
+    texts = [
+        text
+        for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes)
+        for text in getattr(one, "warnings", ())
+    ]
     warnings = tuple(dict.fromkeys(texts))
     emit(warnings)
     record = Measured(
@@ -310,7 +326,11 @@ def _rows_of(
     """What is said of rows: phases in the blocks of a frame, a plane, sizes of corrections; None where none can be."""
     chosen = {"max_rows": options.row_pairs, "seed": options.seed}
     phases = None if frame is None else phase_report(y, x, stand_ins, frame, **chosen)
-    plane = projection(y, x, stand_ins, max_rows=min(PLANE_ROWS, options.row_pairs), seed=options.seed) if y.shape[1] > 1 else None
+    plane = (
+        projection(y, x, stand_ins, max_rows=min(PLANE_ROWS, options.row_pairs), seed=options.seed)
+        if y.shape[1] > 1
+        else None
+    )
     known = {name: bounds[name] for name in starts if name in bounds}
     return phases, plane, corrections(y, stand_ins, initial=starts, bounds=known) if stand_ins else None
 
@@ -320,7 +340,9 @@ def _check_names(
 ) -> None:
     for name in methods:
         if name in RESERVED or not name:
-            raise InputError(f"a method may not be called {name!r}: {IDENTITY} is added, and that name is taken; choose another")
+            raise InputError(
+                f"a method may not be called {name!r}: {IDENTITY} is added, and that name is taken; choose another"
+            )
     for what, names in (("initial", initial or {}), ("bounds", bounds or {})):
         for name in names:
             if name not in methods:
@@ -339,7 +361,12 @@ def _versions() -> dict[str, str]:
 
 def _python_command(methods: Sequence[str], options: StudyOptions) -> str:
     changed = [
-        f"{one.name}={getattr(options, one.name)!r}" for one in fields(options) if getattr(options, one.name) != one.default
+        f"{one.name}={getattr(options, one.name)!r}"
+        for one in fields(options)
+        if getattr(options, one.name) != one.default
     ]
     given = ", ".join(f"{name!r}: ..." for name in methods)
-    return f"diagnostics.study(source, target, methods={{{given}}}, options=diagnostics.StudyOptions({', '.join(changed)}))"
+    return (
+        f"diagnostics.study(source, target, methods={{{given}}}, "
+        f"options=diagnostics.StudyOptions({', '.join(changed)}))"
+    )

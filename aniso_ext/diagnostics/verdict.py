@@ -53,9 +53,7 @@ class Verdict:
         return "\n".join(f"{finding.topic}: {finding.sentence}" for finding in self.findings)
 
 
-def verdict(
-    gap: GapReport, methods: Mapping[str, AlignmentReport], oracle: OraclePathReport | None = None
-) -> Verdict:
+def verdict(gap: GapReport, methods: Mapping[str, AlignmentReport], oracle: OraclePathReport | None = None) -> Verdict:
     """Say what the gap is made of, whether the premise of the method holds, and which method the numbers favour.
 
     The premise is that source and target share their dominant geometry and that the residual is anisotropic (METHOD
@@ -83,7 +81,10 @@ def verdict(
 
 def _rows(gap: GapReport) -> Finding:
     enough = gap.n >= ROWS_PER_DIMENSION * gap.width
-    rule = f"Enough means n ≥ {ROWS_PER_DIMENSION} D = {ROWS_PER_DIMENSION * gap.width:,}; isotropic values at n come from the Marchenko–Pastur law."
+    rule = (
+        f"Enough means n ≥ {ROWS_PER_DIMENSION} D = {ROWS_PER_DIMENSION * gap.width:,}; isotropic values at n come "
+        "from the Marchenko–Pastur law."
+    )
     if enough:
         return Finding("rows", "enough", f"{gap.n:,} pairs are enough for the spectra of width {gap.width:,}.", rule)
     sentence = (
@@ -103,16 +104,23 @@ def _spread(gap: GapReport) -> float:
 
 def _composition(gap: GapReport) -> Finding:
     rule = (
-        f"R_res = E‖r‖² / E‖x − y‖². Mostly residual: R_res ≥ {MOST:.2f}; mostly bias: R_res ≤ {1 - MOST:.2f}; both: between them; no gap: "
+        f"R_res = E‖r‖² / E‖x − y‖². Mostly residual: R_res ≥ {MOST:.2f}; mostly bias: R_res ≤ {1 - MOST:.2f}; "
+        "both: between them; no gap: "
         f"E‖x − y‖² ≤ {SAME:g} of the spread of both sets."
     )
     if _nil(gap):
         return Finding("composition", "none", "Source and target are the same: there is no gap.", rule)
     r = range_of(gap, "r_res")
-    parts = f"residual {share(r)}, bias {share(Range(1 - r.value, 1 - r.high, 1 - r.low, r.measured))} of the mean squared distance of a pair"
+    parts = (
+        f"residual {share(r)}, bias {share(Range(1 - r.value, 1 - r.high, 1 - r.low, r.measured))} of the mean "
+        "squared distance of a pair"
+    )
     if r.low >= MOST:
         return Finding(
-            "composition", "residual", f"The gap is mostly residual ({parts}): shifting the mean leaves most of it.", rule
+            "composition",
+            "residual",
+            f"The gap is mostly residual ({parts}): shifting the mean leaves most of it.",
+            rule,
         )
     if r.high <= 1 - MOST:
         return Finding(
@@ -120,7 +128,9 @@ def _composition(gap: GapReport) -> Finding:
         )
     if r.low > 1 - MOST and r.high < MOST:
         return Finding("composition", "both", f"Bias and residual both matter ({parts}).", rule)
-    return Finding("composition", "undecided", f"What dominates the gap cannot be told from these pairs ({parts}).", rule)
+    return Finding(
+        "composition", "undecided", f"What dominates the gap cannot be told from these pairs ({parts}).", rule
+    )
 
 
 def _pairing(gap: GapReport) -> Finding:
@@ -129,7 +139,8 @@ def _pairing(gap: GapReport) -> Finding:
     products = math.fsum(a * b for a, b in zip(gap.source_spectrum, gap.target_spectrum, strict=True))
     chance = SIGMAS * 2 * math.sqrt(products / gap.n) / spread if spread > 0 else math.nan
     rule = (
-        f"Shared variation is 1 − D_center / (tr S_x + tr S_y): 0 for unrelated rows, 1 for equal ones. Related: above {SIGMAS:g} standard deviations "
+        "Shared variation is 1 − D_center / (tr S_x + tr S_y): 0 for unrelated rows, 1 for equal ones. Related: "
+        f"above {SIGMAS:g} standard deviations "
         f"of shuffled rows ({chance:.3f} here)."
     )
     if _nil(gap):
@@ -139,15 +150,21 @@ def _pairing(gap: GapReport) -> Finding:
     d = range_of(gap, "d_center")
     shared = Range(1 - d.value / spread, 1 - d.high / spread, 1 - d.low / spread, d.measured)
     if shared.low > chance:
-        sentence = f"Pairs share {share(shared)} of their variation; of the rest no map of the source alone can know the target's part."
+        sentence = (
+            f"Pairs share {share(shared)} of their variation; of the rest no map of the source alone can know the "
+            "target's part."
+        )
         return Finding("pairing", "paired", sentence, rule)
     if shared.high <= chance:
         sentence = (
-            f"Row i of the source says nothing about row i of the target (shared variation {share(shared)}): check that the rows are in the same "
+            f"Row i of the source says nothing about row i of the target (shared variation {share(shared)}): "
+            "check that the rows are in the same "
             "order. Cosine, R@k and everything about the residual mean nothing before that."
         )
         return Finding("pairing", "unpaired", sentence, rule)
-    return Finding("pairing", "undecided", f"Whether the rows are pairs cannot be told (shared variation {share(shared)}).", rule)
+    return Finding(
+        "pairing", "undecided", f"Whether the rows are pairs cannot be told (shared variation {share(shared)}).", rule
+    )
 
 
 def _flat(spectrum: tuple[float, ...], gap: GapReport) -> bool:
@@ -161,35 +178,47 @@ def _geometry(gap: GapReport) -> Finding:
     chance = base + SIGMAS * math.sqrt(2 / ((gap.width - 1) * (gap.width + 2))) * (1 - base) if gap.width > 1 else 1.0
     needed = base + EXCESS * (1 - base)
     rule = (
-        f"Compatible: C_lambda ≥ {C_LAMBDA:g} and O_q ≥ {needed:.3f}, which is {EXCESS:.0%} of the way from q/D = {base:.3f} to 1. Weak: O_q between that "
-        f"and {chance:.3f}, which random subspaces reach ({SIGMAS:g} standard deviations). Incompatible: C_lambda or O_q below. Flat: the effective dimension of "
-        f"a cloud is at least {FLAT:.0%} of an isotropic sample's."
+        f"Compatible: C_lambda ≥ {C_LAMBDA:g} and O_q ≥ {needed:.3f}, which is {100 * EXCESS:.0f} % of the way "
+        f"from q/D = {base:.3f} to 1. Weak: O_q between that "
+        f"and {chance:.3f}, which random subspaces reach ({SIGMAS:g} standard deviations). Incompatible: C_lambda "
+        "or O_q below. Flat: the effective dimension of "
+        f"a cloud is at least {100 * FLAT:.0f} % of an isotropic sample's."
     )
     c, o = range_of(gap, "c_lambda"), range_of(gap, "o_q")
     numbers = f"C_lambda {c}, O_{gap.q} {o} against q/D = {base:.3f}"
     if gap.c_lambda_count < max(gap.q, 2) or math.isnan(c.value) or math.isnan(o.value):
         sentence = (
-            f"The leading subspaces cannot be compared: only {gap.c_lambda_count} eigenvalues of both clouds are usable, and O_q looks at {gap.q}. "
+            f"The leading subspaces cannot be compared: only {gap.c_lambda_count} eigenvalues of both clouds are "
+            f"usable, and O_q looks at {gap.q}. "
             "Give more rows, or a smaller q."
         )
         return Finding("geometry", "undecided", sentence, rule)
     if _flat(gap.source_spectrum, gap) or _flat(gap.target_spectrum, gap):
-        sentence = f"There is no dominant geometry to share: a cloud has about the same energy in all directions ({numbers})."
+        sentence = (
+            f"There is no dominant geometry to share: a cloud has about the same energy in all directions ({numbers})."
+        )
         return Finding("geometry", "flat", sentence, rule)
     if c.low >= C_LAMBDA and o.low >= needed:
-        return Finding("geometry", "compatible", f"The dominant geometry of both clouds is compatible ({numbers}).", rule)
+        return Finding(
+            "geometry", "compatible", f"The dominant geometry of both clouds is compatible ({numbers}).", rule
+        )
     if c.high < C_LAMBDA or o.high <= chance:
-        return Finding("geometry", "incompatible", f"The dominant geometry of the clouds is not compatible ({numbers}).", rule)
+        return Finding(
+            "geometry", "incompatible", f"The dominant geometry of the clouds is not compatible ({numbers}).", rule
+        )
     if c.low >= C_LAMBDA and o.low > chance and o.high < needed:
         sentence = f"The dominant geometry is shared only weakly: above chance, but little ({numbers})."
         return Finding("geometry", "weak", sentence, rule)
-    return Finding("geometry", "undecided", f"Whether the dominant geometry is compatible cannot be told ({numbers}).", rule)
+    return Finding(
+        "geometry", "undecided", f"Whether the dominant geometry is compatible cannot be told ({numbers}).", rule
+    )
 
 
 def _anisotropy(gap: GapReport) -> Finding:
     strong, spread = gap.a_r_isotropic, gap.d_eff_ratio_isotropic
     rule = (
-        f"At this n an isotropic residual reads A_r = {strong:.2f} and d_eff/D = {spread:.3f}. Anisotropic: A_r ≥ {STRONGER:g} × and d_eff/D ≤ {CONCENTRATED:g} × "
+        f"At this n an isotropic residual reads A_r = {strong:.2f} and d_eff/D = {spread:.3f}. Anisotropic: A_r ≥ "
+        f"{STRONGER:g} × and d_eff/D ≤ {CONCENTRATED:g} × "
         f"these. Isotropic: A_r ≤ {ISOTROPIC_STRONGER:g} × and d_eff/D ≥ {ISOTROPIC_SPREAD:g} ×. Weak: between."
     )
     if _nil(gap) or math.isnan(gap.a_r):
@@ -197,18 +226,31 @@ def _anisotropy(gap: GapReport) -> Finding:
     a, d = range_of(gap, "a_r"), range_of(gap, "d_eff_ratio")
     numbers = f"A_r {a:.1f} against {strong:.1f}, d_eff/D {d} against {spread:.3f}"
     if a.low >= STRONGER * strong and d.high <= CONCENTRATED * spread:
-        return Finding("anisotropy", "anisotropic", f"The residual is anisotropic ({numbers}): it has directions that can be corrected.", rule)
+        return Finding(
+            "anisotropy",
+            "anisotropic",
+            f"The residual is anisotropic ({numbers}): it has directions that can be corrected.",
+            rule,
+        )
     # resampled rows repeat, which raises A_r and lowers d_eff as fewer rows would: the values themselves decide here
     if a.value <= ISOTROPIC_STRONGER * strong and d.value >= ISOTROPIC_SPREAD * spread:
-        return Finding("anisotropy", "isotropic", f"The residual is isotropic ({numbers}): no direction stands out to be corrected.", rule)
+        return Finding(
+            "anisotropy",
+            "isotropic",
+            f"The residual is isotropic ({numbers}): no direction stands out to be corrected.",
+            rule,
+        )
     if a.value >= STRONGER * strong and d.value <= CONCENTRATED * spread:
-        return Finding("anisotropy", "undecided", f"Whether the residual is anisotropic cannot be told ({numbers}).", rule)
+        return Finding(
+            "anisotropy", "undecided", f"Whether the residual is anisotropic cannot be told ({numbers}).", rule
+        )
     return Finding("anisotropy", "weak", f"The residual is only weakly anisotropic ({numbers}).", rule)
 
 
 def _premise(pairing: Finding, geometry: Finding, anisotropy: Finding) -> Finding:
     rule = (
-        "Holds: geometry compatible and residual anisotropic. Fails: geometry incompatible or flat, or residual isotropic. Partly: one of them weak. "
+        "Holds: geometry compatible and residual anisotropic. Fails: geometry incompatible or flat, or residual "
+        "isotropic. Partly: one of them weak. "
         "Without related rows the residual cannot be judged."
     )
     if pairing.outcome == "same":
@@ -226,12 +268,16 @@ def _premise(pairing: Finding, geometry: Finding, anisotropy: Finding) -> Findin
     ]
     if failing:
         sentence = (
-            f"The premise of a geometric correction does not hold: {' and '.join(failing)}. Expect no more than a shift of the mean gives."
+            f"The premise of a geometric correction does not hold: {' and '.join(failing)}. Expect no more than a "
+            "shift of the mean gives."
         )
         return Finding("premise", "fails", sentence, rule)
     outcomes = {geometry.outcome, anisotropy.outcome}
     if outcomes == {"compatible", "anisotropic"}:
-        sentence = "The premise of a geometric correction holds: the dominant geometry is shared and the residual has directions."
+        sentence = (
+            "The premise of a geometric correction holds: the dominant geometry is shared and the residual has "
+            "directions."
+        )
         return Finding("premise", "holds", sentence, rule)
     if "undecided" in outcomes or "none" in outcomes:
         return Finding("premise", "undecided", "Whether the premise holds cannot be told from these pairs.", rule)
@@ -242,7 +288,8 @@ def _premise(pairing: Finding, geometry: Finding, anisotropy: Finding) -> Findin
 def _headroom(path: OraclePathReport) -> Finding:
     """What the leading directions are worth, by the largest rank below D (or D itself)."""
     rule = (
-        "From the oracle path, which is given the pairs it is judged on: mean cosine to the own target after the mean shift (α = 0) and with the K leading "
+        "From the oracle path, which is given the pairs it is judged on: mean cosine to the own target after the "
+        "mean shift (α = 0) and with the K leading "
         "residual directions given away (α = 1). An upper bound for K directions, no method."
     )
     ranks = sorted({point.top_k for point in path.points})
@@ -250,7 +297,8 @@ def _headroom(path: OraclePathReport) -> Finding:
     points = sorted((point for point in path.points if point.top_k == rank), key=lambda point: point.alpha)
     first, last = points[0], points[-1]
     sentence = (
-        f"The {rank} leading of {path.width:,} residual directions hold {last.energy:.0%} of the residual; knowing them exactly would raise the cosine of pairs "
+        f"The {rank} leading of {path.width:,} residual directions hold {100 * last.energy:.0f} % of the "
+        "residual; knowing them exactly would raise the cosine of pairs "
         f"from {first.alignment.paired_cosine:.3f} to {last.alignment.paired_cosine:.3f}."
     )
     return Finding("headroom", "measured", sentence, rule)

@@ -29,32 +29,46 @@ def gap_pictures(gap: GapReport) -> list[Picture]:
     """Spectra, subspaces, bias and residual of a gap."""
     c, o, r, a, d = (range_of(gap, name) for name in ("c_lambda", "o_q", "r_res", "a_r", "d_eff_ratio"))
     half = next((point for point in gap.energy if point.energy >= 0.5), None)
-    reach = "" if half is None else f" The {half.rank} strongest of {gap.width} directions hold {half.energy:.0%} of the residual energy."
+    reach = (
+        ""
+        if half is None
+        else f" The {half.rank} strongest of {gap.width} directions hold {100 * half.energy:.0f} % of the residual "
+        "energy."
+    )
     return [
         picture(
             _of(figures.covariance_spectra, gap),
-            alt=f"Spectra of both covariances fall off with correlation C_lambda {c} of their logarithms over {gap.c_lambda_count} eigenvalues.",
-            caption="Variances along the principal directions of each cloud. Lines that run side by side are a compatible fall-off.",
+            alt=f"Spectra of both covariances fall off with correlation C_lambda {c} of their logarithms over "
+            f"{gap.c_lambda_count} eigenvalues.",
+            caption="Variances along the principal directions of each cloud. Lines that run side by side are a compatible "
+            "fall-off.",
         ),
         picture(
             _of(figures.subspace_overlap, gap),
-            alt=f"The {gap.q} strongest directions of both clouds overlap by {o}; unrelated ones would by {gap.o_q_baseline:.3f}.",
-            caption="How much of the q strongest directions both clouds share. Above the dashed line is more than chance.",
-        ),
-        picture(
-            _of(figures.bias_and_residual, gap),
-            alt=f"Of the mean squared distance of pairs, {_percent(r.value)} is residual, which stays after a shift of the mean, and {_percent(1 - r.value)} is bias.",
-            caption="What a shift of the mean takes away (bias), and what it leaves (residual).",
+            alt=f"The {gap.q} strongest directions of both clouds overlap by {o}; unrelated ones would by "
+            f"{gap.o_q_baseline:.3f}.",
+            caption="How much of the q strongest directions both clouds share. Above the dashed line is more than "
+            "chance.",
         ),
         picture(
             _of(figures.residual_spectrum, gap),
-            alt=f"The residual's strongest direction is {a:.1f} times its average; an isotropic residual of this size would read {gap.a_r_isotropic:.1f}.",
-            caption="Energies of the residual's directions against the band that pure noise of the same energy would fill. Directions above the band can be corrected.",
+            alt=f"The residual's strongest direction is {a:.1f} times its average; an isotropic residual of this size "
+            f"would read {gap.a_r_isotropic:.1f}.",
+            caption="Energies of the residual's directions against the band that pure noise of the same energy would "
+            "fill. Directions above the band can be corrected.",
         ),
         picture(
             _of(figures.cumulative_energy, gap),
-            alt=f"The residual is spread over {d} of all directions (isotropic here: {gap.d_eff_ratio_isotropic:.3f}).{reach}",
-            caption="Share of the residual in its K strongest directions. The further above the diagonal, the fewer directions matter.",
+            alt=f"The residual is spread over {d} of all directions (isotropic here: "
+            f"{gap.d_eff_ratio_isotropic:.3f}).{reach}",
+            caption="Share of the residual in its K strongest directions. The further above the diagonal, the fewer "
+            "directions matter.",
+        ),
+        picture(
+            _of(figures.bias_and_residual, gap),
+            alt=f"Of the mean squared distance of pairs, {_percent(r.value)} is residual, which stays after a shift "
+            f"of the mean, and {_percent(1 - r.value)} is bias.",
+            caption="What a shift of the mean takes away (bias), and what it leaves (residual).",
         ),
     ]
 
@@ -65,19 +79,28 @@ def method_pictures(methods: Mapping[str, AlignmentReport], oracle: OraclePathRe
     points = _each({name: f"mixing {mixed[name]:.3f}, Omega {report.omega:.3f}" for name, report in methods.items()})
     path = "" if oracle is None else " Dashed: the oracle path, which is given the pairs."
     bars = _each({name: f"M_Z {report.m_z:.3f}, M_X {report.m_x:.3f}" for name, report in methods.items()})
-    kept = _each({name: f"Phi {report.phi:.3f}, Psi {report.psi:.3f}, Omega {report.omega:.3f}" for name, report in methods.items()})
+    kept = _each(
+        {
+            name: f"Phi {report.phi:.3f}, Psi {report.psi:.3f}, Omega {report.omega:.3f}"
+            for name, report in methods.items()
+        }
+    )
     spectra = _each({name: f"A_r {report.a_r:.1f}" for name, report in methods.items()})
-    apart = _each({name: f"Delta_mu {report.delta_mu:.3f}, cosine {report.paired_cosine:.3f}" for name, report in methods.items()})
+    apart = _each(
+        {name: f"Delta_mu {report.delta_mu:.3f}, cosine {report.paired_cosine:.3f}" for name, report in methods.items()}
+    )
     return [
         picture(
             lambda theme, width: figures.mixing_plane(methods, oracle, theme=theme, width=width),
             alt=f"Neighbours kept against mixing with the targets. {points}",
-            caption=f"Up: the source's neighbourhoods are kept. Right: stand-ins and targets are mixed. Up and to the right is better.{path}",
+            caption="Up: the source's neighbourhoods are kept. Right: stand-ins and targets are mixed. Up and to the "
+            f"right is better.{path}",
         ),
         picture(
             _of(figures.penetration_and_coverage, methods),
             alt=f"Penetration M_Z and coverage M_X, 1 being mixed as by chance. {bars}",
-            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has piled up or spread out.",
+            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has piled up "
+            "or spread out.",
         ),
         picture(
             _of(figures.relative_discrepancies, methods),
@@ -112,13 +135,18 @@ def phase_pictures(phases: PhaseReport) -> list[Picture]:
     return [
         picture(
             _of(figures.phase_marginals, phases),
-            alt=f"Phase histograms in the {len(phases.blocks)} strongest blocks. Largest difference of concentration to the target: {furthest}",
-            caption="Angles in the strongest blocks of the frame; filled are the targets. Lines should follow the filled shape.",
+            dense=True,
+            alt=f"Phase histograms in the {len(phases.blocks)} strongest blocks. Largest difference of concentration "
+            f"to the target: {furthest}",
+            caption="Angles in the strongest blocks of the frame; filled are the targets. Lines should follow the filled "
+            "shape.",
             wide=True,
         ),
         picture(
             _of(figures.phase_couplings, phases),
-            alt=f"Phase couplings between {len(phases.coupled_blocks)} blocks, for each cloud; above {phases.coupling_threshold:.3f} they are more than chance.",
+            dense=True,
+            alt=f"Phase couplings between {len(phases.coupled_blocks)} blocks, for each cloud; above "
+            f"{phases.coupling_threshold:.3f} they are more than chance.",
             caption="How firmly the angles of two blocks go together. Each panel should look like the target's.",
             wide=True,
         ),
@@ -140,8 +168,11 @@ def row_pictures(projection: ProjectionReport | None, corrections: CorrectionRep
         found.append(
             picture(
                 _of(figures.joint_projection, projection),
-                alt=f"Clouds in the plane of the two leading principal axes of all of them, with {_percent(first)} and {_percent(second)} of the variance. Centres: {centres}",
-                caption=f"{projection.n:,} rows of each cloud over the targets. The plane shows {_percent(first + second)} of the pooled variance, and nothing of the rest.",
+                dense=True,
+                alt=f"Clouds in the plane of the two leading principal axes of all of them, with {_percent(first)} "
+                f"and {_percent(second)} of the variance. Centres: {centres}",
+                caption=f"{projection.n:,} rows of each cloud over the targets. The plane shows "
+                f"{_percent(first + second)} of the pooled variance, and nothing of the rest.",
                 wide=True,
             )
         )
@@ -150,8 +181,10 @@ def row_pictures(projection: ProjectionReport | None, corrections: CorrectionRep
         found.append(
             picture(
                 _of(figures.correction_sizes, corrections),
+                dense=True,
                 alt=f"Lengths by which rows were moved. {sizes}",
-                caption="How far each method moved its rows, and, for a refined one, how much of that is the refinement and its bound.",
+                caption="How far each method moved its rows, and, for a refined one, how much of that is the refinement "
+                "and its bound.",
                 wide=True,
             )
         )
@@ -159,7 +192,7 @@ def row_pictures(projection: ProjectionReport | None, corrections: CorrectionRep
 
 
 def _percent(value: float) -> str:
-    return "an undefined share" if math.isnan(value) else f"{value:.1%}"
+    return "an undefined share" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _each(texts: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +45,12 @@ SYMBOLS = {
     "M_Z": "M<sub>Z</sub>",
     "M_X": "M<sub>X</sub>",
 }
+_NAMED = re.compile(
+    r"(?<![\w&-])(?:"
+    + "|".join(re.escape(name) for name in sorted(SYMBOLS, key=len, reverse=True) if "_" in name or "/" in name)
+    + r"|O_(\d+))(?![\w-])"
+)
+"""Names of numbers in a sentence; plain words such as Phi stay words."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ def study_page(study: Study, *, figures: bool = True) -> str:
         title=study.title,
         opening=opening(study),
         sections=sections,
-        footer=f"Measured {measured.date} with aniso_ext {measured.versions.get('aniso_ext', '')}. This page loads nothing from anywhere.",
+        footer=f"Measured {measured.date} with aniso_ext {measured.versions.get('aniso_ext', '')}. This page loads "
+        "nothing from anywhere.",
     )
 
 
@@ -93,7 +101,9 @@ def opening(study: Study) -> str:
     judged = "all of them" if measured.judged == measured.rows else f"{measured.judged:,} drawn from them"
     methods = len(study.methods) - 1
     count = "no method" if not methods else "one method" if methods == 1 else f"{methods} methods"
-    return f"{measured.rows:,} pairs of width {measured.width:,}; {count} beside the source as it is, judged on {judged}."
+    return (
+        f"{measured.rows:,} pairs of width {measured.width:,}; {count} beside the source as it is, judged on {judged}."
+    )
 
 
 def shown(findings: Sequence[Finding]) -> tuple[dict[str, str], ...]:
@@ -124,7 +134,8 @@ def _methods_section(study: Study, figures: bool) -> Section:
     texts = unique(text for report in study.methods.values() for text in report.warnings)
     first = next(iter(study.methods.values()))
     bound = (
-        f"Once the means agree, Phi of unit rows cannot exceed {first.phi_bound:.3f} here, whatever the method: Cauchy–Schwarz on the centred rows. "
+        f"Once the means agree, Phi of unit rows cannot exceed {first.phi_bound:.3f} here, whatever the method: "
+        "Cauchy–Schwarz on the centred rows. "
         "A method with Delta_mu near 0 and a Phi above that was measured before its last calibration."
     )
     return Section(
@@ -138,11 +149,18 @@ def _oracle_section(study: Study) -> list[Section]:
     if study.oracle is None:
         return []
     lead = (
-        "The oracle is given the pairs it is judged on: from the mean shift (α = 0) it walks along the K strongest directions of the residual to the "
+        "The oracle is given the pairs it is judged on: from the mean shift (α = 0) it walks along the K "
+        "strongest directions of the residual to the "
         "target (α = 1). It shows what correcting K directions could be worth, and is no method for unpaired data."
     )
     return [
-        Section("oracle", "What a correction could be worth", lead=(lead,), warnings=study.oracle.warnings, tables=(tables.oracle_table(study.oracle),))
+        Section(
+            "oracle",
+            "What a correction could be worth",
+            lead=(lead,),
+            warnings=study.oracle.warnings,
+            tables=(tables.oracle_table(study.oracle),),
+        )
     ]
 
 
@@ -153,11 +171,21 @@ def _phases_section(study: Study, figures: bool) -> list[Section]:
     if phases is None:
         return []
     lead = (
-        f"A frame of rank {phases.rank} pairs its directions into {phases.rank // 2} blocks; in each a row has a radius and an angle, its phase. "
+        f"A frame of rank {phases.rank} pairs its directions into {phases.rank // 2} blocks; in each a row has a "
+        "radius and an angle, its phase. "
         "Shown are the blocks with the most target energy."
     )
     pictures = tuple(phase_pictures(phases)) if figures else ()
-    return [Section("phases", "Phases and radii", lead=(lead,), warnings=phases.warnings, tables=(tables.phases_table(phases),), pictures=pictures)]
+    return [
+        Section(
+            "phases",
+            "Phases and radii",
+            lead=(lead,),
+            warnings=phases.warnings,
+            tables=(tables.phases_table(phases),),
+            pictures=pictures,
+        )
+    ]
 
 
 def _rows_section(study: Study, figures: bool) -> list[Section]:
@@ -168,7 +196,15 @@ def _rows_section(study: Study, figures: bool) -> list[Section]:
         return []
     found = () if corrections is None else (tables.corrections_table(corrections),)
     texts = () if corrections is None else corrections.warnings
-    return [Section("rows", "Single rows", warnings=texts, tables=found, pictures=tuple(row_pictures(projection, corrections)) if figures else ())]
+    return [
+        Section(
+            "rows",
+            "Single rows",
+            warnings=texts,
+            tables=found,
+            pictures=tuple(row_pictures(projection, corrections)) if figures else (),
+        )
+    ]
 
 
 def measured_section(measured: Measured, command: str, methods: dict[str, str]) -> Section:
@@ -177,18 +213,38 @@ def measured_section(measured: Measured, command: str, methods: dict[str, str]) 
     facts = [
         ("date", measured.date),
         ("pairs", f"{measured.rows:,}, of which stand-ins are judged on {measured.judged:,}"),
-        *((name.replace("_", " "), str(value)) for name, value in options.items()),
-        *((f"version of {name}" if name not in ("processor",) else name, value) for name, value in measured.versions.items()),
+        *((name.replace("_", " "), _option(value)) for name, value in options.items()),
+        *(
+            (f"version of {name}" if name not in ("processor",) else name, value)
+            for name, value in measured.versions.items()
+        ),
         *((f"seconds, {name}", f"{value:.1f}") for name, value in measured.seconds.items()),
     ]
     found = [tables.plain_table("What was measured, and how", ("what", "value"), facts)]
     if methods:
         found.append(tables.plain_table("Where the methods came from", ("method", "from"), methods.items()))
-    lead = "Intervals hold 95 % of what resampled pairs give." if measured.options.bootstrap else "Intervals were not asked for."
+    lead = (
+        "Intervals hold 95 % of what resampled pairs give."
+        if measured.options.bootstrap
+        else "Intervals were not asked for."
+    )
     return Section(
-        "measured", "How it was measured", lead=(lead, "The command that repeats this report stands at the end."), tables=tuple(found),
+        "measured", "How it was measured", lead=(lead, "The command that repeats this report stands at the "
+            "end."), tables=tuple(found),
         code=command, code_label="Command that repeats this report",
     )  # fmt: skip
+
+
+def _option(value: Any) -> str:
+    if value is None:
+        return "by default"
+    return (
+        ("yes" if value else "no")
+        if isinstance(value, bool)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def unique(texts: Iterable[str]) -> tuple[str, ...]:
@@ -203,12 +259,16 @@ def render(**values: Any) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     from markupsafe import Markup
 
-    page = environment().get_template("page.html.j2").render(
-        version=aniso_ext.__version__,
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        **values,
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            version=aniso_ext.__version__,
+            style=Markup((here / "page.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
     )
     return page.lstrip("\n")
 
@@ -220,10 +280,22 @@ def environment() -> Environment:
     from markupsafe import Markup
 
     found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     found.filters["symbol"] = lambda text: Markup(SYMBOLS[text]) if text in SYMBOLS else text
+    found.filters["symbols"] = _symbols
     return found
+
+
+def _symbols(text: str) -> str:
+    """A sentence, escaped, with the names of numbers set as symbols."""
+    from markupsafe import Markup, escape
+
+    return Markup(_NAMED.sub(lambda found: SYMBOLS.get(found[0]) or f"O<sub>{found[1]}</sub>", str(escape(text))))
 
 
 def command_line(words: Sequence[str]) -> str:

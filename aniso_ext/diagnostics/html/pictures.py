@@ -46,24 +46,26 @@ class Picture:
     sources: tuple[Source, ...]
 
 
-def picture(draw: Draw, *, alt: str, caption: str, wide: bool = False) -> Picture:
-    """Draw a figure by ``draw(theme, inches)`` in both themes, and a wide one also for narrow screens."""
+def picture(draw: Draw, *, alt: str, caption: str, wide: bool = False, dense: bool = False) -> Picture:
+    """Draw a figure by ``draw(theme, inches)`` in both themes, and a wide one also for narrow screens.
+
+    A ``dense`` one has so many shapes that it is kept as pixels without trying.
+    """
     full = DOUBLE if wide else SINGLE
     sources = []
     if wide:
-        sources.append(_source(f"{PHONE} and {DARK}", draw("dark", NARROW)))
-        sources.append(_source(PHONE, draw("light", NARROW)))
-    sources.append(_source(DARK, draw("dark", full)))
-    plain = _source("", draw("light", full))
+        sources.append(_source(f"{PHONE} and {DARK}", draw("dark", NARROW), dense))
+        sources.append(_source(PHONE, draw("light", NARROW), dense))
+    sources.append(_source(DARK, draw("dark", full), dense))
+    plain = _source("", draw("light", full), dense)
     return Picture(plain.uri, plain.width, plain.height, alt, caption, wide, tuple(sources))
 
 
-def _source(media: str, figure: Figure) -> Source:
-    drawn = _svg(figure)
-    kind = "svg+xml"
-    if len(drawn) > LARGEST_SVG:
+def _source(media: str, figure: Figure, dense: bool) -> Source:
+    drawn, kind = b"" if dense else _svg(figure), "svg+xml"
+    if dense or len(drawn) > LARGEST_SVG:
         pixels = _png(figure)
-        if len(pixels) < len(drawn):
+        if dense or len(pixels) < len(drawn):
             drawn, kind = pixels, "png"
     # a figure may have grown while it was drawn, to make room for its legend
     width, height = (round(side * CSS_PIXELS_PER_INCH) for side in figure.get_size_inches())

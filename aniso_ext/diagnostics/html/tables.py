@@ -73,17 +73,18 @@ def gap_table(gap: GapReport) -> Table:
     for metric in GAP_METRICS:
         one = range_of(gap, metric.field)
         reference, why = beside.get(metric.field, (math.nan, ""))
-        interval = Cell(f"{one.low:.{metric.digits}f} to {one.high:.{metric.digits}f}") if one.measured else Cell(NOTHING)
+        interval = (
+            Cell(f"{one.low:.{metric.digits}f} to {one.high:.{metric.digits}f}") if one.measured else Cell(NOTHING)
+        )
         rows.append(
             (
                 Cell(_symbol(metric, gap)),
                 cell(one.value, metric.digits),
                 interval,
                 cell(reference, metric.digits, why),
-                Cell(metric.meaning),
             )
         )
-    columns = (Column("number", False), Column("value"), Column("95 % interval"), Column("compare with"), Column("what it is", False))
+    columns = (Column("number", False), Column("value"), Column("95 % interval"), Column("compare with"))
     return Table(f"The gap of {gap.n:,} pairs of width {gap.width:,}", columns, tuple(rows), sortable=False)
 
 
@@ -121,13 +122,18 @@ def methods_table(methods: Mapping[str, AlignmentReport]) -> Table:
     )
     first = next(iter(methods.values()))
     drawn = "" if first.n == first.n_available else f", drawn from {first.n_available:,}"
-    note = "Bold: the best of the stand-ins, and all that cannot be told apart from it by their intervals. identity is the source as it is."
+    note = (
+        "Bold: the best of the stand-ins, and all that cannot be told apart from it by their intervals. identity is "
+        "the source as it is."
+    )
     return Table(f"Stand-ins on {first.n:,} pairs{drawn}, k = {first.k}", columns, tuple(rows), note)
 
 
 def _best(methods: Mapping[str, AlignmentReport], metric: Metric) -> set[str]:
     """Names whose number is not clearly worse than that of the best method other than identity."""
-    found = {name: _badness(range_of(report, metric.field), metric) for name, report in methods.items() if name != IDENTITY}
+    found = {
+        name: _badness(range_of(report, metric.field), metric) for name, report in methods.items() if name != IDENTITY
+    }
     found = {name: one for name, one in found.items() if math.isfinite(one.value)}
     if len(found) < 2:
         return set()
@@ -150,10 +156,24 @@ def _badness(one: Range, metric: Metric) -> Range:
 def score_table(methods: Mapping[str, AlignmentReport]) -> Table:
     """What the verdict about methods rests on."""
     rows = tuple(
-        (Cell(name), ranged(score(report)), ranged(preservation(report)), ranged(mixing_share(report)), ranged(range_of(report, "paired_cosine")), ranged(range_of(report, "recall_at_10")))
+        (
+            Cell(name),
+            ranged(score(report)),
+            ranged(preservation(report)),
+            ranged(mixing_share(report)),
+            ranged(range_of(report, "paired_cosine")),
+            ranged(range_of(report, "recall_at_10")),
+        )
         for name, report in methods.items()
     )
-    columns = (Column("method", False), Column("score"), Column("preservation"), Column("mixing"), Column("cosine"), Column("R@10"))
+    columns = (
+        Column("method", False),
+        Column("score"),
+        Column("preservation"),
+        Column("mixing"),
+        Column("cosine"),
+        Column("R@10"),
+    )
     return Table("What the verdict about methods rests on", columns, rows)
 
 
@@ -170,7 +190,12 @@ def oracle_table(oracle: OraclePathReport) -> Table:
         )
         for point in oracle.points
     )
-    columns = (Column("K"), Column("E(K)"), Column("α"), *(Column(metric.symbol, hint=metric.meaning) for metric in metrics))
+    columns = (
+        Column("K"),
+        Column("E(K)"),
+        Column("α"),
+        *(Column(metric.symbol, hint=metric.meaning) for metric in metrics),
+    )
     return Table(f"Oracle path on {oracle.n:,} pairs", columns, rows)
 
 

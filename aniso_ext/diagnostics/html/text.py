@@ -22,7 +22,10 @@ def study_text(study: Study) -> str:
     lines = [f"{study.title}: {opening(study)}", "", _without_energy(study), ""]
     lines.append(f"{'method':<{wide}} " + "".join(f"{metric.symbol:>9}" for metric in METHOD_METRICS))
     for name, report in study.methods.items():
-        lines.append(f"{name:<{wide}} " + "".join(f"{format_number(getattr(report, metric.field)):>9}" for metric in METHOD_METRICS))
+        lines.append(
+            f"{name:<{wide}} "
+            + "".join(f"{format_number(getattr(report, metric.field)):>9}" for metric in METHOD_METRICS)
+        )
     lines += ["", "Verdict", *(f"- {one.sentence}" for one in study.verdict.findings)]
     return "\n".join(lines)
 
@@ -40,7 +43,10 @@ def study_markdown(study: Study) -> str:
     lines.append("|---|" + "---:|" * len(METHOD_METRICS))
     for name, report in study.methods.items():
         values = (range_of(report, metric.field).value for metric in METHOD_METRICS)
-        cells = (f"{value:.{metric.digits}f}" if value == value else NOTHING for value, metric in zip(values, METHOD_METRICS, strict=True))
+        cells = (
+            f"{value:.{metric.digits}f}" if value == value else NOTHING
+            for value, metric in zip(values, METHOD_METRICS, strict=True)
+        )
         lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
     first = next(iter(study.methods.values()))
     drawn = "" if first.n == first.n_available else f", drawn from {first.n_available:,}"
@@ -65,9 +71,13 @@ def _cell(text: str) -> str:
 def study_summary(study: Study) -> str:
     """A few sentences and the table of methods as HTML for a notebook."""
     verdict = study.verdict
-    return environment().get_template("summary.html.j2").render(
-        title=study.title,
-        opening=opening(study),
-        findings=[verdict[topic] for topic in LEADING],
-        table=methods_table(study.methods),
+    return (
+        environment()
+        .get_template("summary.html.j2")
+        .render(
+            title=study.title,
+            opening=opening(study),
+            findings=[verdict[topic] for topic in LEADING],
+            table=methods_table(study.methods),
+        )
     )
