@@ -164,7 +164,7 @@ class Chosen:
         sources: dict[str, str] = {}
         kinds = {_unrefined(model) for _, model in self.aligners if hasattr(model, "frame_")}
         for path, model in self.aligners:
-            closed = "_closed_form" if _unrefined(model) and len(kinds) > 1 else ""
+            closed = "_closed_form" if hasattr(model, "frame_") and _unrefined(model) and len(kinds) > 1 else ""
             name = self._name(model.method + closed, path, methods)
             methods[name], sources[name] = model.transform, str(path)
             if hasattr(model, "frame_"):

@@ -1,7 +1,8 @@
 """Measuring a modality gap and what a transform makes of it (METHOD section 1).
 
 ``gap``, ``alignment``, ``projection``, ``corrections``, ``study``, ``verdict`` and ``compare`` are the functions; their
-modules of the same names are an implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is loaded when it is imported.
+modules of the same names are an implementation detail. ``aniso_ext.diagnostics.figures`` draws the reports and is
+loaded when it is imported, ``aniso_ext.diagnostics.html`` when a study is shown or saved.
 """
 
 from __future__ import annotations

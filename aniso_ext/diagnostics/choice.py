@@ -32,11 +32,10 @@ def preservation(report: AlignmentReport) -> Range:
 def mixing_share(report: AlignmentReport) -> Range:
     """The lesser of M_Z and M_X, at most 1: mixed on one side only is not mixed, and above 1 is no better."""
     m_z, m_x = (_mean([range_of(report, name)]) for name in ("m_z", "m_x"))
-    return (
-        Range(*map(min, m_z[:3], m_x[:3]), m_z.measured and m_x.measured)
-        if not math.isnan(m_z.value + m_x.value)
-        else Range(math.nan, math.nan, math.nan, False)
-    )
+    if math.isnan(m_z.value + m_x.value):
+        return Range(math.nan, math.nan, math.nan, False)
+    value, low, high = (min(pair) for pair in zip(m_z[:3], m_x[:3], strict=True))
+    return Range(value, low, high, m_z.measured and m_x.measured)
 
 
 def score(report: AlignmentReport) -> Range:

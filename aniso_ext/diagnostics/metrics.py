@@ -71,23 +71,19 @@ GAP_METRICS = (
         "well below its isotropic value: the residual is concentrated", "at its isotropic value: all directions alike",
     ),
     Metric(
-        "eta_u", "eta_U", 3, "The share of the residual that lies in the dominant subspace, which a frame of this rank can "
-            "reach.",
-        "near 1: the frame reaches nearly all of it", "near R/D: the frame reaches no more than random directions "
-            "would",
+        "eta_u", "eta_U", 3, "The share of the residual in the dominant subspace, which a frame can reach.",
+        "near 1: the frame reaches nearly all of it", "near R/D: no more than random directions hold",
     ),
 )  # fmt: skip
 
 METHOD_METRICS = (
     Metric(
         "delta_mu", "Delta_mu", 3, "The distance between the mean stand-in and the mean target.",
-        "near 0: stand-ins have the centre of the targets", "as large as for identity: the offset is still "
-            "there", "low",
+        "near 0: stand-ins have the centre of the targets", "as large as identity's: the offset is left", "low",
     ),
     Metric(
         "phi", "Phi", 3, "The mean cosine between a row and its stand-in.",
-        "near 1: rows were hardly moved", "low: rows were moved far; with Delta_mu near 0 it cannot exceed its "
-            "bound", "high",
+        "near 1: rows were hardly moved", "low: rows were moved far; Delta_mu = 0 bounds it", "high",
     ),
     Metric(
         "psi", "Psi", 3, "Whether two rows that were similar before are as similar after.",
@@ -106,25 +102,20 @@ METHOD_METRICS = (
         "near 1: stand-ins are found wherever targets are", "near 0: targets have only targets around them", "one",
     ),
     Metric(
-        "a_r", "A_r", 1, "How uneven the differences between targets and their stand-ins are over all directions, the mean "
-            "included.",
-        "near its isotropic value: no direction is left to correct", "large: one direction, often the mean, still "
-            "dominates",
+        "a_r", "A_r", 1, "How uneven target minus stand-in is over all directions, the mean included.",
+        "near its isotropic value: no direction is left to correct", "large: one direction, often the mean, dominates",
         "low",
     ),
     Metric(
         "paired_cosine", "cosine", 3, "The mean cosine between a stand-in and its own target.",
-        "near 1: stand-ins are where their targets are", "below identity's: the transform led away from the "
-            "targets", "high",
+        "near 1: stand-ins are where their targets are", "below identity's: it led away from the targets", "high",
     ),
     Metric(
         "recall_at_1", "R@1", 3, "How often the target nearest to a stand-in is its own.",
-        "near 1: a stand-in still says which target is meant", "near 1/n: stand-ins have forgotten their "
-            "targets", "high",
+        "near 1: a stand-in still says which target is meant", "near 1/n: stand-ins have forgotten it", "high",
     ),
     Metric(
         "recall_at_10", "R@10", 3, "How often its own target is among the ten nearest to a stand-in.",
-        "near 1: a stand-in still says which target is meant", "near 10/n: stand-ins have forgotten their "
-            "targets", "high",
+        "near 1: a stand-in still says which target is meant", "near 10/n: stand-ins have forgotten it", "high",
     ),
 )  # fmt: skip

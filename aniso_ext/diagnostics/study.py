@@ -293,7 +293,7 @@ def study(
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
             phases, projected, sizes = _rows_of(y, x, stand_ins, frame, starts, bounds or {}, options)
-    texts = [
+    texts: list[str] = [
         text
         for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes)
         for text in getattr(one, "warnings", ())
@@ -359,7 +359,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _python_command(methods: Sequence[str], options: StudyOptions) -> str:
+def _python_command(methods: Mapping[str, Any], options: StudyOptions) -> str:
     changed = [
         f"{one.name}={getattr(options, one.name)!r}"
         for one in fields(options)
