@@ -14,7 +14,8 @@ from aniso_ext.diagnostics.report import Report, emit
 from aniso_ext.diagnostics.rows import Rows, open_paired, open_rows
 from aniso_ext.errors import InputError
 
-BINS = 48
+BINS = 96
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class CorrectionReport(Report):
             )
         for name, found in self.realised.items():
             bound = "" if found.bound is None else f", bound {found.bound:.3f}, {found.beyond:.1%} beyond it"
-            lines.append(f"  {name}: refined by {found.sizes.mean:.4f} on average, {found.sizes.largest:.4f} at most{bound}")
+            lines.append(
+                f"  {name}: refined by {found.sizes.mean:.4f} on average, {found.sizes.largest:.4f} at most{bound}"
+            )
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
@@ -81,10 +84,10 @@ def corrections(
 ) -> CorrectionReport:
     """Measure how far each method moved its rows: ||z_i - y_i||, and the angle between z_i and y_i in degrees.
 
-    Histograms have 48 equal bins from zero to the largest size of any method. For a refined method ``initial`` holds
+    Histograms have 96 equal bins from zero to the largest size of any method. For a refined method ``initial`` holds
     its rows before the refinement, ``aligner.closed_form().transform(source)``, and ``realised`` measures
-    ||z_i - z0_i||, beside a bound such as ``aligner.summary_["eps_eff_largest"]``. The bound of METHOD D12 is relative to
-    the length of e' before it is normalised and calibrated; rows of unit length turn by at most arcsin(eps), and a
+    ||z_i - z0_i||, beside a bound such as ``aligner.summary_["eps_eff_largest"]``. The bound of METHOD D12 is relative
+    to the length of e' before it is normalised and calibrated: a row of unit length turns by at most arcsin(eps), and a
     calibration can stretch that by the length that it takes off.
 
     Args:
@@ -166,9 +169,9 @@ def _distances(before: Rows, after: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _edges(samples: list[np.ndarray]) -> np.ndarray:
-    """Edges of equal bins from zero to the largest finite value; to one where there is none above zero."""
+    """Edges of equal bins from zero to the largest finite value; to one where all are zero but for rounding."""
     largest = max((float(np.nanmax(values)) for values in samples if np.isfinite(values).any()), default=0.0)
-    return np.linspace(0.0, largest if largest > 0 else 1.0, BINS + 1)
+    return np.linspace(0.0, largest if largest > ROUNDING else 1.0, BINS + 1)
 
 
 def _sizes(values: np.ndarray, edges: np.ndarray) -> Sizes:

@@ -12,6 +12,7 @@ from aniso_ext.diagnostics.figures.style import (
     SINGLE,
     Look,
     dress,
+    label_few_decades,
     looks,
     new_figure,
     plain_log,
@@ -56,8 +57,8 @@ def covariance_spectra(gap: GapReport, *, theme: str = "light", width: float = S
     axes = figure.subplots()
     found = looks(("target", "source"), colours)
     value = _with_interval(gap, "c_lambda", f"{gap.c_lambda:.3f}")
-    counted = f"{gap.c_lambda_count} eigenvalues"
-    title = f"$C_\\lambda$ = {value} over {counted}" if math.isfinite(gap.c_lambda) else f"$C_\\lambda$ undefined: {counted}"
+    stated = f"= {value} over" if math.isfinite(gap.c_lambda) else "undefined:"
+    title = f"$C_\\lambda$ {stated} {gap.c_lambda_count} eigenvalues"
     dress(axes, colours, title=title, x="index of eigenvalue", y="variance")
     series = [
         draw_spectrum(axes, name, spectrum, found[name])
@@ -81,22 +82,19 @@ def subspace_overlap(gap: GapReport, *, theme: str = "light", width: float = SIN
     value = _with_interval(gap, "o_q", f"{gap.o_q:.3f}")
     dress(
         axes, colours, x=f"q leading directions of D = {gap.width}", y="overlap $O_q$",
-        title=f"$O_{{{gap.q}}}$ = {value}, unrelated {gap.o_q_baseline:.3f}",
+        title=f"$O_{{{gap.q}}}$ = {value}\ndashed: unrelated directions, q/D = {gap.o_q_baseline:.3f}",
     )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(*_powers(int(q.min()), int(q.max())))
     axes.set_ylim(0, 1.05)
-    observed, baseline = Look(colours.ink, "o", "-"), Look(colours.muted, "", (0, (3, 2)))
-    axes.plot(q, [point.overlap for point in points], "-o", color=observed.colour, lw=1.2, ms=3, label="measured")
+    axes.plot(q, [point.overlap for point in points], "-o", color=colours.ink, lw=1.2, ms=3, label="measured")
     axes.plot(
-        q, [point.baseline for point in points], linestyle=baseline.dashes, marker="o" if len(points) == 1 else None,
-        color=baseline.colour, lw=1, ms=3, label="unrelated, q/D",
+        q, [point.baseline for point in points], ls=(0, (3, 2)), marker="_" if len(points) == 1 else None,
+        color=colours.muted, lw=1, ms=9, label="unrelated, q/D",
     )  # fmt: skip
     if "o_q" in gap.intervals:
         axes.plot([gap.q, gap.q], list(gap.intervals["o_q"]), color=colours.ink, lw=2.5, alpha=0.5, label="interval")
-    ends = ((observed, "measured", points[-1].overlap), (baseline, "unrelated,\nq/D", points[-1].baseline))
-    name_series(figure, axes, [Named(text, look, float(q[-1]), y) for look, text, y in ends], colours)
     return figure
 
 
@@ -126,8 +124,8 @@ def bias_and_residual(gap: GapReport, *, theme: str = "light", width: float = SI
         if shares[1][row] > 20:
             text = f"residual {shares[1][row]:.1f} %"
             axes.text(middle, row, text, ha="center", va="center", **text_style(colours, colours.background))
-        if row == 0:
-            axes.text(0, -0.36, f"bias {shares[0][0]:.1f} %", ha="left", va="bottom", **text_style(colours, colours.hues["ochre"]))
+    bias_text = text_style(colours, colours.hues["ochre"])
+    axes.text(0, -0.36, f"bias {shares[0][0]:.1f} %", ha="left", va="bottom", **bias_text)
     return figure
 
 
@@ -212,6 +210,7 @@ def draw_spectrum(axes: Axes, name: str, spectrum: tuple[float, ...], look: Look
     plain_log(axes, "y")
     index = np.arange(1, len(values) + 1)
     axes.plot(index, values, color=look.colour, lw=1.2, ls=look.dashes, label=name)
+    label_few_decades(axes)
     axes.set_xlim(1 - 0.02 * len(values), len(values) * 1.01 + 0.1)
     last = int(np.flatnonzero(np.isfinite(values))[-1]) if np.isfinite(values).any() else None
     if last is None:

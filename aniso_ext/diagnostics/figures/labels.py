@@ -1,12 +1,15 @@
-"""Where texts go: names beside what they name where that is possible, below the figure where not; never on each other."""
+"""Where texts go: names beside what they name if there is room, below the figure if not, and never on each other."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from aniso_ext.diagnostics.figures.placement import NEAR, Box, Room
 from aniso_ext.diagnostics.figures.style import FONT, SMALL, Look, Theme, text_style
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+@lru_cache(maxsize=1024)
 def text_width(text: str, size: float = SMALL) -> float:
     """Width in points of the widest line of a text."""
     from matplotlib.font_manager import FontProperties
@@ -50,7 +54,7 @@ def wrap(text: str, points: float, size: float = SMALL) -> str:
     """A name in lines of at most ``points``, broken after blanks and signs, inside a word only where it must be."""
     lines, rest = [], text
     while rest and text_width(plain(rest), size) > points:
-        fits = max(1, next((n for n in range(len(rest), 0, -1) if text_width(plain(rest[:n]), size) <= points), 1))
+        fits = max(1, bisect_right(range(len(rest) + 1), points, key=lambda n: text_width(plain(rest[:n]), size)) - 1)
         at = max((place + 1 for place in range(fits) if rest[place] in _BREAKS), default=fits)
         lines.append(rest[:at].rstrip(" "))
         rest = rest[at:].lstrip(" ")
@@ -94,8 +98,13 @@ def name_series(figure: Figure, axes: Axes, series: Sequence[Named], theme: Them
         axes.annotate(
             plain(item.text), xy=(item.x, item.y), xytext=(1.05, place), textcoords="axes fraction", va="center",
             ha="left", annotation_clip=False, **text_style(theme, item.look.colour),
-            arrowprops={"arrowstyle": "-", "color": item.look.colour, "lw": 0.5, "shrinkA": 1, "shrinkB": 0},
+            arrowprops=_line(item.look, shrinkA=1, shrinkB=0, relpos=(0, 0.5)),
         )  # fmt: skip
+
+
+def _line(look: Look, **options: Any) -> dict[str, Any]:
+    """A leader from a text to what it names."""
+    return {"arrowstyle": "-", "color": look.colour, "lw": 0.5, **options}
 
 
 def spread(wanted: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -104,8 +113,8 @@ def spread(wanted: Sequence[float], step: float, low: float, high: float) -> lis
     Least squares under the spacing: isotonic regression of what is left when the spacing is taken off, by pooling.
 
     Example:
-        >>> spread([0.5, 0.5], 0.2, 0.0, 1.0)
-        [0.4, 0.6]
+        >>> spread([0.5, 0.5], 0.25, 0.0, 1.0)
+        [0.375, 0.625]
     """
     order = sorted(range(len(wanted)), key=lambda index: (wanted[index], index))
     high = max(high, low + step * (len(wanted) - 1))
@@ -146,64 +155,53 @@ def legend_below(figure: Figure, series: Sequence[Named], theme: Theme, *, marke
     )  # fmt: skip
 
 
-Box = tuple[float, float, float, float]
+def name_points(
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[Named],
+    theme: Theme,
+    *,
+    curves: Sequence[Any] = (),
+    notes: Sequence[Named] = (),
+) -> None:
+    """Names beside points, clear of points, curves (``[n, 2]`` data coordinates) and each other; or a legend below.
+
+    ``notes``, whose texts may be formulas, are written where there is room for them, and not otherwise.
+    """
+    named = [replace(item, text=plain(item.text)) for item in points]
+    room = _room(figure, axes, named, curves)
+    boxes = [_find(axes, room, item) for item in named]
+    if None in boxes:
+        legend_below(figure, points, theme, markers=True)
+        room, named, boxes = _room(figure, axes, named, curves), [], []
+    for item in (*named, *notes):
+        box = boxes.pop(0) if boxes else _find(axes, room, item)
+        if box is not None:
+            _write(axes, item, box, room.scale, theme)
 
 
-def name_points(figure: Figure, axes: Axes, points: Sequence[Named], theme: Theme, curves: Sequence[Any] = ()) -> None:
-    """Names beside points, clear of points, curves (``[n, 2]`` data coordinates) and texts; or a legend below."""
+def _room(figure: Figure, axes: Axes, points: Sequence[Named], curves: Sequence[Any]) -> Room:
+    """What is free in a panel with these points and curves, as it is laid out now."""
     figure.draw_without_rendering()
-    scale = figure.dpi / POINTS
-    frame = axes.get_window_extent()
-    places = [tuple(axes.transData.transform((item.x, item.y))) for item in points]
-    blocked: list[Box] = [_around(x, y, 3.5 * scale) for x, y in places]
+    left, bottom, right, top = axes.get_window_extent().extents
+    room = Room((left, bottom, right, top), figure.dpi / POINTS)
+    for item in points:
+        room.block_point(*axes.transData.transform((item.x, item.y)))
     for curve in curves:
-        blocked += [_around(x, y, 1.5 * scale) for x, y in _dense(axes.transData.transform(curve), 3 * scale)]
-    blocked += [tuple(text.get_window_extent().extents) for text in axes.texts]
-    found = []
-    for item, (x, y) in zip(points, places, strict=True):
-        box = _free_box(x, y, text_width(plain(item.text)) * scale, LINE * SMALL * scale, frame.extents, blocked, scale)
-        if box is None:
-            legend_below(figure, points, theme, markers=True)
-            return
-        blocked.append(box)
-        found.append(box)
-    for item, (x, y), box in zip(points, places, found, strict=True):
-        centre = ((box[0] + box[2]) / 2 - x) / scale, ((box[1] + box[3]) / 2 - y) / scale
-        near = math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) < 9 * scale
-        axes.annotate(
-            plain(item.text), xy=(item.x, item.y), xytext=centre, textcoords="offset points", ha="center", va="center",
-            **text_style(theme, item.look.colour),
-            arrowprops=None if near else {"arrowstyle": "-", "color": item.look.colour, "lw": 0.5, "shrinkB": 3},
-        )  # fmt: skip
+        room.block_curve(axes.transData.transform(curve))
+    return room
 
 
-def _around(x: float, y: float, reach: float) -> Box:
-    return x - reach, y - reach, x + reach, y + reach
+def _find(axes: Axes, room: Room, item: Named) -> Box | None:
+    x, y = axes.transData.transform((item.x, item.y))
+    return room.take(x, y, (text_width(item.text) * room.scale, LINE * SMALL * room.scale))
 
 
-def _dense(corners: Any, step: float) -> list[tuple[float, float]]:
-    """Points along a polygon, at most ``step`` apart."""
-    found: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in zip(corners[:-1], corners[1:], strict=True):
-        count = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / step)) if math.isfinite(x0 + x1 + y0 + y1) else 0
-        found += [(x0 + (x1 - x0) * part / count, y0 + (y1 - y0) * part / count) for part in range(count + 1 if count else 0)]
-    return found
-
-
-def _free_box(
-    x: float, y: float, width: float, height: float, frame: Sequence[float], blocked: Sequence[Box], scale: float
-) -> Box | None:
-    """The nearest place for a text of this size beside (x, y) that nothing blocks, pixels."""
-    for distance in (5, 9, 14, 20, 28, 38, 50):
-        for angle in (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 200, 340):
-            right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            middle = x + right * (distance * scale + width / 2), y + up * (distance * scale + height / 2)
-            box = (middle[0] - width / 2, middle[1] - height / 2, middle[0] + width / 2, middle[1] + height / 2)
-            inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-            if inside and not any(_overlap(box, other) for other in blocked):
-                return box
-    return None
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _write(axes: Axes, item: Named, box: Box, scale: float, theme: Theme) -> None:
+    x, y = axes.transData.transform((item.x, item.y))
+    centre = ((box[0] + box[2]) / 2 - x) / scale, ((box[1] + box[3]) / 2 - y) / scale
+    near = math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])) < NEAR * scale
+    axes.annotate(
+        item.text, xy=(item.x, item.y), xytext=centre, textcoords="offset points", ha="center", va="center",
+        **text_style(theme, item.look.colour), arrowprops=None if near else _line(item.look, shrinkA=0, shrinkB=3),
+    )  # fmt: skip

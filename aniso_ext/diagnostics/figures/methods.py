@@ -18,6 +18,7 @@ from aniso_ext.diagnostics.figures.labels import (
     name_points,
     name_series,
     row_height,
+    wrap,
 )
 from aniso_ext.diagnostics.figures.style import (
     DOUBLE,
@@ -89,8 +90,7 @@ def mixing_plane(
     axes = figure.subplots()
     dress(axes, colours, x="mixing with the target, min($M_Z$, $M_X$)", y=_PRESERVATION[preservation])
     points = [
-        Named(name, found[name], min(report.m_z, report.m_x) if _both(report) else math.nan, getattr(report, preservation))
-        for name, report in methods.items()
+        Named(name, found[name], _mixing(report), getattr(report, preservation)) for name, report in methods.items()
     ]
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     for point in shown:
@@ -99,7 +99,11 @@ def mixing_plane(
         _interval(axes, report, lower, point.y, point.look, colours)
         if preservation in report.intervals:
             axes.plot([point.x] * 2, list(report.intervals[preservation]), color=point.look.colour, lw=1.5, alpha=0.5)
-        axes.plot(point.x, point.y, point.look.marker, color=point.look.colour, ms=5, label=point.text, zorder=4)
+        axes.plot(
+            point.x, point.y, point.look.marker, color=point.look.colour, ms=5.5, mec=colours.background, mew=0.5,
+            label=point.text, zorder=4,
+        )  # fmt: skip
+    bars = [line for line in (np.asarray(line.get_xydata()) for line in axes.lines) if len(line) > 1]
     curves = [] if oracle is None else _oracle_curves(axes, oracle, preservation, colours)
     if len(shown) < len(points):
         names = ", ".join(point.text for point in points if point not in shown)
@@ -110,46 +114,46 @@ def mixing_plane(
         axes.set(xlim=(0, 1), ylim=(0, 1))
         return figure
     axes.margins(0.14)
-    _oracle_marks(axes, oracle, preservation, colours)
-    name_points(figure, axes, shown, colours, curves)
+    notes = [] if oracle is None else _oracle_notes(oracle, preservation, colours)
+    name_points(figure, axes, shown, colours, curves=[*bars, *curves], notes=notes)
     return figure
 
 
-def _both(report: AlignmentReport) -> bool:
-    return math.isfinite(report.m_z) and math.isfinite(report.m_x)
+def _mixing(report: AlignmentReport) -> float:
+    """The lesser of penetration and coverage; NaN if one of them is."""
+    return float(np.minimum(report.m_z, report.m_x))
 
 
 def _oracle_curves(axes: Axes, oracle: OraclePathReport, preservation: str, theme: Theme) -> list[np.ndarray]:
     curves = []
     for rank in dict.fromkeys(point.top_k for point in oracle.points):
         steps = sorted((point for point in oracle.points if point.top_k == rank), key=lambda point: point.alpha)
-        curve = np.array(
-            [[np.minimum(step.alignment.m_z, step.alignment.m_x), getattr(step.alignment, preservation)] for step in steps]
-        )
+        curve = np.array([[_mixing(step.alignment), getattr(step.alignment, preservation)] for step in steps])
         if np.isfinite(curve).all(axis=1).any():
-            axes.plot(*curve.T, color=theme.muted, lw=0.9, ls=(0, (3, 1.5)), marker=".", ms=3.5, label=f"oracle K = {rank}")
+            axes.plot(
+                *curve.T, color=theme.muted, lw=0.9, ls=(0, (3, 1.5)), marker=".", ms=3.5, label=f"oracle K = {rank}"
+            )
             curves.append(curve)
     return curves
 
 
-def _oracle_marks(axes: Axes, oracle: OraclePathReport | None, preservation: str, theme: Theme) -> None:
-    """Alpha along the widest path, and K at the end of each."""
-    if oracle is None:
-        return
-    ranks = sorted({point.top_k for point in oracle.points})
+def _oracle_notes(oracle: OraclePathReport, preservation: str, theme: Theme) -> list[Named]:
+    """Alpha along the widest path, K at the end of each."""
+    look = Look(theme.muted, ".", "-")
+    widest, last = (max(getattr(point, name) for point in oracle.points) for name in ("top_k", "alpha"))
+    notes: list[Named] = []
     for point in oracle.points:
-        report = point.alignment
-        place = (min(report.m_z, report.m_x), getattr(report, preservation))
-        if not all(map(math.isfinite, place)) or not (point.top_k == ranks[-1] and point.alpha > 0):
+        place = _mixing(point.alignment), getattr(point.alignment, preservation)
+        rank = "D" if point.top_k == oracle.width else str(point.top_k)
+        if not all(map(math.isfinite, place)):
             continue
-        last = point.alpha == max(other.alpha for other in oracle.points)
-        text = f"oracle, K = D, $\\alpha$ = {point.alpha:g}" if last else f"{point.alpha:g}"
-        if point.top_k < oracle.width:
-            text = text.replace("K = D", f"K = {point.top_k}")
-        axes.annotate(
-            text, place, xytext=(-4 if last else 4, 2), textcoords="offset points", ha="right" if last else "left",
-            va="bottom", **text_style(theme, theme.muted),
-        )  # fmt: skip
+        if point.top_k == widest and point.alpha == last:
+            notes.insert(0, Named(f"oracle, K = {rank}, $\\alpha$ = {point.alpha:g}", look, *place))
+        elif point.alpha == last:
+            notes.append(Named(f"K = {rank}", look, *place))
+        elif point.top_k == widest and point.alpha > 0:
+            notes.append(Named(f"{point.alpha:g}", look, *place))
+    return notes
 
 
 def relative_discrepancies(
@@ -166,7 +170,15 @@ def relative_discrepancies(
     figure = new_figure(width, (len(_METRICS) * (step * len(methods) + 7) + 40) / POINTS, colours)
     axes = figure.subplots()
     dress(axes, colours, x="discrepancy, 0 is best", grid="x")
-    titles = ["$\\Delta_\\mu$ (ratio)", "1 − $\\Phi$", "1 − $\\Psi$", "1 − $\\Omega$", "1 − $M_Z$", "1 − $M_X$", "$A_r$ (ratio)"]
+    titles = [
+        "$\\Delta_\\mu$ (ratio)",
+        "1 − $\\Phi$",
+        "1 − $\\Psi$",
+        "1 − $\\Omega$",
+        "1 − $M_Z$",
+        "1 − $M_X$",
+        "$A_r$ (ratio)",
+    ]
     axes.set_yticks(range(len(_METRICS)), titles)
     axes.tick_params(axis="y", length=0, labelcolor=colours.ink)
     for row in range(1, len(_METRICS)):
@@ -186,7 +198,7 @@ def relative_discrepancies(
     axes.set_ylim(len(_METRICS) - 0.5, -0.5)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.axvline(0, color=colours.muted, lw=0.8)
-    axes.set_title(f"ratio: to {_short(base)}", loc="left", **text_style(colours, colours.muted))
+    axes.set_title(f"ratio: over that of {_short(base)}", loc="left", **text_style(colours, colours.muted))
     legend_below(figure, [Named(name, found[name]) for name in methods], colours, markers=True)
     return figure
 
@@ -203,8 +215,6 @@ def _discrepancy(value: float, base: float, metric: str) -> float:
 
 
 def _short(name: str) -> str:
-    from aniso_ext.diagnostics.figures.labels import wrap
-
     first, *rest = wrap(name, 110).split("\n")
     return first + ("…" if rest else "")
 
@@ -220,26 +230,25 @@ def penetration_and_coverage(
     names = list(methods)
     room = 0.32 * width * POINTS
     figure = new_figure(width, len(names) * row_height(names, room, 24) + 0.75, colours)
+    from matplotlib.patheffects import withStroke
+
     axes = figure.subplots()
-    dress(axes, colours, x="label entropy among neighbours, 1 is mixed", grid="x")
+    dress(axes, colours, x="label entropy, 1 is mixed", grid="x")
     for place, (name, report) in enumerate(methods.items()):
         colour = found[name].colour
         for metric, row, fill in (("m_z", place - 0.2, colour), ("m_x", place + 0.2, colours.background)):
             value = getattr(report, metric)
             axes.barh(row, value, height=0.32, facecolor=fill, edgecolor=colour, lw=1, label=f"{metric} {name}")
-            end = value
             if metric in report.intervals:
-                axes.plot(list(report.intervals[metric]), [row, row], color=colours.ink, lw=1)
-                end = max(value, report.intervals[metric][1])
-            text = f"{value:.2f}" if math.isfinite(value) else "undefined"
+                outlined = [withStroke(linewidth=2.4, foreground=colours.background)]
+                axes.plot(list(report.intervals[metric]), [row, row], color=colours.ink, lw=1, path_effects=outlined)
             axes.annotate(
-                text, (end if math.isfinite(end) else 0, row), xytext=(3, 0), textcoords="offset points", va="center",
-                **text_style(colours),
+                f"{value:.2f}" if math.isfinite(value) else "–", (1.02, row), xycoords=("axes fraction", "data"),
+                va="center", annotation_clip=False, **text_style(colours),
             )  # fmt: skip
     category_labels(axes, names, colours, room)
-    _, right = axes.get_xlim()
     axes.axvline(1, color=colours.muted, lw=0.8, ls=(0, (3, 2)), zorder=0.9)
-    axes.set_xlim(0, max(1.0, right) * 1.16)
+    axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
     axes.set_title("filled: penetration $M_Z$; outlined: coverage $M_X$", loc="left", **text_style(colours))
     return figure
 
@@ -303,7 +312,9 @@ def _rows_of(
     if metric == "phi" and bounds:
         cap = max(bounds)
         axes.axvline(cap, color=theme.muted, lw=0.8, ls=(0, (3, 2)), zorder=0.9, label="cap")
-        axes.set_title(f"| bound; dashed: at $\\Delta_\\mu$ = 0, {cap:.3f}", loc="left", **text_style(theme, theme.muted))
+        axes.set_title(
+            f"tick: bound; dashed: at $\\Delta_\\mu$ = 0, {cap:.3f}", loc="left", **text_style(theme, theme.muted)
+        )
     axes.margins(x=0.12)
 
 

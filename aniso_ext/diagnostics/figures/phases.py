@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from aniso_ext.diagnostics.phases import PhaseReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_ROWS_A_BIN = 150
 
 
 def phase_marginals(phases: PhaseReport, *, theme: str = "light", width: float = DOUBLE) -> Figure:
@@ -59,20 +62,19 @@ def phase_marginals(phases: PhaseReport, *, theme: str = "light", width: float =
     lines = math.ceil(count / columns)
     figure = new_figure(width, 1.15 * lines + 1.45, colours)
     grid = figure.add_gridspec(lines + 1, columns, height_ratios=[1.0] * lines + [1.1])
-    edges = np.array(phases.bin_edges)
-    uniform = len(edges) - 1
+    edges = np.array(phases.bin_edges)[:: _merged(phases)]
+    centres, bins = (edges[:-1] + edges[1:]) / 2, len(edges) - 1
     first: Axes | None = None
     for place, block in enumerate(phases.blocks):
         axes = figure.add_subplot(grid[place // columns, place % columns], sharex=first, sharey=first)
         first = first or axes
         dress(axes, colours, title=f"block {block}", y="density" if place % columns == 0 else "", grid="y")
         for name, cloud in phases.clouds.items():
-            density, look = np.array(cloud.histograms[place]) * uniform, found[name]
-            filled = name == TARGET
-            axes.stairs(
-                density, edges, color=look.colour, fill=filled, alpha=0.25 if filled else 1, lw=0.9, label=name,
-                ls="-" if filled else look.dashes,
-            )  # fmt: skip
+            density, look = np.array(cloud.histograms[place]).reshape(bins, -1).sum(axis=1) * bins, found[name]
+            if name == TARGET:
+                axes.stairs(density, edges, color=look.colour, fill=True, alpha=0.25, lw=0, label=name)
+            else:
+                axes.plot(centres, density, color=look.colour, lw=0.9, ls=look.dashes, label=name)
         _angle_ticks(axes, labelled=place >= count - columns)
         if place % columns:
             axes.tick_params(labelleft=False)
@@ -84,6 +86,12 @@ def phase_marginals(phases: PhaseReport, *, theme: str = "light", width: float =
     return figure
 
 
+def _merged(phases: PhaseReport) -> int:
+    """How many bins are drawn as one, so that a bin of uniform phases holds some hundred rows: 1, 2 or 4."""
+    bins = len(phases.bin_edges) - 1
+    return next((step for step in (1, 2) if phases.n * step >= _ROWS_A_BIN * bins), 4)
+
+
 def _angle_ticks(axes: Axes, *, labelled: bool) -> None:
     axes.set_xlim(-math.pi, math.pi)
     axes.set_xticks([-math.pi, 0, math.pi], ["−π", "0", "π"])
@@ -91,8 +99,8 @@ def _angle_ticks(axes: Axes, *, labelled: bool) -> None:
     if labelled:
         # the outer two belong to this panel, and would meet those of its neighbours if they were centred
         left, _, right = axes.get_xticklabels()
-        left.set_ha("left")
-        right.set_ha("right")
+        left.set_horizontalalignment("left")
+        right.set_horizontalalignment("right")
 
 
 def _concentrations(axes: Axes, phases: PhaseReport, found: dict[str, Look], theme: Theme) -> None:
@@ -132,28 +140,25 @@ def phase_couplings(phases: PhaseReport, *, theme: str = "light", width: float =
     hidden = np.eye(count, dtype=bool)
     apart = [matrix[~hidden] for matrix in matrices]
     top = max([phases.coupling_threshold, *(values.max() for values in apart if values.size)])
-    image = None
     for axes, title, matrix in zip(panels.flat, titles, matrices, strict=False):
         dress(axes, colours, title=title, grid="")
-        image = axes.imshow(np.where(hidden, np.nan, matrix), cmap=_ramp(colours), vmin=0, vmax=top)
-        image.cmap.set_bad(colours.background)
+        axes.imshow(np.ma.masked_array(matrix, hidden), cmap=_ramp(colours), vmin=0, vmax=top)
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(True)
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(image, ax=panels, shrink=0.9, aspect=25, pad=0.02)
+    bar = figure.colorbar(panels[0, 0].images[0], ax=panels, shrink=0.9, aspect=25, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.axhline(phases.coupling_threshold, color=colours.ink, lw=1.2)
     bar.ax.tick_params(colors=colours.muted, labelsize=SMALL, labelfontfamily=FONT, width=0.6, length=2.5)
-    bar.set_label(
-        f"$|M_{{kl}}|$, {count} blocks; line: chance {phases.coupling_threshold:.3f}" if lines > 1 or side > 1.6 else "$|M_{kl}|$",
-        fontsize=SMALL, family=FONT, color=colours.ink,
-    )  # fmt: skip
+    roomy = lines > 1 or side > 1.6
+    label = f"$|M_{{kl}}|$, {count} blocks; line: chance {phases.coupling_threshold:.3f}" if roomy else "$|M_{kl}|$"
+    bar.set_label(label, **text_style(colours))
     return figure
 
 
-def _ramp(theme: Theme) -> object:
+def _ramp(theme: Theme) -> Any:
     """Background to ink by way of blue: even in lightness, so that it is read with any colour vision."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -170,7 +175,7 @@ def radius_maps(phases: PhaseReport, *, theme: str = "light", width: float = DOU
     columns = min(len(maps), 4 if width >= TWO_COLUMNS else 2)
     lines = math.ceil(len(maps) / columns)
     side = min(width / columns, 2.2)
-    figure = new_figure(width, lines * (side + 0.15), colours)
+    figure = new_figure(width, lines * (side + 0.2) + 0.3, colours)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     top = 1.04 * max(max(*item.source, *item.target) for item in maps)
     for place, (axes, item) in enumerate(zip(panels.flat, maps, strict=False)):
@@ -186,7 +191,7 @@ def radius_maps(phases: PhaseReport, *, theme: str = "light", width: float = DOU
         axes.locator_params(nbins=4)
         if place == 0:
             axes.annotate(
-                "unchanged", (top, top), xytext=(-2, -12), textcoords="offset points", ha="right", va="top",
+                "dashed:\nunchanged", (0.98, 0.04), xycoords="axes fraction", ha="right", va="bottom",
                 **text_style(colours, colours.muted),
             )  # fmt: skip
     for axes in panels.flat[len(maps) :]:

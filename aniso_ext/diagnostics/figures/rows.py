@@ -98,12 +98,13 @@ def correction_sizes(corrections: CorrectionReport, *, theme: str = "light", wid
     titles = [wrap(name, room) for name in names]
     refined = list(corrections.realised)
     height = max(26.0, height_of(titles) + 5) / POINTS
-    lines = len(names) + (len(refined) and len(refined) + 1)
+    heights = [height] * len(names) + ([0.55 * height] + [height] * len(refined) if refined else [])
+    lines = len(heights)
     figure = new_figure(width, lines * height + (1.0 if refined else 0.5), colours)
-    grid = figure.add_gridspec(lines, 2, height_ratios=[height] * len(names) + ([0.55 * height] + [height] * len(refined) if refined else []))
+    grid = figure.add_gridspec(lines, 2, height_ratios=heights)
     columns = (
         (corrections.length_edges, corrections.lengths, "$\\|z-y\\|$"),
-        (corrections.angle_edges, corrections.angles, "angle of z and y, degrees"),
+        (corrections.angle_edges, corrections.angles, "angle, degrees"),
     )
     for column, (edges, sizes, label) in enumerate(columns):
         for row, name in enumerate(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 from aniso_ext.errors import AnisoError, InputError
@@ -21,6 +21,7 @@ SINGLE, DOUBLE = 3.4, 7.0
 NARROWEST = 2.5
 TWO_COLUMNS = 5.0
 """From this width on a figure has room for panels side by side."""
+_PAD = 0.04
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ DARK = Theme(
         "green": "#12a67c",
         "brown": "#f7d774",
         "pink": "#c765a0",
-        "plum": "#f3c6e6",
-        "pine": "#b4f0d9",
+        "plum": "#ffc4ee",
+        "pine": "#8cf5b4",
         "grey": "#b0b5bd",
         "wine": "#ff9aa2",
         "navy": "#8f9bff",
@@ -153,7 +154,9 @@ def looks(names: Iterable[str], theme: Theme) -> dict[str, Look]:
             others.append(name)
     taken = {_OWN[key] for name in found if (key := name.lower().replace("-", "_").replace(" ", "_")) in _OWN}
     for name in sorted(others):
-        free = [hue for hue in _FORMS if hue not in taken] or list(_FORMS)
+        # grey last: it is near the colour of what is compared with
+        free = [hue for hue in _FORMS if hue not in (*taken, "grey")] or [hue for hue in _FORMS if hue not in taken]
+        free = free or list(_FORMS)
         hue = free[crc32(name.encode()) % len(free)]
         taken.add(hue)
         found[name] = _look(hue, theme)
@@ -175,29 +178,36 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise AnisoError("figures need matplotlib: install the extra `plots`") from None
     if not width >= NARROWEST:
         raise InputError(f"width = {width:g} inches must be at least {NARROWEST:g}: narrower figures cannot be read")
-    figure = Figure(figsize=(width, height), dpi=200, facecolor=theme.background, layout="constrained")
+    figure = Figure(
+        figsize=(width, height),
+        dpi=200,
+        facecolor=theme.background,
+        layout=ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD, wspace=0.03, hspace=0.03),
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0.03, hspace=0.03)
     return figure
 
 
 def dress(
-    axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: str = "both", size: float = SMALL
+    axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: Literal["x", "y", "both", ""] = "both"
 ) -> None:
     """Titles, ticks, spines and grid in the theme's colours; ``grid`` is ``x``, ``y``, ``both`` or empty."""
     axes.set_facecolor(theme.background)
     axes.set_xlabel(x, fontsize=LARGE, family=FONT, color=theme.ink)
     axes.set_ylabel(y, fontsize=LARGE, family=FONT, color=theme.ink)
     if title:
-        axes.set_title(title, fontsize=size, family=FONT, color=theme.ink, loc="left", pad=4)
+        axes.set_title(title, fontsize=SMALL, family=FONT, color=theme.ink, loc="left", pad=4)
     axes.tick_params(
         which="both", colors=theme.muted, labelsize=SMALL, labelfontfamily=FONT, width=0.6, length=2.5, direction="out"
     )
     axes.tick_params(which="minor", length=1.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(fontsize=SMALL, family=FONT, color=theme.muted)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.muted)
@@ -216,6 +226,16 @@ def plain_log(axes: Axes, axis: str) -> None:
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
     chosen.set_major_locator(LogLocator(base=10, numticks=6))
     chosen.set_minor_formatter(NullFormatter())
+
+
+def label_few_decades(axes: Axes) -> None:
+    """Label 1, 2 and 5 of each decade on a logarithmic y axis that spans less than two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axes.get_ylim()
+    if low > 0 and high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def text_style(theme: Theme, colour: str | None = None, size: float = SMALL) -> dict[str, Any]:
