@@ -12,7 +12,7 @@ import torch
 from test_diagnostics_gap import paired_rows, unit
 
 from aniso_ext import diagnostics
-from aniso_ext.diagnostics import consistency, neighbours, rows
+from aniso_ext.diagnostics import consistency, neighbours, rows, searches
 from aniso_ext.errors import InputError
 
 
@@ -85,7 +85,7 @@ def test_every_number_equals_brute_force(monkeypatch, k: int, blocks) -> None:
         monkeypatch.setattr(neighbours, "BLOCK_ELEMENTS", blocks[0])
         monkeypatch.setattr(neighbours, "EXACT_BLOCK_ELEMENTS", blocks[1])
     y, x, z = three_sides()
-    report = diagnostics.alignment(y, x, z, k=k, exact_psi=True)
+    report = diagnostics.alignment(y, x, z, k=k, exact_psi=True, device="cpu")
     for name, value in brute_force(y, x, z, k).items():
         assert getattr(report, name) == pytest.approx(value, rel=1e-9, abs=1e-12), name
     assert (report.n, report.n_available, report.width, report.k) == (300, 300, 16, k)
@@ -139,7 +139,7 @@ def test_single_precision_never_decides_what_it_cannot(monkeypatch) -> None:
     monkeypatch.setattr(neighbours, "TIE", 1e-12)
     for product in (exact, disturbed, reduced):
         monkeypatch.setattr(neighbours, "products", product)
-        found = neighbours.nearest(torch.from_numpy(points), k)
+        found = searches.nearest(torch.from_numpy(points), k)
         np.testing.assert_array_equal(found.indices.numpy(), expected)
 
 
@@ -154,7 +154,7 @@ def test_blocks_stay_small(monkeypatch) -> None:
 
     monkeypatch.setattr(neighbours, "products", recorded)
     monkeypatch.setattr(neighbours, "BLOCK_ELEMENTS", 20_000)
-    diagnostics.alignment(*three_sides(n=1000))
+    diagnostics.alignment(*three_sides(n=1000), device="cpu")
     assert max(sizes) <= 20_000 and sum(sizes) == 1000 * 1000 + 2000 * 2000
 
 

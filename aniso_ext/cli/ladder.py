@@ -28,12 +28,22 @@ def ladder(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and figure.")],
     validation_questions: Annotated[
         Path | None,
-        typer.Option("--validation-questions", metavar="FILE", help="Of the training split; choose the noise level."),
+        typer.Option("--validation-questions", metavar="FILE", help="Of the training split; choose levels of noise."),
     ] = None,
     arms: Annotated[
         list[str] | None, typer.Option("--arm", metavar="NAME", help="May be given again.", show_default="all")
     ] = None,
+    noise: Annotated[
+        Literal["each"] | None,
+        typer.Option("--noise", help="each: tune noise on the stand-ins of every method as well."),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Runs of each arm.")] = 3,
+    tuning_seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--tuning-seeds", min=1, metavar="N", help="Runs by which levels of noise are chosen.", show_default="all"
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="Runs at a time.")] = 1,
     family: Annotated[Literal["llama", "qwen2"], typer.Option("--family", help="Of the language model.")] = "llama",
     size: Annotated[
@@ -64,7 +74,7 @@ def ladder(
     from aniso_ext.mllm import TrainOptions
     from aniso_ext.mllm.arms import LadderData, LadderModel, choose_arms, ladder_figure, run_ladder
 
-    chosen = choose_arms(arms)
+    chosen = choose_arms(arms, noise=noise)
     data = LadderData(
         source=str(source),
         target=str(target),
@@ -95,6 +105,7 @@ def ladder(
             model=LadderModel(family=family, size=size),
             options=options,
             seeds=range(seeds),
+            tuning_seeds=tuning_seeds,
             jobs=jobs,
             progress=lambda done, total, name: update(done, total),
         )

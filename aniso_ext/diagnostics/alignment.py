@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from aniso_ext.diagnostics import spectra
+from aniso_ext.diagnostics.alignment_intervals import PairSums, Settings, alignment_intervals
 from aniso_ext.diagnostics.consistency import exact_psi as correlate_all_pairs
 from aniso_ext.diagnostics.consistency import phi_bound, sampled_psi
 from aniso_ext.diagnostics.intervals import Interval
-from aniso_ext.diagnostics.mixing import mixing, mixing_expectation
-from aniso_ext.diagnostics.neighbours import (
-    LabelShare,
-    Nearest,
-    Retrieval,
-    UnitRows,
-    nearest,
-    overlap,
-    run,
-    unit_rows,
-)
-from aniso_ext.diagnostics.report import Report, emit, format_report
-from aniso_ext.diagnostics.rows import choose_rows, load, open_paired
+from aniso_ext.diagnostics.mixing import binary_entropy, mixing_expectation
+from aniso_ext.diagnostics.neighbours import Nearest, overlaps
+from aniso_ext.diagnostics.report import Report, Table, checked_bootstrap, emit, report_table
+from aniso_ext.diagnostics.rows import choose_device, choose_rows, load, open_paired
+from aniso_ext.diagnostics.searches import RECALL_DEPTH, by_halves, nearest, search_union
 from aniso_ext.errors import InputError
 
-UNIT_TOLERANCE = 1e-2
 ROWS_PER_DIMENSION = 4
 CHANCE_OVERLAP = 0.05
 TIED_SHARE = 0.05
-RECALL_DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class AlignmentReport(Report):
     intervals: dict[str, Interval] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         lines = [
             ("Delta_mu", self.delta_mu, "distance of the output mean from the target mean"),
             ("Phi", self.phi, f"mean y.z (at most {self.phi_bound:.3f} once the means agree)"),
@@ -75,17 +67,10 @@ class AlignmentReport(Report):
             ("R@1", self.recall_at_1, "z_i finds x_i first"),
             ("R@10", self.recall_at_10, "z_i finds x_i among ten"),
         ]
+        names = ("delta_mu", "phi", "psi", "omega", "m_z", "m_x", "a_r", "paired_cosine", "recall_at_1", "recall_at_10")
+        shown = [(*line, self.intervals.get(name)) for line, name in zip(lines, names, strict=True)]
         chosen = "" if self.n == self.n_available else f" sampled from {self.n_available}"
-        return format_report(f"alignment of {self.n} pairs{chosen}, width {self.width}", lines, self.warnings)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the numbers are taken: neighbours, random pairs of Psi (None: all pairs, exact), seed."""
-
-    k: int = 20
-    psi_pairs: int | None = 1_000_000
-    seed: int = 0
+        return report_table(f"alignment of {self.n} pairs{chosen}, width {self.width}", shown, self.warnings)
 
 
 def alignment(
@@ -98,6 +83,8 @@ def alignment(
     n_random_pairs: int = 1_000_000,
     exact_psi: bool = False,
     seed: int = 0,
+    bootstrap: int = 0,
+    device: torch.device | str | None = None,
 ) -> AlignmentReport:
     """Measure a transform z = T(y) on held-out pairs (METHOD section 1).
 
@@ -119,10 +106,16 @@ def alignment(
             or paths; row i of all three belongs to pair i.
         k: neighbours of omega and mixing.
         max_pairs: above this many pairs, a uniform sample drawn with ``seed`` is measured; None takes all. Time grows
-            with the square of the pairs, memory linearly (about 24 D bytes a pair and set).
+            with the square of the pairs, memory linearly: about 24 D bytes a pair and set on the CPU; on a GPU 2 D
+            bytes beside the rows in their own dtype, and about 8 GB of work space.
         n_random_pairs: pairs behind psi.
         exact_psi: psi over all pairs i != j instead: no sampling error, and at D below a few thousand also faster.
-        seed: of the sample and of the random pairs.
+        seed: of the sample, of the random pairs and of the resampling.
+        bootstrap: number of resamples behind ``report.intervals``, which then has a 95 % :class:`Interval` for every
+            number that depends on the pairs (200 is plenty). Neighbours are not searched again: what each pair adds to
+            a number is resampled (docs/diagnostics.md says how for each number).
+        device: "cpu" or "cuda"; None is the device of CUDA inputs, else a GPU if there is one, else the CPU. Neighbours
+            are exact on both.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
@@ -147,10 +140,12 @@ def alignment(
         raise InputError(f"max_pairs = {max_pairs} must exceed k = {k}")
     if not exact_psi and n_random_pairs < 2:
         raise InputError(f"n_random_pairs must be at least 2, got {n_random_pairs}: or pass exact_psi=True")
+    resamples = checked_bootstrap(bootstrap)
     opened = open_paired(minimum=max(3, k + 1), source=source, target=target, transformed=transformed)
+    place = choose_device(device, source, target, transformed)
     chosen = choose_rows(opened[0].count, max_pairs, seed)
-    y, x, z = (load(rows, chosen) for rows in opened)
-    settings = Settings(k=k, psi_pairs=None if exact_psi else n_random_pairs, seed=seed)
+    y, x, z = (load(rows, chosen, place) for rows in opened)
+    settings = Settings(k, None if exact_psi else n_random_pairs, seed, resamples, by_halves(place))
     report = replace(measure(y, x, z, settings), n_available=opened[0].count)
     emit(report.warnings)
     return report
@@ -164,72 +159,57 @@ def measure(
     *,
     source_neighbours: Nearest | None = None,
 ) -> AlignmentReport:
-    """The report of float64 rows [n, D] in memory; ``source_neighbours`` saves a repeated search."""
+    """The report of rows [n, D] in memory; ``source_neighbours`` saves a repeated search."""
     count, width = x.shape
     k = settings.k
-    source_mean, target_mean, output_mean = y.mean(dim=0), x.mean(dim=0), z.mean(dim=0)
-    residual = x - z
-    spectrum = spectra.eigenvalues(spectra.second_moment(residual))
-    centred_spectrum = spectra.eigenvalues(spectra.covariance(residual))
     if settings.psi_pairs is None:
         psi, psi_pairs = correlate_all_pairs(y, z), count * (count - 1)
     else:
         psi, psi_pairs = sampled_psi(y, z, settings.psi_pairs, settings.seed), settings.psi_pairs
+    pairs = PairSums.of(y, x, z)
     if source_neighbours is None:
-        source_neighbours = nearest(y, k)
-    around = _search_union(x, z, k)
-    return AlignmentReport(
+        source_neighbours = nearest(y, k, half=settings.half)
+    around = search_union(x, z, k, pairs.cosines, half=settings.half)
+    expectation = mixing_expectation(count, k)
+    spectrum = spectra.eigenvalues(pairs.second_moment)
+    report = AlignmentReport(
         n=count,
         n_available=count,
         width=width,
         k=k,
-        delta_mu=float((output_mean - target_mean).norm()),
-        phi=float((y * z).sum(dim=1).mean()),
-        phi_bound=phi_bound(source_mean, target_mean),
-        phi_bound_output=phi_bound(source_mean, output_mean),
+        delta_mu=float((pairs.output_mean - pairs.target_mean).norm()),
+        phi=float(pairs.products.mean()),
+        phi_bound=phi_bound(pairs.source_mean, pairs.target_mean),
+        phi_bound_output=phi_bound(pairs.source_mean, pairs.output_mean),
         psi=psi,
         psi_pairs=psi_pairs,
-        omega=overlap(source_neighbours, around.outputs),
+        omega=float(overlaps(source_neighbours, around.outputs).mean()),
         omega_chance=k / (count - 1),
-        omega_tied=source_neighbours.tied / count,
-        m_z=mixing(around.output_share, k),
-        m_x=mixing(around.target_share, k),
-        mixing_expectation=mixing_expectation(count, k),
+        omega_tied=float(source_neighbours.tied.double().mean()),
+        m_z=_mixing(around.around_outputs.share, expectation),
+        m_x=_mixing(around.around_targets.share, expectation),
+        mixing_expectation=expectation,
         a_r=spectra.anisotropy(spectrum),
-        a_r_centred=spectra.anisotropy(centred_spectrum),
-        paired_cosine=float((unit_rows(x) * unit_rows(z)).sum(dim=1).mean()),
-        recall_at_1=around.retrieval.recall(1),
-        recall_at_10=around.retrieval.recall(RECALL_DEPTH),
+        a_r_centred=spectra.anisotropy(spectra.eigenvalues(pairs.covariance)),
+        paired_cosine=float(pairs.cosines.mean()),
+        recall_at_1=float(around.retrieval.recalls(1).mean()),
+        recall_at_10=float(around.retrieval.recalls(RECALL_DEPTH).mean()),
         spectrum=tuple(spectrum.tolist()),
-        warnings=_warnings(k, source_neighbours.tied, {"source": y, "target": x, "transformed": z}),
+        warnings=_warnings(k, int(source_neighbours.tied.sum()), pairs),
     )
+    if settings.bootstrap == 0:
+        return report
+    intervals = alignment_intervals(report, (y, x, z), pairs, (source_neighbours, around), settings)
+    return replace(report, intervals=intervals)
 
 
-@dataclass(frozen=True)
-class _Union:
-    """What a search of X u Z finds: neighbours among outputs, targets of outputs, shares of targets around both."""
-
-    outputs: Nearest
-    retrieval: Retrieval
-    output_share: torch.Tensor
-    target_share: torch.Tensor
+def _mixing(share: torch.Tensor, expectation: float) -> float:
+    """M of the shares of targets among neighbours; one neighbour has no entropy to compare: NaN for k = 1."""
+    return float(binary_entropy(share).mean()) / expectation if expectation > 0 else math.nan
 
 
-def _search_union(x: torch.Tensor, z: torch.Tensor, k: int) -> _Union:
-    """All searches that involve targets or outputs, one pass over the scores of each."""
-    n = x.shape[0]
-    union = UnitRows.of(torch.cat((x, z)))
-    targets, outputs, everything = slice(0, n), slice(n, 2 * n), slice(0, 2 * n)
-    among_outputs = Nearest(outputs, k, n)
-    retrieval = Retrieval(targets, RECALL_DEPTH, n)
-    around_outputs, around_targets = (LabelShare(everything, k, n, labelled=n) for _ in range(2))
-    run(union.part(outputs), union, [among_outputs, retrieval, around_outputs], own=n)
-    run(union.part(targets), union, [around_targets], own=0)
-    return _Union(among_outputs, retrieval, around_outputs.share, around_targets.share)
-
-
-def _warnings(k: int, tied: int, named: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    count, width = named["target"].shape
+def _warnings(k: int, tied: int, pairs: PairSums) -> tuple[str, ...]:
+    count, width = pairs.cosines.numel(), pairs.target_mean.numel()
     found = []
     if count < ROWS_PER_DIMENSION * width:
         found.append(
@@ -245,11 +225,10 @@ def _warnings(k: int, tied: int, named: dict[str, torch.Tensor]) -> tuple[str, .
             f"{tied} of {count} source rows have ties, such as copies of rows, at their neighbour {k}: omega "
             "resolves ties alike before and after; an arbitrary order would read lower"
         )
-    for name, rows in named.items():
-        norms = rows.norm(dim=1)
-        if zero := int((norms == 0).sum()):
+    for name in pairs.zero:
+        if zero := pairs.zero[name]:
             found.append(f"{name} has {zero} zero rows: their cosines are taken as 0")
-        if stray := int((((norms - 1).abs() > UNIT_TOLERANCE) & (norms > 0)).sum()):
+        if stray := pairs.stray[name]:
             found.append(
                 f"{name} has {stray} rows that are not unit vectors: phi, psi, delta_mu and a_r depend on their "
                 "lengths and the bounds of phi do not hold; neighbours, recall and paired_cosine use cosines"

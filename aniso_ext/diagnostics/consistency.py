@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from aniso_ext.diagnostics.rows import pieces
 from aniso_ext.diagnostics.spectra import pearson
+
+PAIRS_AT_A_TIME = 2**16
 
 
 def phi_bound(source_mean: torch.Tensor, output_mean: torch.Tensor) -> float:
@@ -21,8 +25,15 @@ def phi_bound(source_mean: torch.Tensor, output_mean: torch.Tensor) -> float:
         >>> round(phi_bound(mean, mean), 12), round(phi_bound(mean, -mean), 12)
         (1.0, 0.28)
     """
-    spread = max(0.0, 1 - float(source_mean @ source_mean)) * max(0.0, 1 - float(output_mean @ output_mean))
-    return float(source_mean @ output_mean) + math.sqrt(spread)
+    return float(phi_bounds(source_mean, output_mean))
+
+
+def phi_bounds(source_means: torch.Tensor, output_means: torch.Tensor) -> torch.Tensor:
+    """:func:`phi_bound` of many means [..., D] at once."""
+    spread = torch.ones_like(source_means[..., 0])
+    for means in (source_means, output_means):
+        spread = spread * (1 - means.square().sum(dim=-1)).clamp_min(0)
+    return (source_means * output_means).sum(dim=-1) + spread.sqrt()
 
 
 def random_pairs(count: int, pairs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,8 +50,11 @@ def sampled_psi(source: torch.Tensor, transformed: torch.Tensor, pairs: int, see
     Its standard error is about (1 - psi^2) / sqrt(pairs).
     """
     first, second = random_pairs(source.shape[0], pairs, seed)
-    partners = second[first.argsort(stable=True)].split(first.bincount(minlength=source.shape[0]).tolist())
-    return pearson(_partner_products(source, partners), _partner_products(transformed, partners))
+    if source.device.type == "cpu":
+        partners = second[first.argsort(stable=True)].split(first.bincount(minlength=source.shape[0]).tolist())
+        return pearson(_partner_products(source, partners), _partner_products(transformed, partners))
+    first, second = first.to(source.device), second.to(source.device)
+    return pearson(_pair_products(source, first, second), _pair_products(transformed, first, second))
 
 
 def _partner_products(rows: torch.Tensor, partners: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -49,26 +63,74 @@ def _partner_products(rows: torch.Tensor, partners: Sequence[torch.Tensor]) -> t
     return torch.cat([torch.mv(single[others], row) for row, others in zip(single, partners, strict=True)]).double()
 
 
-def exact_psi(source: torch.Tensor, transformed: torch.Tensor) -> float:
-    """The same correlation over all pairs i != j, float64, without forming them: O(n D^2) time, O(D^2) memory.
+def _pair_products(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """rows[first] . rows[second]: on a GPU the many small products would cost more than their gathering."""
+    parts = zip(first.split(PAIRS_AT_A_TIME), second.split(PAIRS_AT_A_TIME), strict=True)
+    return torch.cat([(rows[a].float() * rows[b].float()).sum(dim=1) for a, b in parts]).double()
 
-    sum_ij (y_i.y_j)(z_i.z_j) = ||Y^T Z||_F^2 and sum_ij y_i.y_j = ||sum_i y_i||^2; the diagonal is taken off.
+
+@dataclass(frozen=True)
+class AllPairs:
+    """Means over all pairs i != j of a_ij = y_i.y_j, b_ij = z_i.z_j and their products, and what each row adds to them.
+
+    sum_ij (y_i.y_j)(z_i.z_j) = ||Y^T Z||_F^2 and sum_ij y_i.y_j = ||sum_i y_i||^2; the diagonal is taken off. No
+    pair is formed: O(n D^2) time, O(D^2) memory, float64.
     """
-    count = source.shape[0]
-    pairs = count * (count - 1)
-    source_squares, transformed_squares = source.square().sum(dim=1), transformed.square().sum(dim=1)
 
-    def mean_product(a: torch.Tensor, b: torch.Tensor, a_squares: torch.Tensor, b_squares: torch.Tensor) -> float:
-        return (float((a.T @ b).square().sum()) - float(a_squares @ b_squares)) / pairs
+    cross: torch.Tensor
+    source: torch.Tensor
+    transformed: torch.Tensor
+    source_sum: torch.Tensor
+    transformed_sum: torch.Tensor
+    count: int
 
-    def mean(rows: torch.Tensor, squares: torch.Tensor) -> float:
-        return (float(rows.sum(dim=0).square().sum()) - float(squares.sum())) / pairs
+    @classmethod
+    def of(cls, source: torch.Tensor, transformed: torch.Tensor) -> AllPairs:
+        width = source.shape[1]
+        cross, a, b = (torch.zeros(width, width, dtype=torch.float64, device=source.device) for _ in range(3))
+        sums = [torch.zeros(width, dtype=torch.float64, device=source.device) for _ in range(2)]
+        for y, z in pieces(source, transformed):
+            cross.addmm_(y.T, z)
+            a.addmm_(y.T, y)
+            b.addmm_(z.T, z)
+            sums[0] += y.sum(dim=0)
+            sums[1] += z.sum(dim=0)
+        return cls(cross, a, b, sums[0], sums[1], source.shape[0])
 
-    source_mean, transformed_mean = mean(source, source_squares), mean(transformed, transformed_squares)
-    cross = mean_product(source, transformed, source_squares, transformed_squares) - source_mean * transformed_mean
-    source_variance = mean_product(source, source, source_squares, source_squares) - source_mean**2
-    transformed_variance = (
-        mean_product(transformed, transformed, transformed_squares, transformed_squares) - transformed_mean**2
+    def projections(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """[n, 5] for rows y, z [n, D]: means over j != i of a_ij b_ij, a_ij^2, b_ij^2, a_ij and b_ij."""
+        y_squares, z_squares = y.square().sum(dim=1), z.square().sum(dim=1)
+        totals = (
+            ((y @ self.cross) * z).sum(dim=1) - y_squares * z_squares,
+            ((y @ self.source) * y).sum(dim=1) - y_squares.square(),
+            ((z @ self.transformed) * z).sum(dim=1) - z_squares.square(),
+            y @ self.source_sum - y_squares,
+            z @ self.transformed_sum - z_squares,
+        )
+        return torch.stack(totals, dim=1) / (self.count - 1)
+
+
+def pair_correlation(means: torch.Tensor) -> torch.Tensor:
+    """Correlation from the five means [..., 5] of :class:`AllPairs`; NaN where one side is constant."""
+    cross, a_squares, b_squares, a, b = means.unbind(dim=-1)
+    variances = (a_squares - a.square()).clamp_min(0) * (b_squares - b.square()).clamp_min(0)
+    return torch.where(variances > 0, (cross - a * b) / variances.sqrt(), math.nan)
+
+
+def exact_psi(source: torch.Tensor, transformed: torch.Tensor) -> float:
+    """The same correlation over all pairs i != j, without sampling."""
+    pairs = AllPairs.of(source, transformed)
+    squares = [torch.zeros((), dtype=torch.float64, device=source.device) for _ in range(5)]
+    for y, z in pieces(source, transformed):
+        a, b = y.square().sum(dim=1), z.square().sum(dim=1)
+        for total, diagonal in zip(squares, (a @ b, a @ a, b @ b, a.sum(), b.sum()), strict=True):
+            total += diagonal
+    totals = (
+        pairs.cross.square().sum(),
+        pairs.source.square().sum(),
+        pairs.transformed.square().sum(),
+        pairs.source_sum.square().sum(),
+        pairs.transformed_sum.square().sum(),
     )
-    scale = math.sqrt(max(0.0, source_variance) * max(0.0, transformed_variance))
-    return cross / scale if scale > 0 else math.nan
+    means = (torch.stack(totals) - torch.stack(squares)) / (pairs.count * (pairs.count - 1))
+    return float(pair_correlation(means))

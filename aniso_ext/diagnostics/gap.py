@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from aniso_ext.diagnostics import spectra
+from aniso_ext.diagnostics.gap_intervals import Decomposition, GapMoments, gap_intervals
 from aniso_ext.diagnostics.intervals import Interval
-from aniso_ext.diagnostics.report import Report, emit, format_report
-from aniso_ext.diagnostics.rows import Rows, open_paired
+from aniso_ext.diagnostics.report import Report, Table, checked_bootstrap, emit, report_table
+from aniso_ext.diagnostics.rows import choose_device, open_paired
 from aniso_ext.errors import InputError
-from aniso_ext.stats import Moments
 
 ORTHONORMALITY_TOLERANCE = 1e-2
 ROWS_PER_DIMENSION = 4
@@ -72,7 +72,7 @@ class GapReport(Report):
     intervals: dict[str, Interval] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         lines = [
             ("G_mu", self.g_mu, "distance of the two means"),
             ("G_Sigma", self.g_sigma, f"relative distance of the covariances (absolute {self.g_sigma_abs:.3g})"),
@@ -85,17 +85,13 @@ class GapReport(Report):
             ("d_eff/D", self.d_eff_ratio, f"effective dimension (isotropic at n: {self.d_eff_ratio_isotropic:.3f})"),
             ("eta_U", self.eta_u, f"residual within the rank-{self.eta_u_rank} frame (K/D: {self.eta_u_baseline:.3f})"),
         ]
-        lines += [(f"E({point.rank})", point.energy, f"K/D {point.isotropic:.3f}") for point in self.energy]
-        return format_report(f"gap of {self.n} pairs, width {self.width}", lines, self.warnings)
-
-
-@dataclass(frozen=True)
-class _PairMoments:
-    source: Moments
-    target: Moments
-    difference: Moments
-    distance: float
-    residual_norm: float
+        names = (
+            *("g_mu", "g_sigma", "c_lambda", "o_q", "d_center"),
+            *("residual_norm", "r_res", "a_r", "d_eff_ratio", "eta_u"),
+        )
+        shown = [(*line, self.intervals.get(name)) for line, name in zip(lines, names, strict=True)]
+        shown += [(f"E({point.rank})", point.energy, f"K/D {point.isotropic:.3f}", None) for point in self.energy]
+        return report_table(f"gap of {self.n} pairs, width {self.width}", shown, self.warnings)
 
 
 def gap(
@@ -106,6 +102,9 @@ def gap(
     rank: int | None = None,
     basis: Any = None,
     energy_ranks: Sequence[int] | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> GapReport:
     """Measure the modality gap on held-out pairs (METHOD section 1).
 
@@ -117,7 +116,8 @@ def gap(
         a_r = lambda_max(S_r) D / tr S_r               d_eff_ratio = (tr S_r)^2 / tr(S_r^2) / D
         eta_u = tr(P_U S_r) / tr S_r
 
-    All pairs are read, twice, in batches: memory is a few [D, D] matrices whatever N is, and every sum is float64.
+    All pairs are read, twice (three times for intervals), in batches: memory is a few [D, D] matrices whatever N is,
+    and every sum is float64.
 
     Args:
         source, target: [N, D] arrays or tensors (float16 to float64, bfloat16), opened embedding sets, or paths;
@@ -126,6 +126,12 @@ def gap(
         rank: rank of the frame behind ``eta_u``, spanned by the leading eigenvectors of S_x + S_y; default as ``q``.
         basis: [D, R] orthonormal basis (of a fitted frame) for ``eta_u`` instead.
         energy_ranks: the K of the energy curve; powers of two up to D, and D itself.
+        bootstrap: number of resamples behind ``report.intervals``, which then has a 95 % :class:`Interval` for every
+            number that depends on the pairs (200 is plenty): of what each pair adds to it in first order, by
+            perturbation theory for eigenvalues and subspaces. Those of g_mu, g_sigma and g_sigma_abs are corrected for
+            what noise adds to a length, and so may lie below the number itself.
+        seed: of the resampling.
+        device: "cpu" or "cuda"; None is the device of CUDA inputs, else a GPU if there is one, else the CPU.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, fewer than 3 pairs, or a non-finite row.
@@ -143,7 +149,9 @@ def gap(
         >>> round(report.g_mu, 3), round(report.r_res, 3)
         (1.414, 0.0)
     """
+    resamples = checked_bootstrap(bootstrap)
     ys, xs = open_paired(minimum=3, source=source, target=target)
+    place = choose_device(device, source, target)
     width = ys.width
     default = min(128, max(1, width // 4))
     q = _within("q", default if q is None else q, width)
@@ -151,25 +159,20 @@ def gap(
     frame_basis = None if basis is None else _checked_basis(basis, width)
     frame_rank = _within("rank", default if rank is None else rank, width)
 
-    moments = _pair_moments(ys, xs)
-    source, target, residual = (
-        torch.from_numpy(part.covariance) for part in (moments.source, moments.target, moments.difference)
-    )
-    source_spectrum, source_vectors = spectra.eigenpairs(source)
-    target_spectrum, target_vectors = spectra.eigenpairs(target)
-    residual_spectrum = spectra.eigenvalues(residual)
-    if frame_basis is None:
-        frame_basis = spectra.eigenpairs(source + target)[1][:, :frame_rank]
+    moments = GapMoments.of(ys, xs, place)
+    found = Decomposition.of(moments, None if frame_basis is None else frame_basis.to(place), frame_rank)
+    source_spectrum, target_spectrum, residual_spectrum = found.source[0], found.target[0], found.residual[0]
+    source, target, residual, frame_basis = moments.source, moments.target, moments.residual, found.basis
 
     energy = float(residual_spectrum.sum())
-    g_mu = float(np.linalg.norm(moments.target.mean - moments.source.mean))
+    g_mu = float(moments.shift.norm())
     g_sigma_abs = float((target - source).norm())
     used = spectra.usable_eigenvalues(target_spectrum, source_spectrum, ys.count)
     shares = residual_spectrum.cumsum(0) / energy
     reached = float((frame_basis * (residual @ frame_basis)).sum())
     warnings = _warnings(ys.count, width, used)
     emit(warnings)
-    return GapReport(
+    report = GapReport(
         n=ys.count,
         width=width,
         g_mu=g_mu,
@@ -178,7 +181,7 @@ def gap(
         c_lambda=spectra.log_spectrum_correlation(target_spectrum, source_spectrum, used),
         c_lambda_count=used,
         q=q,
-        o_q=spectra.subspace_overlap(target_vectors[:, :q], source_vectors[:, :q]),
+        o_q=spectra.subspace_overlap(found.target[1][:, :q], found.source[1][:, :q]),
         o_q_baseline=q / width,
         d_center=energy,
         residual_norm=moments.residual_norm,
@@ -196,24 +199,21 @@ def gap(
         source_spectrum=tuple(source_spectrum.tolist()),
         target_spectrum=tuple(target_spectrum.tolist()),
         residual_spectrum=tuple(residual_spectrum.tolist()),
+        overlap=_overlaps(found, q),
         warnings=warnings,
     )
+    if resamples == 0:
+        return report
+    intervals = gap_intervals(report, (ys, xs), moments, found, resamples=resamples, seed=seed)
+    return replace(report, intervals=intervals)
 
 
-def _pair_moments(ys: Rows, xs: Rows) -> _PairMoments:
-    """Two passes: the moments of y, x and x - y (whose covariance is S_r) with E||x - y||, then E||r||."""
-    source, target, difference = (Moments(ys.width) for _ in range(3))
-    distance = 0.0
-    for y, x in zip(ys.batches(), xs.batches(), strict=True):
-        source.update(y.numpy())
-        target.update(x.numpy())
-        difference.update((x - y).numpy())
-        distance += float((x - y).norm(dim=1).sum())
-    shift = torch.from_numpy(difference.mean)
-    residual_norm = sum(
-        float((x - y - shift).norm(dim=1).sum()) for y, x in zip(ys.batches(), xs.batches(), strict=True)
-    )
-    return _PairMoments(source, target, difference, distance / ys.count, residual_norm / ys.count)
+def _overlaps(found: Decomposition, q: int) -> tuple[OverlapPoint, ...]:
+    """O at powers of two up to D and at q: the squares of one product, summed over its leading corners."""
+    width = found.basis.shape[0]
+    corners = (found.target[1].T @ found.source[1]).square().cumsum(0).cumsum(1)
+    sizes = sorted({2**power for power in range(width.bit_length()) if 2**power <= width} | {q})
+    return tuple(OverlapPoint(size, float(corners[size - 1, size - 1]) / size, size / width) for size in sizes)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -38,13 +38,3 @@ def mixing_expectation(n: int, k: int) -> float:
     ]
     entropies = binary_entropy(torch.tensor([count / k for count in counts], dtype=torch.float64)).tolist()
     return math.fsum(weight * entropy for weight, entropy in zip(weights, entropies, strict=True)) / math.fsum(weights)
-
-
-def mixing(share: torch.Tensor, k: int) -> float:
-    """M = mean H2(share) / mixing_expectation, for the share of targets [n] among the k nearest of n rows.
-
-    Around the outputs it is M_Z (penetration), around the targets M_X (coverage): 1 is perfect mixing, 0 two clouds
-    apart. One neighbour has no entropy to compare: NaN for k = 1.
-    """
-    expected = mixing_expectation(share.numel(), k)
-    return float(binary_entropy(share).mean()) / expected if expected > 0 else math.nan

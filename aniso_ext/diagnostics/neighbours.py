@@ -6,7 +6,8 @@ Scores within ``TIE`` of the k-th are ties (the resolution of float32 embeddings
 rounded differently still tie). A row is left out of its own neighbours by its index, never by its similarity.
 
 Several searches share one pass over the scores: ``Nearest``, ``LabelShare`` and ``Retrieval`` each look at a range of
-columns, remember the queries that they could not decide, and settle those on float64 scores.
+columns, remember the queries that they could not decide, and settle those on float64 scores. They are answered here on
+the CPU, and in :mod:`aniso_ext.diagnostics.candidates` on a GPU.
 """
 
 from __future__ import annotations
@@ -75,131 +76,166 @@ class UnitRows:
 
 
 class Search:
-    """One question about the scores of each query with the corpus columns ``columns``."""
+    """One question about the scores of each query with the corpus columns ``columns``; columns count from its start."""
 
     def __init__(self, columns: slice) -> None:
         self.columns = columns
         self._undecided: list[torch.Tensor] = []
 
-    @property
-    def undecided(self) -> torch.Tensor:
-        """The queries whose float32 scores leave the answer open."""
-        return torch.cat(self._undecided)
+    def take_undecided(self) -> torch.Tensor:
+        """The queries whose answer is still open, which are forgotten here."""
+        undecided = torch.cat(self._undecided) if self._undecided else torch.empty(0, dtype=torch.int64)
+        self._undecided = []
+        return undecided
 
     def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
-        """Answer what scores [b, n] of queries [b], each off by at most ``bound``, decide."""
+        """Answer what scores [b, n] of queries [b] with all columns, each off by at most ``bound``, decide."""
         raise NotImplementedError
 
-    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
-        """Answer for queries [b] from float64 scores [b, n]."""
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor) -> None:
+        """Answer for queries [b] from float64 scores [b, c] with ``columns`` [b or 1, c], ascending in each row."""
+        raise NotImplementedError
+
+    def consider(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor, limit: torch.Tensor) -> None:
+        """Settle the queries for which columns that are not listed, of scores up to ``limit`` [b], cannot matter."""
+        decided = self._decided(queries, scores, limit)
+        self._undecided.append(queries[~decided])
+        self.settle(queries[decided], scores[decided], columns[decided])
+
+    def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
 
-class _TopSearch(Search):
-    """A search for the k best columns."""
-
-    def __init__(self, columns: slice, k: int) -> None:
-        super().__init__(columns)
-        self.k = k
-
-    def _best(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> torch.Tensor:
-        """The k best columns [b, k]; queries where the k-th and the next score are too close become undecided."""
-        k = min(self.k + 1, scores.shape[1])
-        best = scores.topk(k, dim=1)
-        close = best.values[:, self.k - 1] - best.values[:, -1] <= 2 * bound + TIE
-        self._undecided.append(queries[close & (k > self.k)])
-        return best.indices[:, : self.k]
-
-    def _split(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Columns surely among the k best, columns tied at the k-th place (masks), and how many of those to take."""
-        threshold = scores.topk(self.k, dim=1).values[:, -1:]
-        above = scores > threshold + TIE
-        return above, (scores >= threshold - TIE) & ~above, self.k - above.sum(dim=1, keepdim=True)
-
-
-class Nearest(_TopSearch):
+class Nearest(Search):
     """The k nearest columns of each query, ``indices`` [n, k] ascending; ties go to the lower index.
 
     A space of duplicates therefore has the same neighbours before and after any transform that keeps duplicates
-    together. ``tied`` counts the queries whose k-th place had more candidates than room.
+    together. ``tied`` [n] marks the queries whose k-th place had more candidates than room, ``following`` [n] is the
+    column that would come next.
     """
 
-    def __init__(self, columns: slice, k: int, queries: int) -> None:
-        super().__init__(columns, k)
-        self.indices = torch.empty(queries, k, dtype=torch.int64)
-        self.tied = 0
+    def __init__(self, columns: slice, k: int, queries: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns)
+        self.k = k
+        self.indices = torch.empty(queries, k, dtype=torch.int32, device=device)
+        self.following = torch.empty(queries, dtype=torch.int32, device=device)
+        self.tied = torch.zeros(queries, dtype=torch.bool, device=device)
 
     def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
-        self.indices[queries] = self._best(queries, scores, bound).sort(dim=1).values
+        best = scores.topk(min(self.k + 1, scores.shape[1]), dim=1)
+        close = best.values[:, self.k - 1] - best.values[:, -1] <= 2 * bound + TIE
+        self._undecided.append(queries[close & (best.indices.shape[1] > self.k)])
+        self.indices[queries] = best.indices[:, : self.k].sort(dim=1).values.int()
+        self.following[queries] = best.indices[:, -1].int()
 
-    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
-        above, tied, missing = self._split(scores)
-        order = tied.cumsum(dim=1)
-        self.indices[queries] = (above | (tied & (order <= missing))).nonzero()[:, 1].view(-1, self.k)
-        self.tied += int((order[:, -1:] > missing).sum())
+    def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        return scores.topk(self.k, dim=1).values[:, -1] - TIE > limit
+
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor) -> None:
+        if queries.numel() == 0:
+            return
+        threshold = scores.topk(self.k, dim=1).values[:, -1:]
+        above = scores > threshold + TIE
+        tied = (scores >= threshold - TIE) & ~above
+        missing = self.k - above.sum(dim=1, keepdim=True)
+        order = tied.cumsum(dim=1, dtype=torch.int32)
+        self.tied[queries] = order[:, -1] > missing[:, 0]
+        columns = columns.expand(scores.shape)
+        chosen = above | (tied & (order <= missing))
+        self.indices[queries] = columns[chosen].view(-1, self.k).int()
+        rest = torch.where(tied & ~chosen, torch.inf, scores.masked_fill(chosen, -torch.inf))
+        self.following[queries] = columns.gather(1, rest.argmax(dim=1, keepdim=True))[:, 0].int()
+        self._settle_share(queries, columns, above, tied, missing)
+
+    def _settle_share(
+        self,
+        queries: torch.Tensor,
+        columns: torch.Tensor,
+        above: torch.Tensor,
+        tied: torch.Tensor,
+        missing: torch.Tensor,
+    ) -> None:
+        """A derived search reads here which columns are surely among the nearest, and which tie for the rest."""
 
 
-class LabelShare(_TopSearch):
+class LabelShare(Nearest):
     """The share [n] of the first ``labelled`` columns among the k nearest; ties count at their expected share."""
 
-    def __init__(self, columns: slice, k: int, queries: int, labelled: int) -> None:
-        super().__init__(columns, k)
+    def __init__(self, columns: slice, k: int, queries: int, labelled: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, k, queries, device)
         self.labelled = labelled
-        self.share = torch.empty(queries, dtype=torch.float64)
+        self.share = torch.empty(queries, dtype=torch.float64, device=device)
 
     def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
-        self.share[queries] = (self._best(queries, scores, bound) < self.labelled).sum(dim=1).double() / self.k
+        super().take(queries, scores, bound)
+        self.share[queries] = (self.indices[queries] < self.labelled).sum(dim=1).double() / self.k
 
-    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
-        above, tied, missing = self._split(scores)
-        expected = tied[:, : self.labelled].sum(dim=1) / tied.sum(dim=1).double() * missing[:, 0]
-        self.share[queries] = (above[:, : self.labelled].sum(dim=1) + expected) / self.k
+    def _settle_share(
+        self,
+        queries: torch.Tensor,
+        columns: torch.Tensor,
+        above: torch.Tensor,
+        tied: torch.Tensor,
+        missing: torch.Tensor,
+    ) -> None:
+        labelled = columns < self.labelled
+        expected = (tied & labelled).sum(dim=1) / tied.sum(dim=1).double() * missing[:, 0]
+        self.share[queries] = ((above & labelled).sum(dim=1) + expected) / self.k
 
 
 class Retrieval(Search):
-    """How many columns beat, and how many others tie with, column i for query i."""
+    """How many columns beat, and how many others tie with, column i for query i, whose cosine is ``match`` [n].
 
-    def __init__(self, columns: slice, depth: int, queries: int) -> None:
+    Of queries that at least ``depth`` columns beat, more is not looked for.
+    """
+
+    def __init__(self, columns: slice, depth: int, match: torch.Tensor) -> None:
         super().__init__(columns)
-        self.depth = depth
-        self.better = torch.zeros(queries, dtype=torch.int64)
-        self.tied = torch.zeros(queries, dtype=torch.int64)
+        self.depth, self.match = depth, match
+        self.better = torch.zeros(match.numel(), dtype=torch.int64, device=match.device)
+        self.tied = torch.zeros_like(self.better)
 
     def take(self, queries: torch.Tensor, scores: torch.Tensor, bound: float) -> None:
-        match = scores[torch.arange(queries.numel()), queries].unsqueeze(1)
-        margin = 2 * bound + TIE
+        match = self.match[queries].unsqueeze(1)
+        margin = bound + TIE
         better = (scores > match + margin).sum(dim=1)
         possibly = (scores >= match - margin).sum(dim=1) - 1
         self.better[queries] = better
         self._undecided.append(queries[(possibly > better) & (better < self.depth)])
 
-    def settle(self, queries: torch.Tensor, scores: torch.Tensor) -> None:
-        match = scores[torch.arange(queries.numel()), queries].unsqueeze(1)
-        self.better[queries] = (scores > match + TIE).sum(dim=1)
-        self.tied[queries] = ((scores - match).abs() <= TIE).sum(dim=1) - 1
+    def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+        match = self.match[queries]
+        return (limit < match - TIE) | ((scores > match.unsqueeze(1) + TIE).sum(dim=1) >= self.depth)
 
-    def recall(self, depth: int) -> float:
-        """R@depth for depth up to that of the search: a query with ties counts by its chance in a random order."""
-        return float(((depth - self.better).double() / (self.tied + 1)).clamp(0, 1).mean())
+    def settle(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor) -> None:
+        match = self.match[queries].unsqueeze(1)
+        self.better[queries] = (scores > match + TIE).sum(dim=1)
+        self.tied[queries] = (((scores - match).abs() <= TIE).sum(dim=1) - 1).clamp_min(0)
+
+    def recalls(self, depth: int) -> torch.Tensor:
+        """[n] for depth up to that of the search: a query with ties counts by its chance in a random order."""
+        return ((depth - self.better).double() / (self.tied + 1)).clamp(0, 1)
 
 
 def run(queries: UnitRows, corpus: UnitRows, searches: Sequence[Search], *, own: int | None = None) -> None:
     """Answer all searches in one pass. Query i is corpus row ``own + i`` and left out there, unless ``own`` is None."""
     for rows, scores, bound in _blocks(queries, corpus):
-        _leave_out_self(scores, rows, slice(0, corpus.count), own)
+        leave_out_self(scores, rows, slice(0, corpus.count), own)
         for search in searches:
             search.take(rows, scores[:, search.columns], bound)
     for search in searches:
         candidates = corpus.exact[search.columns]
-        for rows in search.undecided.split(max(1, EXACT_BLOCK_ELEMENTS // candidates.shape[0])):
+        columns = torch.arange(candidates.shape[0]).unsqueeze(0)
+        for rows in search.take_undecided().split(max(1, EXACT_BLOCK_ELEMENTS // candidates.shape[0])):
             scores = queries.exact[rows] @ candidates.T
-            _leave_out_self(scores, rows, search.columns, own)
-            search.settle(rows, scores)
+            leave_out_self(scores, rows, search.columns, own)
+            search.settle(rows, scores, columns)
 
 
-def _leave_out_self(scores: torch.Tensor, rows: torch.Tensor, columns: slice, own: int | None) -> None:
+def leave_out_self(scores: torch.Tensor, rows: torch.Tensor, columns: slice, own: int | None) -> None:
+    """Set the scores of queries ``rows`` with themselves, corpus rows ``own + rows``, below any other."""
     if own is not None and columns.start <= own < columns.stop:
-        scores[torch.arange(rows.numel()), rows + (own - columns.start)] = -torch.inf
+        scores[torch.arange(rows.numel(), device=rows.device), rows + (own - columns.start)] = -torch.inf
 
 
 def _blocks(queries: UnitRows, corpus: UnitRows) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -220,15 +256,7 @@ def _blocks(queries: UnitRows, corpus: UnitRows) -> Iterator[tuple[torch.Tensor,
             yield rows, queries.exact[part] @ corpus.exact.T, score_error(corpus.width, DOUBLE_ROUNDING)
 
 
-def nearest(rows: torch.Tensor, k: int) -> Nearest:
-    """The k nearest other rows of each of the rows [n, D], n > k."""
-    units = UnitRows.of(rows)
-    search = Nearest(slice(0, units.count), k, units.count)
-    run(units, units, [search], own=0)
-    return search
-
-
-def overlap(first: Nearest, second: Nearest) -> float:
-    """Mean share of common neighbours of two searches with the same queries and k."""
+def overlaps(first: Nearest, second: Nearest) -> torch.Tensor:
+    """[n], the share of common neighbours of two searches with the same queries and k."""
     merged = torch.cat((first.indices, second.indices), dim=1).sort(dim=1).values
-    return float((merged[:, 1:] == merged[:, :-1]).sum()) / first.indices.numel()
+    return (merged[:, 1:] == merged[:, :-1]).sum(dim=1).double() / first.k

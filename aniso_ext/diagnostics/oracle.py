@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from aniso_ext.diagnostics import spectra
-from aniso_ext.diagnostics.alignment import AlignmentReport, Settings, measure
-from aniso_ext.diagnostics.neighbours import nearest, unit_rows
-from aniso_ext.diagnostics.report import Report, emit, format_number
-from aniso_ext.diagnostics.rows import choose_rows, load, open_paired
+from aniso_ext.diagnostics.alignment import AlignmentReport, measure
+from aniso_ext.diagnostics.alignment_intervals import Settings
+from aniso_ext.diagnostics.neighbours import unit_rows
+from aniso_ext.diagnostics.report import Report, emit, format_number, scalars
+from aniso_ext.diagnostics.rows import choose_device, choose_rows, load, open_paired
+from aniso_ext.diagnostics.searches import by_halves, nearest
 from aniso_ext.errors import InputError
 
 
@@ -34,6 +38,12 @@ class OraclePathReport(Report):
     points: tuple[OraclePoint, ...]
     warnings: tuple[str, ...] = ()
 
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"top_k": point.top_k, "alpha": point.alpha, "energy": point.energy, **scalars(point.alignment)}
+            for point in self.points
+        ]
+
     def __str__(self) -> str:
         names = ("delta_mu", "phi", "psi", "omega", "m_z", "m_x", "a_r", "paired_cosine", "recall_at_1", "recall_at_10")
         head = ("Delta_mu", "Phi", "Psi", "Omega", "M_Z", "M_X", "A_r", "cosine", "R@1", "R@10")
@@ -56,6 +66,7 @@ def oracle_path(
     k: int = 20,
     max_pairs: int | None = 2_000,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> OraclePathReport:
     """Walk from the shifted source to its paired target along the leading residual directions (METHOD section 5).
 
@@ -73,6 +84,7 @@ def oracle_path(
         k: neighbours of omega and mixing.
         max_pairs: above this many pairs, a uniform sample drawn with ``seed`` is used; each point is one alignment.
         seed: of the sample; psi is exact.
+        device: "cpu" or "cuda"; None is the device of CUDA inputs, else a GPU if there is one, else the CPU.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
@@ -94,14 +106,15 @@ def oracle_path(
     if not shares or not all(0 <= alpha <= 1 for alpha in shares):
         raise InputError(f"alphas must be shares between 0 and 1, got {list(alphas)}")
     chosen = choose_rows(ys.count, max_pairs, seed)
-    y, x = load(ys, chosen), load(xs, chosen)
+    place = choose_device(device, source, target)
+    y, x = (load(rows, chosen, place).double() for rows in (ys, xs))
 
     shifted = y - y.mean(dim=0) + x.mean(dim=0)
     residual = x - shifted
     spectrum, vectors = spectra.eigenpairs(spectra.second_moment(residual))
     curve = spectrum.cumsum(0) / spectrum.sum()
-    settings = Settings(k=k, psi_pairs=None, seed=seed)
-    source_neighbours = nearest(y, k)
+    settings = Settings(k=k, psi_pairs=None, seed=seed, half=by_halves(place))
+    source_neighbours = nearest(y, k, half=settings.half)
     points = []
     for rank in ranks:
         step = residual @ vectors[:, :rank] @ vectors[:, :rank].T

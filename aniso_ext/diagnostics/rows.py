@@ -11,11 +11,12 @@ import torch
 
 from aniso_ext.errors import InputError
 
+CPU = torch.device("cpu")
 BATCH_ROWS = 8192
 
 
 class Rows:
-    """A named [N, D] matrix of floating numbers that is read in pieces, as float64 on the CPU."""
+    """A named [N, D] matrix of floating numbers that is read in pieces, by default as float64 on the CPU."""
 
     def __init__(self, name: str, source: Any, shape: Sequence[int]) -> None:
         if len(shape) != 2:
@@ -26,25 +27,30 @@ class Rows:
             raise InputError(f"{name} has width 0: pass embeddings")
         self._source = source
 
-    def read(self, rows: slice | np.ndarray) -> torch.Tensor:
-        """The rows of a slice or of an index array, [n, D] float64; a non-finite one is an :class:`InputError`."""
+    def read(
+        self, rows: slice | np.ndarray, device: torch.device = CPU, dtype: torch.dtype | None = torch.float64
+    ) -> torch.Tensor:
+        """The rows of a slice or of an index array, [n, D] contiguous; a non-finite one is an :class:`InputError`.
+
+        ``dtype=None`` leaves them in the type that they are stored in.
+        """
         source = self._source
         if isinstance(source, torch.Tensor):
-            piece = source[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(source.device)]
-            values = piece.detach().to(device="cpu", dtype=torch.float64).contiguous()
+            piece = source[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(source.device)].detach()
         else:
-            array = source[rows] if isinstance(source, np.ndarray) else source.read(rows)
-            values = torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+            array = np.asarray(source[rows] if isinstance(source, np.ndarray) else source.read(rows))
+            piece = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+        values = piece.to(device).to(piece.dtype if dtype is None else dtype).contiguous()
         self._check_finite(values, rows)
         return values
 
-    def batches(self, batch_rows: int = BATCH_ROWS) -> Iterator[torch.Tensor]:
-        """All rows in order, at most ``batch_rows`` at a time."""
+    def batches(self, batch_rows: int = BATCH_ROWS, *, device: torch.device = CPU) -> Iterator[torch.Tensor]:
+        """All rows in order as float64, at most ``batch_rows`` at a time."""
         for start in range(0, self.count, batch_rows):
-            yield self.read(slice(start, min(start + batch_rows, self.count)))
+            yield self.read(slice(start, min(start + batch_rows, self.count)), device)
 
     def _check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
-        bad = (~torch.isfinite(values.square().sum(dim=1))).nonzero().flatten()
+        bad = (~torch.isfinite(values.double().square().sum(dim=1))).nonzero().flatten()
         if bad.numel():
             first = int(bad[0])
             row = (rows.start or 0) + first if isinstance(rows, slice) else int(rows[first])
@@ -113,6 +119,43 @@ def choose_rows(count: int, max_rows: int | None, seed: int) -> np.ndarray | Non
     return np.sort(np.random.default_rng(seed).choice(count, size=max_rows, replace=False))
 
 
-def load(rows: Rows, chosen: np.ndarray | None) -> torch.Tensor:
-    """The chosen rows (None: all of them) in memory, [n, D] float64."""
-    return rows.read(slice(0, rows.count) if chosen is None else chosen)
+def choose_device(device: torch.device | str | None, *values: Any) -> torch.device:
+    """Where work is done: the ``device`` asked for, else that of CUDA inputs, else a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: it is no device of this machine, or neither the CPU nor CUDA.
+    """
+    if device is None:
+        placed = [value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda]
+        return placed[0] if placed else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device = {device!r} is unknown: pass 'cpu' or 'cuda'") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device = {device!r} is not supported: pass 'cpu' or 'cuda'")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device = {device!r}, but torch finds no CUDA device: pass device='cpu'")
+    return chosen
+
+
+def load(rows: Rows, chosen: np.ndarray | None, device: torch.device = CPU) -> torch.Tensor:
+    """The chosen rows (None: all of them) in memory, [n, D]: float64 on the CPU, elsewhere in their own dtype."""
+    if device.type == "cpu":
+        return rows.read(slice(0, rows.count) if chosen is None else chosen)
+    count = rows.count if chosen is None else len(chosen)
+    loaded: torch.Tensor | None = None
+    for start in range(0, count, BATCH_ROWS):
+        stop = min(start + BATCH_ROWS, count)
+        batch = rows.read(slice(start, stop) if chosen is None else chosen[start:stop], device, None)
+        if loaded is None:
+            loaded = torch.empty(count, rows.width, dtype=batch.dtype, device=device)
+        loaded[start:stop] = batch
+    assert loaded is not None
+    return loaded
+
+
+def pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Matching float64 pieces of matrices with the same number of rows."""
+    for parts in zip(*(matrix.split(BATCH_ROWS) for matrix in rows), strict=True):
+        yield tuple(part.double() for part in parts)

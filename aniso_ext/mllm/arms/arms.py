@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aniso_ext.errors import InputError
@@ -41,6 +41,8 @@ class Arm:
 
 _NOISE = (0.01, 0.02, 0.04, 0.08)
 """In 512 dimensions these have lengths from 0.2 to 1.8, around the residual of real encoders."""
+_METHOD_NOISE = (0.01, 0.02, 0.04)
+"""Levels on stand-ins of a method, beside none: what is left to blur is less than that of the source itself."""
 
 ARMS = {
     arm.name: arm
@@ -61,16 +63,42 @@ ARMS = {
 """By name, from the floor to the bound."""
 
 
-def choose_arms(names: Iterable[str] | None) -> list[Arm]:
+def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> list[Arm]:
     """Arms by name, in the order of :data:`ARMS`; ``noise`` is all of its levels. None is every arm.
+
+    Args:
+        names: of arms, or ``all`` among them.
+        noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one.
 
     Raises:
         InputError: an unknown name.
+
+    Example:
+        >>> [arm.name for arm in choose_arms(["realign"], noise="each")]
+        ['realign', 'realign-0.01', 'realign-0.02', 'realign-0.04']
     """
-    if names is None:
-        return list(ARMS.values())
-    wanted = set(names)
+    if noise not in (None, "each"):
+        raise InputError(f"noise must be 'each' or None, got {noise!r}")
     known = {*ARMS, *(arm.tuned for arm in ARMS.values() if arm.tuned)}
-    if unknown := sorted(wanted - known):
-        raise InputError(f"unknown arm {unknown[0]!r}: choose of {', '.join(sorted(known))}")
-    return [arm for arm in ARMS.values() if arm.name in wanted or arm.tuned in wanted]
+    wanted = {"all"} if names is None else set(names)
+    if unknown := sorted(wanted - known - {"all"}):
+        raise InputError(f"unknown arm {unknown[0]!r}: choose of all, {', '.join(sorted(known))}")
+    chosen = [arm for arm in ARMS.values() if {"all", arm.name, arm.tuned} & wanted]
+    return chosen if noise is None else [level for arm in chosen for level in _levels(arm)]
+
+
+def _levels(arm: Arm) -> list[Arm]:
+    """An arm with a method as it is, and with more noise; where the method has noise of its own, with other values."""
+    from aniso_ext.align import make_aligner
+
+    if arm.method is None:
+        return [arm]
+    own = make_aligner(arm.method).get_params().get("noise_std")
+    found = [replace(arm, tuned=arm.name)]
+    for sigma in _METHOD_NOISE:
+        name = f"{arm.name}-{sigma}"
+        if own is None:
+            found.append(replace(arm, name=name, tuned=arm.name, noise_std=sigma))
+        elif sigma != own:
+            found.append(replace(arm, name=name, tuned=arm.name, options={**arm.options, "noise_std": sigma}))
+    return found

@@ -52,5 +52,5 @@ def _panel(panel: Any, ladder: Ladder, arms: list[str], name: str) -> None:
 
 
 def _label(ladder: Ladder, arm: str) -> str:
-    level = ladder.chosen.get(arm)
-    return arm if level is None else f"{arm} (σ = {level.partition('-')[2]})"
+    level = ladder.chosen.get(arm, arm)
+    return arm if level == arm else f"{arm} (σ = {level.removeprefix(arm).lstrip('-')})"

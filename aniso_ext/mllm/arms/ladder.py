@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aniso_ext.data import open_embeddings
+from aniso_ext.errors import InputError
 from aniso_ext.mllm.arms.arms import Arm
 from aniso_ext.mllm.arms.table import RESULT, Ladder, read_ladder
 from aniso_ext.mllm.options import TrainOptions
@@ -91,6 +92,7 @@ def run_ladder(
     model: LadderModel | None = None,
     options: TrainOptions | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    tuning_seeds: int | None = None,
     jobs: int = 1,
     max_new_tokens: int = 24,
     batch_size: int = 256,
@@ -108,6 +110,8 @@ def run_ladder(
         output: folder of all that is shared or kept.
         model, options: of every run; the seed is that of the run.
         seeds: of weights, order and noise.
+        tuning_seeds: with so many of the seeds all arms of a group are run, and with the others only the chosen one;
+            None runs every arm with every seed.
         jobs: runs at a time, in processes of their own.
         max_new_tokens, batch_size: of the evaluation.
         fit_options: of every fit that knows them, e.g. {"device": "cuda"}.
@@ -115,25 +119,41 @@ def run_ladder(
 
     Returns:
         The results, with :meth:`Ladder.table` and so on.
+
+    Raises:
+        InputError: arms are reported as one, and there are no validation questions to choose by.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     model, options = model or LadderModel(), options or TrainOptions(stages=("full",), learning_rate=1e-3)
-    runs = [
-        _Job(arm, seed, data, model, options, str(folder), max_new_tokens, batch_size)
-        for seed in seeds
-        for arm in arms
-    ]
-    missing = [job for job in runs if not (job.place / RESULT).is_file()]
-    for job in missing:
-        _prepare(job)
-        _fit(job, fit_options or {})
-    done = len(runs) - len(missing)
-    for job in _finished(missing, jobs):
-        done += 1
-        if progress is not None:
-            progress(done, len(runs), f"{job.arm.name}, seed {job.seed}")
-    return read_ladder(folder, [arm.name for arm in arms])
+    groups = {arm.tuned or arm.name for arm in arms}
+    if len(groups) < len(arms) and data.validation_questions is None:
+        raise InputError(
+            f"{len(arms)} arms are reported as {len(groups)}, the best of each group: give the comparison validation "
+            "questions to choose by, or arms that stand for themselves"
+        )
+    count = len(seeds) if tuning_seeds is None else tuning_seeds
+    tuning, others = seeds[:count], seeds[count:]
+    total = len(arms) * len(tuning) + len(groups) * len(others)
+    done, wanted = 0, list(arms)
+    for part in (tuning, others):
+        runs = [
+            _Job(arm, seed, data, model, options, str(folder), max_new_tokens, batch_size)
+            for seed in part
+            for arm in wanted
+        ]
+        missing = [job for job in runs if not (job.place / RESULT).is_file()]
+        for job in missing:
+            _prepare(job)
+            _fit(job, fit_options or {})
+        done += len(runs) - len(missing)
+        for job in _finished(missing, jobs):
+            done += 1
+            if progress is not None:
+                progress(done, total, f"{job.arm.name}, seed {job.seed}")
+        found = read_ladder(folder, [arm.name for arm in arms])
+        wanted = [arm for arm in arms if found.chosen.get(arm.tuned or arm.name, arm.name) == arm.name]
+    return found
 
 
 def _finished(runs: Sequence[_Job], jobs: int) -> Any:

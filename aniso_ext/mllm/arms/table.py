@@ -56,7 +56,8 @@ class Ladder:
         """Markdown: mean ± standard deviation over the seeds, and in brackets the recovered share."""
         lines = ["| arm | " + " | ".join(self.names) + " |", "|---|" + "---|" * len(self.names)]
         for arm in self.scores:
-            shown = f"{arm} ({self.chosen[arm]})" if arm in self.chosen else arm
+            level = self.chosen.get(arm, arm)
+            shown = arm if level == arm else f"{arm} ({level})"
             lines.append(f"| {shown} | " + " | ".join(self._cell(arm, name) for name in self.names) + " |")
         return "\n".join(lines)
 
@@ -103,18 +104,30 @@ def read_ladder(folder: str | os.PathLike[str], arms: Sequence[str] | None = Non
     found = {arm: sorted(results[arm], key=lambda one: one["seed"]) for arm in order if arm in results}
     if not found:
         raise DataError(f"{root} has no results of runs: train an arm first")
+    groups: dict[str, list[str]] = {}
+    for arm, runs in found.items():
+        groups.setdefault(runs[0]["tuned"] or arm, []).append(arm)
     scores: dict[str, dict[str, list[float]]] = {}
     chosen: dict[str, str] = {}
-    best: dict[str, float] = {}
-    for arm, runs in found.items():
-        name = runs[0]["tuned"] or arm
-        if name != arm:
-            value = float(np.mean([_headline(run) for run in runs]))
-            if name in best and value <= best[name]:
-                continue
-            best[name], chosen[name] = value, arm
+    for name, members in groups.items():
+        best = _best({arm: found[arm] for arm in members})
+        if best != name or len(members) > 1:
+            chosen[name] = best
+        runs = found[best]
         scores[name] = {key: [run["scores"][key]["value"] for run in runs] for key in runs[0]["scores"]}
     return Ladder(scores, chosen)
+
+
+def _best(members: dict[str, list[dict[str, Any]]]) -> str:
+    """The arm of a group with the best validation scores, over the seeds that all of the group have."""
+    if len(members) == 1:
+        return next(iter(members))
+    seeds = {arm: {run["seed"] for run in runs} for arm, runs in members.items()}
+    common = set.intersection(*seeds.values()) or set.union(*seeds.values())
+    means = {
+        arm: float(np.mean([_headline(run) for run in runs if run["seed"] in common])) for arm, runs in members.items()
+    }
+    return max(means, key=means.__getitem__)
 
 
 def _headline(run: dict[str, Any]) -> float:
