@@ -107,6 +107,24 @@ def markdown(title: str, gap: GapReport, rows: Sequence[Mapping[str, Any]]) -> s
     return "\n".join(lines) + "\n"
 
 
+def check_device(name: str | None) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        typer.BadParameter: torch says why.
+    """
+    if name is None:
+        return
+    import torch
+    import typer
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"torch cannot use {name!r}: {reason}", param_hint="--device") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
