@@ -1,9 +1,9 @@
-"""Everything that is measured of one pair of sets and its stand-ins, in one value that prints, saves and is read back."""
+"""All that is measured of one pair of sets and its stand-ins, in one value that prints, saves and is read back."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -246,7 +246,8 @@ def study(
         >>> from aniso_ext import diagnostics, worlds
         >>> y, x = worlds.simulate_gap(600, world=worlds.GapWorld.small(24), seed=0)
         >>> shift = lambda rows: rows - y.mean(axis=0) + x.mean(axis=0)
-        >>> found = diagnostics.study(y, x, methods={"shift": shift}, options=StudyOptions(k=5, bootstrap=0, oracle=False))
+        >>> quick = StudyOptions(k=5, bootstrap=0, oracle=False)
+        >>> found = diagnostics.study(y, x, methods={"shift": shift}, options=quick)
         >>> list(found.methods), found.verdict["composition"].outcome
         (['identity', 'shift'], 'residual')
     """
@@ -254,18 +255,21 @@ def study(
     given = dict(methods or {})
     _check_names(given, initial, bounds)
     clock = Clock(progress or (lambda text: nullcontext()))
-    ys, xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
+    ys, _ = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
     rows = JudgedRows(source, ys.count, ys.width, choose_rows(ys.count, options.max_pairs, options.seed))
     for name, value in given.items():
         rows.check(name, value)
     y, x = rows.source, rows.read(target)
 
-    shared = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
-    import inspect  # TEMP
-
-    shared = {k: v for k, v in shared.items() if k in inspect.signature(gap).parameters}  # TEMP
     with clock.step("gap", f"measuring the gap of {ys.count:,} pairs"), quietly():
-        measured_gap = gap(source, target, basis=None if frame is None else frame.basis, **shared)
+        measured_gap = gap(
+            source,
+            target,
+            basis=None if frame is None else frame.basis,
+            bootstrap=options.bootstrap,
+            seed=options.seed,
+            device=options.device,
+        )
     stand_ins, starts = {}, {}
     for name, value in given.items():
         with clock.step("stand-ins", f"making the stand-ins of {name}"):
@@ -275,20 +279,12 @@ def study(
     reports = {}
     for name, z in {IDENTITY: y, **stand_ins}.items():
         with clock.step("alignment", f"judging {name}"), quietly():
-            found = alignment(y, x, z, k=options.k, max_pairs=None, **shared)
-        texts = tuple(text.replace("transformed has", f"{name}: the result has", 1) for text in found.warnings)
-        reports[name] = replace(found, n_available=ys.count, warnings=texts)
+            reports[name] = _judged(name, y, x, z, ys.count, options)
     oracle = None
     if options.oracle and ys.count > options.k:
+        most = max(options.oracle_pairs, options.k + 1)
         with clock.step("oracle path", "walking the oracle path"), quietly():
-            oracle = oracle_path(
-                y,
-                x,
-                k=options.k,
-                max_pairs=max(options.oracle_pairs, options.k + 1),
-                seed=options.seed,
-                **{k: v for k, v in shared.items() if k == "device"},
-            )  # TEMP
+            oracle = oracle_path(y, x, k=options.k, max_pairs=most, seed=options.seed, device=options.device)
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
@@ -312,6 +308,21 @@ def study(
     if not origin.command:
         origin = replace(origin, command=_python_command(given, options))
     return Study(measured_gap, reports, oracle, phases, projected, sizes, origin, record, warnings)
+
+
+def _judged(name: str, y: Any, x: Any, z: Any, available: int, options: StudyOptions) -> AlignmentReport:
+    found = alignment(
+        y,
+        x,
+        z,
+        k=options.k,
+        max_pairs=None,
+        seed=options.seed,
+        bootstrap=options.bootstrap,
+        device=options.device,
+    )
+    texts = tuple(text.replace("transformed has", f"{name}: the result has", 1) for text in found.warnings)
+    return replace(found, n_available=available, warnings=texts)
 
 
 def _rows_of(
