@@ -260,10 +260,7 @@ def study(
         rows.check(name, value)
     y, x = rows.source, rows.read(target)
 
-    shared = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
-    import inspect  # TEMP
-
-    shared = {k: v for k, v in shared.items() if k in inspect.signature(gap).parameters}  # TEMP
+    shared: dict[str, Any] = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
     with clock.step("gap", f"measuring the gap of {ys.count:,} pairs"), quietly():
         measured_gap = gap(source, target, basis=None if frame is None else frame.basis, **shared)
     stand_ins, starts = {}, {}
@@ -287,8 +284,8 @@ def study(
                 k=options.k,
                 max_pairs=max(options.oracle_pairs, options.k + 1),
                 seed=options.seed,
-                **{k: v for k, v in shared.items() if k == "device"},
-            )  # TEMP
+                device=options.device,
+            )
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
@@ -324,7 +321,7 @@ def _rows_of(
     options: StudyOptions,
 ) -> tuple[PhaseReport | None, ProjectionReport | None, CorrectionReport | None]:
     """What is said of rows: phases in the blocks of a frame, a plane, sizes of corrections; None where none can be."""
-    chosen = {"max_rows": options.row_pairs, "seed": options.seed}
+    chosen: dict[str, Any] = {"max_rows": options.row_pairs, "seed": options.seed}
     phases = None if frame is None else phase_report(y, x, stand_ins, frame, **chosen)
     plane = (
         projection(y, x, stand_ins, max_rows=min(PLANE_ROWS, options.row_pairs), seed=options.seed)
