@@ -1,4 +1,4 @@
-"""The page of a study: well-formed, self-contained, every method in its tables, and nothing of a name taken for markup."""
+"""The page of a study: well-formed, self-contained, every method in its tables, and no name taken for markup."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_names_are_texts_and_never_markup(html: str, page: Page) -> None:
     assert html.count("<script") == 1 and "<img src=x" not in html and "</style></title>" not in html
     assert "{{ 7 * 7 }}{% raw %}" in page.text and "emoji 🙂 $x_1$ & co" in page.text
     assert all("onerror" not in attributes for _, attributes in page.tags)
-    assert page.all("img") and all("x" != one["src"] for one in page.all("img"))
+    assert page.all("img") and all(one["src"] != "x" for one in page.all("img"))
 
 
 def test_markdown_and_notebook_escape_names_too(study: Study) -> None:
@@ -214,14 +214,16 @@ def test_warnings_stand_in_the_section_of_their_numbers(study: Study) -> None:
     assert "not unit vectors" in html.split('<section id="stand-ins"')[1].split("</section>")[0]
 
 
-def test_a_comparison_sets_studies_side_by_side(study: Study, pairs: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+def test_a_comparison_sets_studies_side_by_side(
+    study: Study, pairs: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra plots")
     other = diagnostics.study(pairs[1], pairs[0], options=StudyOptions(k=5, bootstrap=0, oracle=False, rows=False))
     text = diagnostics.compare({HOSTILE[0]: study, "other": other}).to_html()
     page = Page(text)
     assert text.count("<script") == 1 and len(page.all("img")) == 4
     outcomes, _, gaps, methods, _ = page.tables
-    assert outcomes[0] == gaps[0][:0] + ["topic", HOSTILE[0], "other"]
+    assert outcomes[0] == [*gaps[0][:0], "topic", HOSTILE[0], "other"]
     shown = {row[0]: row[1:] for row in outcomes[1:]}
     assert shown["premise"] == [study.verdict["premise"].outcome, other.verdict["premise"].outcome]
     assert shown["headroom"][1] == "–"
@@ -232,5 +234,7 @@ def test_a_comparison_sets_studies_side_by_side(study: Study, pairs: tuple[np.nd
 
 def test_the_files_of_the_page_are_installed_with_the_package() -> None:
     text = (Path(aniso.__file__).parents[1] / "pyproject.toml").read_text()
-    suffixes = {path.suffix for path in Path(aniso.__file__).parent.glob("diagnostics/html/*") if path.is_file()} - {".py"}
+    suffixes = {path.suffix for path in Path(aniso.__file__).parent.glob("diagnostics/html/*") if path.is_file()} - {
+        ".py"
+    }
     assert all(f'"*{suffix}"' in text for suffix in suffixes)

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def from_plain(kind: type[Record], value: Any, place: str = "") -> Record:
     """
     if not isinstance(value, Mapping):
         raise DataError(f"{place or kind.__name__} must be an object, got {_short(value)}: write the report again")
-    hints = _hints(kind)
+    hints = _hints(cast("Any", kind))
     found = {}
     for name, hint in hints.items():
         if name in value:
@@ -92,8 +92,8 @@ def _read_value(hint: Any, origin: Any, arguments: tuple[Any, ...], value: Any, 
         array = np.array(value)
         return array.astype(float) if array.dtype == object else array
     if hasattr(hint, "_fields"):
-        kinds = get_type_hints(hint)
-        return hint(*(_read(kinds[name], item, place) for name, item in zip(hint._fields, value, strict=True)))
+        named = get_type_hints(hint)
+        return hint(*(_read(named[name], item, place) for name, item in zip(hint._fields, value, strict=True)))
     if origin is tuple:
         kinds = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
         return tuple(_read(one, item, f"{place}[{i}]") for i, (one, item) in enumerate(zip(kinds, value, strict=True)))

@@ -1,9 +1,9 @@
-"""Everything that is measured of one pair of sets and its stand-ins, in one value that prints, saves and is read back."""
+"""Everything that is measured of a pair of sets and its stand-ins, in one value that prints, saves and is read back."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -246,7 +246,8 @@ def study(
         >>> from aniso_ext import diagnostics, worlds
         >>> y, x = worlds.simulate_gap(600, world=worlds.GapWorld.small(24), seed=0)
         >>> shift = lambda rows: rows - y.mean(axis=0) + x.mean(axis=0)
-        >>> found = diagnostics.study(y, x, methods={"shift": shift}, options=StudyOptions(k=5, bootstrap=0, oracle=False))
+        >>> quick = diagnostics.StudyOptions(k=5, bootstrap=0, oracle=False)
+        >>> found = diagnostics.study(y, x, methods={"shift": shift}, options=quick)
         >>> list(found.methods), found.verdict["composition"].outcome
         (['identity', 'shift'], 'residual')
     """
@@ -254,7 +255,7 @@ def study(
     given = dict(methods or {})
     _check_names(given, initial, bounds)
     clock = Clock(progress or (lambda text: nullcontext()))
-    ys, xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
+    ys, _xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
     rows = JudgedRows(source, ys.count, ys.width, choose_rows(ys.count, options.max_pairs, options.seed))
     for name, value in given.items():
         rows.check(name, value)
@@ -290,12 +291,12 @@ def study(
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
             phases, projected, sizes = _rows_of(y, x, stand_ins, frame, starts, bounds or {}, options)
-    texts: list[str] = [
+    said: list[str] = [
         text
         for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes)
         for text in getattr(one, "warnings", ())
     ]
-    warnings = tuple(dict.fromkeys(texts))
+    warnings = tuple(dict.fromkeys(said))
     emit(warnings)
     record = Measured(
         rows=ys.count,

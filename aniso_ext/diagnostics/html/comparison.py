@@ -146,8 +146,8 @@ def _measured(studies: Mapping[str, Study]) -> Table:
         for name, study in studies.items()
     )
     columns = (
-        Column("study", False), Column("source", False), Column("target", False), Column("pairs"), Column("judged"), Column("k"),
-        Column("date", False),
+        Column("study", False), Column("source", False), Column("target", False), Column("pairs"), Column("judged"),
+        Column("k"), Column("date", False),
     )  # fmt: skip
     return Table("What was measured", columns, rows)
 
@@ -169,7 +169,8 @@ def gap_pictures(gaps: Mapping[str, GapReport]) -> list[Picture]:
         picture(
             lambda theme, width: overlay(gaps, _target_spectrum, "energy over average", theme, width, log=True),
             alt=f"Target spectra over the share of directions. {spectra}.",
-            caption="Target variances along the principal directions, over their average. Steeper is a smaller dominant "
+            caption="Target variances along the principal directions, over their average. Steeper is a smaller "
+            "dominant "
             "geometry.",
         ),
         picture(

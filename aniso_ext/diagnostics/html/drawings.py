@@ -40,7 +40,8 @@ def gap_pictures(gap: GapReport) -> list[Picture]:
             _of(figures.covariance_spectra, gap),
             alt=f"Spectra of both covariances fall off with correlation C_lambda {c} of their logarithms over "
             f"{gap.c_lambda_count} eigenvalues.",
-            caption="Variances along the principal directions of each cloud. Lines that run side by side are a compatible "
+            caption="Variances along the principal directions of each cloud. Lines that run side by side are a "
+            "compatible "
             "fall-off.",
         ),
         picture(
@@ -99,7 +100,8 @@ def method_pictures(methods: Mapping[str, AlignmentReport], oracle: OraclePathRe
         picture(
             _of(figures.penetration_and_coverage, methods),
             alt=f"Penetration M_Z and coverage M_X, 1 being mixed as by chance. {bars}",
-            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has piled up "
+            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has "
+            "piled up "
             "or spread out.",
         ),
         picture(
@@ -138,7 +140,8 @@ def phase_pictures(phases: PhaseReport) -> list[Picture]:
             dense=True,
             alt=f"Phase histograms in the {len(phases.blocks)} strongest blocks. Largest difference of concentration "
             f"to the target: {furthest}",
-            caption="Angles in the strongest blocks of the frame; filled are the targets. Lines should follow the filled "
+            caption="Angles in the strongest blocks of the frame; filled are the targets. Lines should follow the "
+            "filled "
             "shape.",
             wide=True,
         ),
@@ -183,8 +186,8 @@ def row_pictures(projection: ProjectionReport | None, corrections: CorrectionRep
                 _of(figures.correction_sizes, corrections),
                 dense=True,
                 alt=f"Lengths by which rows were moved. {sizes}",
-                caption="How far each method moved its rows, and, for a refined one, how much of that is the refinement "
-                "and its bound.",
+                caption="How far each method moved its rows, and, for a refined one, how much of that is the "
+                "refinement and its bound.",
                 wide=True,
             )
         )
