@@ -197,7 +197,7 @@ def test_diagnose_reports_the_librarys_numbers(files: dict[str, Path], tmp_path:
     assert data["methods"][0]["delta_mu"] == pytest.approx(gap.g_mu, abs=1e-9)
     assert data["methods"][2]["delta_mu"] < 0.2 * gap.g_mu
 
-    assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
     written = json.loads((out / "report.json").read_text())
     assert written["methods"] == data["methods"] and written["gap"] == data["gap"]
     text = (out / "report.md").read_text()

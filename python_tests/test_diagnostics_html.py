@@ -18,7 +18,7 @@ from aniso_ext.diagnostics.intervals import Interval
 from aniso_ext.diagnostics.metrics import GAP_METRICS, METHOD_METRICS, Metric
 
 pytestmark = pytest.mark.filterwarnings("ignore::aniso_ext.diagnostics.DiagnosticsWarning")
-WIDTH, ROWS = 24, 160
+WIDTH, ROWS = 24, 90
 OPTIONS = StudyOptions(k=5, bootstrap=0, oracle_pairs=40, row_pairs=60)
 HOSTILE = (
     "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "{{ 7 * 7 }}{% raw %}", "emoji 🙂 $x_1$ & co",
@@ -201,9 +201,9 @@ def test_intervals_are_shown_beside_their_numbers(study: Study) -> None:
     from dataclasses import replace
 
     gap = replace(study.gap, intervals={"g_mu": Interval(0.123, 0.456)})
-    method = replace(study.methods["identity"], intervals={"psi": Interval(0.78, 0.91)})
+    method = replace(study.methods["identity"], intervals={"psi": Interval(0.78, 1.0)})
     text = Page(replace(study, gap=gap, methods={"identity": method}).to_html(figures=False)).text
-    assert "0.123 to 0.456" in text and "0.780 to 0.910" in text
+    assert "0.123 to 0.456" in text and "0.780 to 1.000" in text
 
 
 def test_warnings_stand_in_the_section_of_their_numbers(study: Study) -> None:
@@ -223,7 +223,7 @@ def test_a_comparison_sets_studies_side_by_side(
     page = Page(text)
     assert text.count("<script") == 1 and len(page.all("img")) == 4
     outcomes, _, gaps, methods, _ = page.tables
-    assert outcomes[0] == ["topic", HOSTILE[0], "other"]
+    assert outcomes[0] == [*gaps[0][:0], "topic", HOSTILE[0], "other"]
     shown = {row[0]: row[1:] for row in outcomes[1:]}
     assert shown["premise"] == [study.verdict["premise"].outcome, other.verdict["premise"].outcome]
     assert shown["headroom"][1] == "–"
@@ -234,6 +234,7 @@ def test_a_comparison_sets_studies_side_by_side(
 
 def test_the_files_of_the_page_are_installed_with_the_package() -> None:
     text = (Path(aniso.__file__).parents[1] / "pyproject.toml").read_text()
-    files = Path(aniso.__file__).parent.glob("diagnostics/html/*")
-    suffixes = {path.suffix for path in files if path.is_file()} - {".py"}
+    suffixes = {path.suffix for path in Path(aniso.__file__).parent.glob("diagnostics/html/*") if path.is_file()} - {
+        ".py"
+    }
     assert all(f'"*{suffix}"' in text for suffix in suffixes)

@@ -209,8 +209,10 @@ def files(pairs: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPat
     bad[11] = np.nan
     for name, rows in zip(paths, (*pairs, pairs[0][:-1], bad), strict=True):
         np.save(paths[name], rows)
-    models = {"shift": aniso.make_aligner("mean_shift"), "closed": aniso.AnisoAlign(rank=8, refine=False)}
-    for name, model in models.items():
+    for name, model in (
+        ("shift", aniso.make_aligner("mean_shift")),
+        ("closed", aniso.AnisoAlign(rank=8, refine=False)),
+    ):
         paths[name] = model.fit(*pairs).save_pretrained(folder / name)
     return paths
 
@@ -246,8 +248,9 @@ def test_the_command_compares_finished_reports(files: dict[str, Path], tmp_path:
     result = run("diagnose", "--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c", "--no-figures")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["report.html", "report.json"]
-    missing = run("diagnose", "--compare", tmp_path / "a", tmp_path / "nowhere", "--out", tmp_path / "d")
-    assert "nowhere" in one_error_line(missing)
+    assert "nowhere" in one_error_line(
+        run("diagnose", "--compare", tmp_path / "a", tmp_path / "nowhere", "--out", tmp_path / "d")
+    )
     assert "two studies" in one_error_line(run("diagnose", "--compare", tmp_path / "a", "--out", tmp_path / "d"))
     for words in (("--source", files["source"]), ("--aligner", files["shift"])):
         mixed = run("diagnose", "--compare", tmp_path / "a", *words, "--out", tmp_path / "d")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from os import PathLike
@@ -43,8 +43,8 @@ def from_plain(kind: type[Record], value: Any, place: str = "") -> Record:
     """
     if not isinstance(value, Mapping):
         raise DataError(f"{place or kind.__name__} must be an object, got {_short(value)}: write the report again")
-    hints = _hints(cast(Hashable, kind))
-    found: dict[str, Any] = {}
+    hints = _hints(cast("Any", kind))
+    found = {}
     for name, hint in hints.items():
         if name in value:
             found[name] = _read(hint, value[name], f"{place}.{name}" if place else name)
@@ -92,11 +92,11 @@ def _read_value(hint: Any, origin: Any, arguments: tuple[Any, ...], value: Any, 
         array = np.array(value)
         return array.astype(float) if array.dtype == object else array
     if hasattr(hint, "_fields"):
-        kinds = get_type_hints(hint)
-        return hint(*(_read(kinds[name], item, place) for name, item in zip(hint._fields, value, strict=True)))
+        named = get_type_hints(hint)
+        return hint(*(_read(named[name], item, place) for name, item in zip(hint._fields, value, strict=True)))
     if origin is tuple:
-        places: tuple[Any, ...] = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
-        return tuple(_read(one, item, f"{place}[{i}]") for i, (one, item) in enumerate(zip(places, value, strict=True)))
+        kinds = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
+        return tuple(_read(one, item, f"{place}[{i}]") for i, (one, item) in enumerate(zip(kinds, value, strict=True)))
     if origin is list:
         return [_read(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value)]
     key_kind, item_kind = arguments

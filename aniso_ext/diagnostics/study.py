@@ -1,4 +1,4 @@
-"""All that is measured of one pair of sets and its stand-ins, in one value that prints, saves and is read back."""
+"""Everything that is measured of a pair of sets and its stand-ins, in one value that prints, saves and is read back."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def study(
         >>> from aniso_ext import diagnostics, worlds
         >>> y, x = worlds.simulate_gap(600, world=worlds.GapWorld.small(24), seed=0)
         >>> shift = lambda rows: rows - y.mean(axis=0) + x.mean(axis=0)
-        >>> quick = StudyOptions(k=5, bootstrap=0, oracle=False)
+        >>> quick = diagnostics.StudyOptions(k=5, bootstrap=0, oracle=False)
         >>> found = diagnostics.study(y, x, methods={"shift": shift}, options=quick)
         >>> list(found.methods), found.verdict["composition"].outcome
         (['identity', 'shift'], 'residual')
@@ -255,21 +255,15 @@ def study(
     given = dict(methods or {})
     _check_names(given, initial, bounds)
     clock = Clock(progress or (lambda text: nullcontext()))
-    ys, _ = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
+    ys, _xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
     rows = JudgedRows(source, ys.count, ys.width, choose_rows(ys.count, options.max_pairs, options.seed))
     for name, value in given.items():
         rows.check(name, value)
     y, x = rows.source, rows.read(target)
 
+    shared: dict[str, Any] = {"seed": options.seed, "bootstrap": options.bootstrap, "device": options.device}
     with clock.step("gap", f"measuring the gap of {ys.count:,} pairs"), quietly():
-        measured_gap = gap(
-            source,
-            target,
-            basis=None if frame is None else frame.basis,
-            bootstrap=options.bootstrap,
-            seed=options.seed,
-            device=options.device,
-        )
+        measured_gap = gap(source, target, basis=None if frame is None else frame.basis, **shared)
     stand_ins, starts = {}, {}
     for name, value in given.items():
         with clock.step("stand-ins", f"making the stand-ins of {name}"):
@@ -279,22 +273,30 @@ def study(
     reports = {}
     for name, z in {IDENTITY: y, **stand_ins}.items():
         with clock.step("alignment", f"judging {name}"), quietly():
-            reports[name] = _judged(name, y, x, z, ys.count, options)
+            found = alignment(y, x, z, k=options.k, max_pairs=None, **shared)
+        texts = tuple(text.replace("transformed has", f"{name}: the result has", 1) for text in found.warnings)
+        reports[name] = replace(found, n_available=ys.count, warnings=texts)
     oracle = None
     if options.oracle and ys.count > options.k:
-        most = max(options.oracle_pairs, options.k + 1)
         with clock.step("oracle path", "walking the oracle path"), quietly():
-            oracle = oracle_path(y, x, k=options.k, max_pairs=most, seed=options.seed, device=options.device)
+            oracle = oracle_path(
+                y,
+                x,
+                k=options.k,
+                max_pairs=max(options.oracle_pairs, options.k + 1),
+                seed=options.seed,
+                device=options.device,
+            )
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
             phases, projected, sizes = _rows_of(y, x, stand_ins, frame, starts, bounds or {}, options)
-    texts: list[str] = [
+    said: list[str] = [
         text
         for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes)
         for text in getattr(one, "warnings", ())
     ]
-    warnings = tuple(dict.fromkeys(texts))
+    warnings = tuple(dict.fromkeys(said))
     emit(warnings)
     record = Measured(
         rows=ys.count,
@@ -310,21 +312,6 @@ def study(
     return Study(measured_gap, reports, oracle, phases, projected, sizes, origin, record, warnings)
 
 
-def _judged(name: str, y: Any, x: Any, z: Any, available: int, options: StudyOptions) -> AlignmentReport:
-    found = alignment(
-        y,
-        x,
-        z,
-        k=options.k,
-        max_pairs=None,
-        seed=options.seed,
-        bootstrap=options.bootstrap,
-        device=options.device,
-    )
-    texts = tuple(text.replace("transformed has", f"{name}: the result has", 1) for text in found.warnings)
-    return replace(found, n_available=available, warnings=texts)
-
-
 def _rows_of(
     y: Any,
     x: Any,
@@ -335,7 +322,7 @@ def _rows_of(
     options: StudyOptions,
 ) -> tuple[PhaseReport | None, ProjectionReport | None, CorrectionReport | None]:
     """What is said of rows: phases in the blocks of a frame, a plane, sizes of corrections; None where none can be."""
-    chosen = {"max_rows": options.row_pairs, "seed": options.seed}
+    chosen: dict[str, Any] = {"max_rows": options.row_pairs, "seed": options.seed}
     phases = None if frame is None else phase_report(y, x, stand_ins, frame, **chosen)
     plane = (
         projection(y, x, stand_ins, max_rows=min(PLANE_ROWS, options.row_pairs), seed=options.seed)

@@ -170,7 +170,8 @@ def gap_pictures(gaps: Mapping[str, GapReport]) -> list[Picture]:
             lambda theme, width: overlay(gaps, _target_spectrum, "energy over average", theme, width, log=True),
             alt=f"Target spectra over the share of directions. {spectra}.",
             caption="Target variances along the principal directions, over their average. Steeper is a smaller "
-            "dominant geometry.",
+            "dominant "
+            "geometry.",
         ),
         picture(
             lambda theme, width: overlay(gaps, _residual_spectrum, "residual over average", theme, width, log=True),

@@ -41,7 +41,8 @@ def gap_pictures(gap: GapReport) -> list[Picture]:
             alt=f"Spectra of both covariances fall off with correlation C_lambda {c} of their logarithms over "
             f"{gap.c_lambda_count} eigenvalues.",
             caption="Variances along the principal directions of each cloud. Lines that run side by side are a "
-            "compatible fall-off.",
+            "compatible "
+            "fall-off.",
         ),
         picture(
             _of(figures.subspace_overlap, gap),
@@ -99,8 +100,9 @@ def method_pictures(methods: Mapping[str, AlignmentReport], oracle: OraclePathRe
         picture(
             _of(figures.penetration_and_coverage, methods),
             alt=f"Penetration M_Z and coverage M_X, 1 being mixed as by chance. {bars}",
-            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has piled "
-            "up or spread out.",
+            caption="Mixing seen from the stand-ins and from the targets. A method that is high in one alone has "
+            "piled up "
+            "or spread out.",
         ),
         picture(
             _of(figures.relative_discrepancies, methods),
@@ -139,7 +141,8 @@ def phase_pictures(phases: PhaseReport) -> list[Picture]:
             alt=f"Phase histograms in the {len(phases.blocks)} strongest blocks. Largest difference of concentration "
             f"to the target: {furthest}",
             caption="Angles in the strongest blocks of the frame; filled are the targets. Lines should follow the "
-            "filled shape.",
+            "filled "
+            "shape.",
             wide=True,
         ),
         picture(

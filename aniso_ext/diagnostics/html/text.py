@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from aniso_ext.diagnostics.findings import range_of
@@ -52,13 +53,14 @@ def study_markdown(study: Study) -> str:
     drawn = "" if first.n == first.n_available else f", drawn from {first.n_available:,}"
     lines += ["", f"Judged on {first.n:,} pairs, k = {first.k}{drawn}.", ""]
     lines += [f"- {metric.symbol}: {metric.meaning}" for metric in METHOD_METRICS]
-    fence = "`" * (max((len(run) for run in _fences(study.origin.command)), default=2) + 1)
+    fence = "`" * (max(map(len, _fences(study.origin.command))) + 1)
     lines += ["", "## To repeat", "", f"{fence}bash", study.origin.command, fence]
     return "\n".join(lines) + "\n"
 
 
 def _fences(text: str) -> list[str]:
-    return ["".join(run) for run in text.replace("`", " `").split() if run.startswith("`")] + ["``"]
+    """Runs of back quotes, which the fence around the text must exceed."""
+    return [*re.findall("`+", text), "``"]
 
 
 def _cell(text: str) -> str:
