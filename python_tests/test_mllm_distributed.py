@@ -46,7 +46,10 @@ def run(folder: Path, name: str, *more: str, processes: int = 1) -> dict[str, An
         "--device", "cpu", "--learning-rate", "1e-3", "--save-every", "2", "--json", *more,
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    # about 20 s; processes that wait for each other in vain would wait for half an hour
+    done = subprocess.run(
+        program, capture_output=True, text=True, check=False, env=environment, cwd=folder, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 

@@ -246,8 +246,9 @@ def _check_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     from accelerate import PartialState
 
     path = folder / RUN
-    if resume and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else None
+    PartialState().wait_for_everyone()  # all have looked before the first process writes
+    if before is not None:
         changed = [name for name, value in identity.items() if before.get(name) != value]
         if changed:
             raise DataError(
