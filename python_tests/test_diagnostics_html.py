@@ -18,7 +18,7 @@ from aniso_ext.diagnostics.intervals import Interval
 from aniso_ext.diagnostics.metrics import GAP_METRICS, METHOD_METRICS, Metric
 
 pytestmark = pytest.mark.filterwarnings("ignore::aniso_ext.diagnostics.DiagnosticsWarning")
-WIDTH, ROWS = 24, 160
+WIDTH, ROWS = 24, 90
 OPTIONS = StudyOptions(k=5, bootstrap=0, oracle_pairs=40, row_pairs=60)
 HOSTILE = (
     "<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "{{ 7 * 7 }}{% raw %}", "emoji 🙂 $x_1$ & co",
@@ -201,9 +201,9 @@ def test_intervals_are_shown_beside_their_numbers(study: Study) -> None:
     from dataclasses import replace
 
     gap = replace(study.gap, intervals={"g_mu": Interval(0.123, 0.456)})
-    method = replace(study.methods["identity"], intervals={"psi": Interval(0.78, 0.91)})
+    method = replace(study.methods["identity"], intervals={"psi": Interval(0.78, 1.0)})
     text = Page(replace(study, gap=gap, methods={"identity": method}).to_html(figures=False)).text
-    assert "0.123 to 0.456" in text and "0.780 to 0.910" in text
+    assert "0.123 to 0.456" in text and "0.780 to 1.000" in text
 
 
 def test_warnings_stand_in_the_section_of_their_numbers(study: Study) -> None:
