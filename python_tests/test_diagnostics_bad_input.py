@@ -90,7 +90,7 @@ def test_source_equal_to_target_has_no_gap_and_no_residual() -> None:
 
 
 def test_constant_rows_have_no_geometry() -> None:
-    """All source rows are the same: no covariance, no order of neighbours; ties keep their index order in both spaces."""
+    """All source rows are the same: no covariance and no order of neighbours, so that ties keep their index order."""
     _, x, z = three_sides()
     y = np.tile(np.eye(16)[0], (300, 1))
     gap = diagnostics.gap(y, x, bootstrap=40)

@@ -9,11 +9,13 @@ from test_diagnostics_alignment import duplicated, three_sides
 from test_diagnostics_gap import paired_rows, unit
 
 from aniso_ext import diagnostics
-from aniso_ext.diagnostics import candidates
+from aniso_ext.diagnostics import candidates, consistency
+from aniso_ext.diagnostics import rows as rows_module
 from aniso_ext.diagnostics.alignment import measure
 from aniso_ext.diagnostics.alignment_intervals import Settings
 from aniso_ext.diagnostics.neighbours import Search
 from aniso_ext.diagnostics.searches import nearest
+from aniso_ext.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::aniso_ext.diagnostics.DiagnosticsWarning")
 
@@ -129,29 +131,51 @@ def test_no_more_scores_than_a_block_exist(monkeypatch) -> None:
     assert max(sizes) <= 50_000 and sum(sizes) >= 5 * 600 * 600
 
 
+def test_rows_for_a_device_keep_their_dtype_and_are_checked(tmp_path, monkeypatch) -> None:
+    y, _ = paired_rows(n=500)
+    monkeypatch.setattr(rows_module, "BATCH_ROWS", 64)
+    np.save(tmp_path / "y.npy", y.astype(np.float16))
+    tensor = torch.from_numpy(y).float()
+    chosen = np.array([3, 77, 400])
+    place = torch.device("cpu")
+    for given in (tmp_path / "y.npy", y.astype(np.float16), y.astype(">f4"), tensor, tensor.T.contiguous().T):
+        opened = rows_module.open_rows("source", given)
+        for wanted in (None, chosen):
+            loaded = rows_module.load_stored(opened, wanted, place)
+            assert loaded.element_size() < 8 and torch.equal(loaded.double(), rows_module.load(opened, wanted))
+    assert rows_module.load_stored(rows_module.open_rows("y", tensor), None, place).data_ptr() == tensor.data_ptr()
+    tensor[321, 2] = torch.nan
+    for wanted in (None, np.arange(500)):
+        with pytest.raises(InputError, match=r"y has non-finite .* first in row 321"):
+            rows_module.load_stored(rows_module.open_rows("y", tensor), wanted, place)
+
+
+def test_products_of_random_pairs_are_the_same_gathered_or_grouped() -> None:
+    y, _ = (torch.from_numpy(side) for side in paired_rows(n=300))
+    first, second = consistency.random_pairs(300, 5000, 1)
+    order = first.argsort(stable=True)
+    partners = second[order].split(first.bincount(minlength=300).tolist())
+    gathered = consistency._pair_products(y, first, second)[order]
+    torch.testing.assert_close(gathered, consistency._partner_products(y, partners), rtol=0, atol=24 * 2.0**-24)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_gpu_reports_what_the_cpu_reports(world: str, dtype: torch.dtype) -> None:
     sides, k = WORLDS[world]
     rows = [torch.from_numpy(side).to(dtype) for side in sides]
-    options = {"k": k, "exact_psi": True}
-    cpu = diagnostics.alignment(*rows, device="cpu", **options)
-    counts = ("n", "k", "omega", "omega_tied", "m_z", "m_x", "recall_at_1", "recall_at_10")
-    for placed in (rows, [side.cuda() for side in rows]):
-        gpu = diagnostics.alignment(*placed, device="cuda", bootstrap=40, **options)
-        for name, value in vars(cpu).items():
-            if isinstance(value, float):
-                assert getattr(gpu, name) == pytest.approx(value, rel=1e-9, abs=1e-11, nan_ok=True), name
-        np.testing.assert_equal([getattr(gpu, name) for name in counts], [getattr(cpu, name) for name in counts])
-        assert (
-            gpu.intervals.keys() == diagnostics.alignment(*rows, device="cpu", bootstrap=40, **options).intervals.keys()
+
+    def reports(device: str, *given: torch.Tensor) -> tuple[diagnostics.AlignmentReport, diagnostics.GapReport]:
+        return (
+            diagnostics.alignment(*given, k=k, exact_psi=True, bootstrap=40, device=device),
+            diagnostics.gap(*given[:2], bootstrap=40, device=device),
         )
-    np.testing.assert_allclose(
-        *(
-            [value for value in vars(diagnostics.gap(*rows[:2], device=device)).values() if isinstance(value, float)]
-            for device in ("cpu", "cuda")
-        ),
-        rtol=1e-9,
-        atol=1e-12,
-    )
+
+    expected = reports("cpu", *rows)
+    for placed in (rows, [side.cuda() for side in rows]):
+        for gpu, cpu in zip(reports("cuda", *placed), expected, strict=True):
+            for name, value in vars(cpu).items():
+                if isinstance(value, (int, float)):
+                    assert getattr(gpu, name) == pytest.approx(value, rel=1e-9, abs=1e-11, nan_ok=True), name
+            assert gpu.intervals.keys() == cpu.intervals.keys()

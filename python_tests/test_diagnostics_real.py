@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import aniso_ext as aniso
 from aniso_ext import diagnostics
+from aniso_ext.diagnostics.alignment import measure
+from aniso_ext.diagnostics.alignment_intervals import Settings
 
 PRINTED = 0.0015
 
@@ -23,6 +28,8 @@ def fashion(real_data: Path) -> dict[str, np.ndarray]:
     return {
         "image": image[held_out],
         "text": text[held_out],
+        "image_train": image[train],
+        "text_train": np.random.default_rng(0).permutation(text[train]),
         "image_mean": image[train].astype(np.float64).mean(axis=0),
         "text_mean": text[train].astype(np.float64).mean(axis=0),
     }
@@ -63,3 +70,29 @@ def test_mean_shift(fashion: dict[str, np.ndarray]) -> None:
     check(report, {"omega": 0.964}, 0.01)
     assert report.a_r == pytest.approx(32.5, abs=0.1)
     assert report.omega_tied > 0.2
+
+
+@pytest.mark.filterwarnings("ignore::aniso_ext.diagnostics.DiagnosticsWarning")
+def test_realign(fashion: dict[str, np.ndarray]) -> None:
+    aligner = aniso.make_aligner("realign").fit(fashion["text_train"], fashion["image_train"])
+    report = diagnostics.alignment(fashion["text"], fashion["image"], aligner.transform(fashion["text"]))
+    near = {"delta_mu": 0.016, "phi": 0.964, "psi": 0.991, "m_z": 0.738, "m_x": 0.826, "paired_cosine": 0.738}
+    check(report, {**near, "recall_at_1": 0.196, "recall_at_10": 0.633}, PRINTED)
+    check(report, {"omega": 0.964}, 0.01)
+    assert report.a_r == pytest.approx(32.5, abs=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::aniso_ext.diagnostics.DiagnosticsWarning")
+def test_half_precision_candidates_find_the_same(fashion: dict[str, np.ndarray]) -> None:
+    """A quarter of the captions are copies: lists overflow, and what they cannot decide is settled on all scores.
+
+    Intervals of omega depend on how often the neighbour k + 1 is shared, and which of equal ones that is, is left open.
+    """
+    text = torch.from_numpy(fashion["text"]).double()
+    image = torch.from_numpy(fashion["image"]).double()
+    shifted = text - torch.from_numpy(fashion["text_mean"]) + torch.from_numpy(fashion["image_mean"])
+    rows = text[:2500], image[:2500], shifted[:2500]
+    single, half = (measure(*rows, Settings(psi_pairs=None, bootstrap=40, half=half)) for half in (False, True))
+    assert replace(half, intervals={}) == replace(single, intervals={})
+    for name, bounds in single.intervals.items():
+        assert half.intervals[name] == pytest.approx(bounds, abs=1e-3), name

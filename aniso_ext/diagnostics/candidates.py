@@ -38,7 +38,7 @@ class HalfRows:
     """Directions of rows [n, D] of any floating dtype: rounded to float16 for products, and in float64 where asked.
 
     ``half`` [n', D'] is padded with zeros so that matrix units and groups divide it; ``rounding`` [n] are the distances
-    of its rows from the directions. A zero row has direction 0.
+    of its rows from the directions, ``norms`` [n] their lengths. A zero row has direction 0 and length 1.
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
@@ -46,12 +46,12 @@ class HalfRows:
         self.count, self.width = rows.shape
         padded = -(-self.count // PADDING) * PADDING, -(-self.width // 8) * 8
         self.half = torch.zeros(padded, dtype=torch.float16, device=rows.device)
-        self._norms = torch.empty(self.count, dtype=torch.float64, device=rows.device)
-        self.rounding = torch.empty_like(self._norms)
+        self.norms = torch.empty(self.count, dtype=torch.float64, device=rows.device)
+        self.rounding = torch.empty_like(self.norms)
         for start in range(0, self.count, CORPUS_ROWS):
             part = slice(start, min(start + CORPUS_ROWS, self.count))
             norms = rows[part].double().norm(dim=1)
-            self._norms[part] = torch.where(norms > 0, norms, 1)
+            self.norms[part] = torch.where(norms > 0, norms, 1)
             exact = self.exact(part)
             self.half[part, : self.width] = exact.half()
             self.rounding[part] = (exact - self.half[part, : self.width].double()).norm(dim=1)
@@ -59,7 +59,7 @@ class HalfRows:
 
     def exact(self, index: slice | torch.Tensor) -> torch.Tensor:
         """Directions in float64, [..., D] for an index of any shape."""
-        return self.rows[index].double() / self._norms[index].unsqueeze(-1)
+        return self.rows[index].double() / self.norms[index].unsqueeze(-1)
 
     def error(self, rows: torch.Tensor, corpus: HalfRows) -> torch.Tensor:
         """[b], the bound on the error of float16 scores of these rows with the corpus."""
@@ -103,7 +103,7 @@ def _exact_scores(queries: HalfRows, rows: torch.Tensor, corpus: HalfRows, colum
     size = max(1, EXACT_BLOCK_ELEMENTS // (columns.shape[1] * corpus.width))
     return torch.cat(
         [
-            torch.bmm(corpus.exact(wanted), queries.exact(part).unsqueeze(2)).squeeze(2)
+            torch.bmm(corpus.rows[wanted].double(), queries.exact(part).unsqueeze(2)).squeeze(2) / corpus.norms[wanted]
             for part, wanted in zip(rows.split(size), columns.split(size), strict=True)
         ]
     )

@@ -49,6 +49,17 @@ class Rows:
         for start in range(0, self.count, batch_rows):
             yield self.read(slice(start, min(start + batch_rows, self.count)), device)
 
+    def resident(self, device: torch.device) -> torch.Tensor | None:
+        """The tensor itself, all rows checked, where it lies on that device already."""
+        source = self._source
+        if not isinstance(source, torch.Tensor) or not source.is_contiguous() or source.device.type != device.type:
+            return None
+        if device.index is not None and source.device.index != device.index:
+            return None
+        for start in range(0, self.count, BATCH_ROWS):
+            self._check_finite(source[start : start + BATCH_ROWS], slice(start, self.count))
+        return source.detach()
+
     def _check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
         bad = (~torch.isfinite(values.double().square().sum(dim=1))).nonzero().flatten()
         if bad.numel():
@@ -143,6 +154,13 @@ def load(rows: Rows, chosen: np.ndarray | None, device: torch.device = CPU) -> t
     """The chosen rows (None: all of them) in memory, [n, D]: float64 on the CPU, elsewhere in their own dtype."""
     if device.type == "cpu":
         return rows.read(slice(0, rows.count) if chosen is None else chosen)
+    return load_stored(rows, chosen, device)
+
+
+def load_stored(rows: Rows, chosen: np.ndarray | None, device: torch.device) -> torch.Tensor:
+    """The chosen rows [n, D] on the device in their own dtype, read in pieces; without a copy where they are there."""
+    if chosen is None and (resident := rows.resident(device)) is not None:
+        return resident
     count = rows.count if chosen is None else len(chosen)
     loaded: torch.Tensor | None = None
     for start in range(0, count, BATCH_ROWS):
