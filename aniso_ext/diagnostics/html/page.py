@@ -134,9 +134,9 @@ def _methods_section(study: Study, figures: bool) -> Section:
     texts = unique(text for report in study.methods.values() for text in report.warnings)
     first = next(iter(study.methods.values()))
     bound = (
-        f"Once the means agree, Phi of unit rows cannot exceed {first.phi_bound:.3f} here, whatever the method: "
-        "Cauchy–Schwarz on the centred rows. "
-        "A method with Delta_mu near 0 and a Phi above that was measured before its last calibration."
+        f"Once the means agree exactly, Phi of unit rows cannot exceed {first.phi_bound:.3f} here, whatever the method "
+        "(Cauchy–Schwarz on the centred rows). While Delta_mu is above 0 a method has a bound of its own, a tick in "
+        "the figure of Phi."
     )
     return Section(
         "stand-ins", "The stand-ins", lead=(bound,), warnings=texts, metrics=METHOD_METRICS,
