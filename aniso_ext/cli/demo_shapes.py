@@ -30,8 +30,8 @@ ATTRIBUTES = ("background", "count", "colour", "size", "texture")
 KINDS = ("caption", "attribute", "multiple_choice")
 _MOST_ITEMS, _QUESTIONS_EACH, _RANK = 2, 3, 32
 _PROJECTOR_GAIN = 6.0
-"""So short a training keeps a projector near its start. With a gain of 1 that start is nearly linear, and a constant
-shift such as the gap does little harm; with more the bend of the GELU is met, as after a long training."""
+"""How much a shift of the embeddings harms a model that was trained without it: next to nothing with a gain of 1, see
+docs/shapes.md."""
 _MOST_JOBS = 8
 _PARTS = ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
 
