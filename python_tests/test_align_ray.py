@@ -121,3 +121,12 @@ def test_without_ray_the_extra_is_named(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'aniso_ext\[ray\]'"):
         fit_on_ray(made("closed"), folder / "source", folder / "target.npy")
+
+
+def test_ray_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    np.save(tmp_path / "rows.npy", np.eye(8, dtype=np.float32))
+    words = ["fit", "--source", tmp_path / "rows.npy", "--target", tmp_path / "rows.npy", "--out", tmp_path / "out"]
+    found = CliRunner().invoke(app, [*map(str, words), "--method", "mean_shift", "--engine", "ray"])
+    assert found.exit_code == 2 and "run it without torchrun" in " ".join(found.output.split())
+    assert not (tmp_path / "out").exists()

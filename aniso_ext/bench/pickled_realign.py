@@ -1,6 +1,7 @@
 """ReAlign as it is run without this package: one process, NumPy in float64, four passes over pickled records.
 
-The yardstick of `aniso bench convert`. It reads nothing but the pickles that :func:`write_records` has made.
+The yardstick of `aniso bench convert`. It reads the pickles that :func:`write_records` has made, and no name that is
+not in them.
 """
 
 from __future__ import annotations
@@ -58,8 +59,22 @@ def read_embeddings(path: Path) -> np.ndarray:
 def _read(paths: Iterable[Path]) -> Iterable[tuple[list[Record], np.ndarray]]:
     for path in paths:
         with path.open("rb") as file:
-            records = pickle.load(file)
+            records = _ArraysOnly(file).load()
         yield records, np.stack([record["embedding"] for record in records]).astype(np.float64)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """What NumPy's own pickles of arrays name, and nothing else; asked once a file, so that it costs no time."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy.core", "numpy._core"), name) not in _ARRAY_NAMES:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array: make the benchmark's records anew")
+        return super().find_class(module, name)
+
+
+_ARRAY_NAMES = {("numpy._core.numeric", "_frombuffer"), ("numpy._core.multiarray", "_reconstruct")} | {
+    ("numpy", name) for name in ("ndarray", "dtype")
+}
 
 
 def _write(path: Path, records: list[Record]) -> None:

@@ -72,7 +72,9 @@ def diagnose(
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw figures into the page.")] = True,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="DEVICE", help="Device of the searches, such as cuda.", show_default="cpu"),
+        typer.Option(
+            "--device", metavar="DEVICE", help="Where to compute: cpu or cuda.", show_default="a GPU where there is one"
+        ),
     ] = None,
     json: Json = False,
     debug: Debug = False,

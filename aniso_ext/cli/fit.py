@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -172,6 +173,8 @@ def fit(
     }
     if tasks is not None and engine != "ray":
         raise typer.BadParameter("only --engine ray has tasks", param_hint="--tasks")
+    if engine == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise typer.BadParameter("Ray starts the processes: run it without torchrun", param_hint="--engine")
     aligner = build_aligner(method, options)
     _prepare_training(aligner, given)
 

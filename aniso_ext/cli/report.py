@@ -17,20 +17,6 @@ if TYPE_CHECKING:
 
     from aniso_ext.diagnostics import GapReport
 
-# (field of AlignmentReport, heading, digits, what it is)
-ALIGNMENT_COLUMNS = (
-    ("delta_mu", "Delta_mu", 3, "distance of the centroids of stand-ins and targets; 0 is best"),
-    ("phi", "Phi", 3, "mean cosine of a row before and after; 1 is unchanged"),
-    ("psi", "Psi", 3, "correlation of pairwise similarities before and after; 1 keeps all relations"),
-    ("omega", "Omega", 3, "share of nearest neighbours kept; 1 keeps all"),
-    ("m_z", "M_Z", 3, "mixing seen from the stand-ins (penetration), 1 is what shuffled labels give"),
-    ("m_x", "M_X", 3, "mixing seen from the targets (coverage), 1 is what shuffled labels give"),
-    ("a_r", "A_r", 1, "anisotropy of what is left between a stand-in and its target; 1 is isotropic"),
-    ("paired_cosine", "cosine", 3, "mean cosine of a stand-in and its own target"),
-    ("recall_at_1", "R@1", 3, "share of stand-ins whose nearest target is their own"),
-    ("recall_at_10", "R@10", 3, "share of stand-ins with their own target among the ten nearest"),
-)
-
 
 def judge(name: str, source: Any, target: Any, stand_ins: Any, **settings: Any) -> dict[str, Any]:
     """The alignment report of one method as a line of a table; warnings about its stand-ins name the method."""
@@ -49,7 +35,9 @@ def alignment_table(rows: Sequence[Mapping[str, Any]], extra: Sequence[tuple[str
     """One line a method; ``extra`` are further columns as (field, heading, digits)."""
     from rich.table import Table
 
-    columns = [(field, heading, digits) for field, heading, digits, _ in ALIGNMENT_COLUMNS]
+    from aniso_ext.diagnostics.metrics import METHOD_METRICS
+
+    columns = [(metric.field, metric.symbol, metric.digits) for metric in METHOD_METRICS]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("method", no_wrap=True)
     for _, heading, _ in (*columns, *extra):
@@ -93,17 +81,19 @@ def number(value: Any, digits: int) -> str:
 
 def markdown(title: str, gap: GapReport, rows: Sequence[Mapping[str, Any]]) -> str:
     """The gap and one line a method as Markdown."""
+    from aniso_ext.diagnostics.metrics import METHOD_METRICS
+
     lines = [f"# {title}", "", "## The gap", "", "```text", str(gap), "```", "", "## The stand-ins", ""]
-    lines.append("| method | " + " | ".join(heading for _, heading, _, _ in ALIGNMENT_COLUMNS) + " |")
-    lines.append("|---|" + "---:|" * len(ALIGNMENT_COLUMNS))
+    lines.append("| method | " + " | ".join(metric.symbol for metric in METHOD_METRICS) + " |")
+    lines.append("|---|" + "---:|" * len(METHOD_METRICS))
     for row in rows:
-        cells = (number(row.get(field), digits) for field, _, digits, _ in ALIGNMENT_COLUMNS)
+        cells = (number(row.get(metric.field), metric.digits) for metric in METHOD_METRICS)
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     judged = f"{rows[0]['n']:,} pairs, k = {rows[0]['k']}"
     if rows[0]["n"] < gap.n:
         judged += f", drawn from {gap.n:,}"
     lines += ["", f"Judged on {judged}.", ""]
-    lines += [f"- {heading}: {meaning}." for _, heading, _, meaning in ALIGNMENT_COLUMNS]
+    lines += [f"- {metric.symbol}: {metric.meaning}" for metric in METHOD_METRICS]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -277,7 +276,6 @@ def render(**values: Any) -> str:
 def environment() -> Environment:
     """Templates of this folder, autoescaped; an undefined name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -286,9 +284,16 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["symbol"] = lambda text: Markup(SYMBOLS[text]) if text in SYMBOLS else text
+    found.filters["symbol"] = _symbol
     found.filters["symbols"] = _symbols
     return found
+
+
+def _symbol(text: str) -> str:
+    """A name as a symbol where it is that of a number, else escaped."""
+    from markupsafe import Markup, escape
+
+    return _symbols(text) if _NAMED.fullmatch(text) else Markup(SYMBOLS.get(text) or escape(text))
 
 
 def _symbols(text: str) -> str:
@@ -296,8 +301,3 @@ def _symbols(text: str) -> str:
     from markupsafe import Markup, escape
 
     return Markup(_NAMED.sub(lambda found: SYMBOLS.get(found[0]) or f"O<sub>{found[1]}</sub>", str(escape(text))))
-
-
-def command_line(words: Sequence[str]) -> str:
-    """A command as it can be pasted into a shell."""
-    return shlex.join(words)
