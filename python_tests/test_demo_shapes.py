@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import aniso_ext as aniso
 from aniso_ext.cli.demo_shapes import ShapesDemo
-from aniso_ext.cli.demo_story import verdicts
+from aniso_ext.cli.demo_story import next_commands, verdicts
 from aniso_ext.cli.main import app
 from aniso_ext.data import open_embeddings
 from aniso_ext.mllm.arms import Ladder, choose_arms
@@ -53,6 +54,21 @@ def test_every_file_that_is_named_at_the_end_is_there(told: tuple[Path, Any]) ->
     # levels of noise are tried with one seed, the chosen one with both
     runs = sorted(len(list(place.iterdir())) for place in (folder / "ladder").glob("noise-*"))
     assert runs == [*([1] * (len(choose_arms(["noise"])) - 1)), 2]
+
+
+def test_the_commands_that_it_ends_with_run(
+    told: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = told
+    monkeypatch.chdir(tmp_path)
+    shown = " ".join(result.stdout.split())
+    assert all(" ".join(line.split(" ", 1)[1].split()) in shown for line in next_commands(folder, "aniso"))
+    diagnose, train, _ = (shlex.split(line)[1:] for line in next_commands(folder, "aniso"))
+    shorter = ["--max-pairs", "30", "--k", "5", "--bootstrap", "0", "--no-figures", "--no-oracle"]
+    for words in ([*diagnose, *shorter], [*train, "--max-steps", "2", "--global-batch", "8", "--device", "cpu"]):
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 0, found.output
+    assert (tmp_path / "report" / "report.html").is_file() and (tmp_path / "run" / "config.json").is_file()
 
 
 def test_methods_saw_no_pairs_and_models_no_validation_scene_and_no_test_scene(told: tuple[Path, Any]) -> None:

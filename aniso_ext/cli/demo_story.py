@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,15 +86,23 @@ def _legend(ladder: Ladder) -> list[tuple[str, str]]:
     return lines
 
 
-def _next_commands(folder: Path) -> list[str]:
+def next_commands(folder: Path, program: str) -> list[str]:
+    """Commands that go on from the demo, with the program as it was called, so that they can be pasted."""
     world, aligners = folder / "world", folder / "ladder" / "aligners"
     return [
-        f"aniso diagnose --source {world}/test/text_emb --target {world}/test/img_emb --aligner {aligners}/mean_shift",
-        f"aniso train --model llama:tiny --source-embeddings {world}/train_text/text_emb --index "
+        f"{program} diagnose --source {world}/test/text_emb --target {world}/test/img_emb --aligner "
+        f"{' '.join(str(place) for place in sorted(aligners.iterdir()))} --out report",
+        f"{program} train --model llama:tiny --source-embeddings {world}/train_text/text_emb --index "
         f"{world}/train_text/captions.jsonl --conversations {world}/train_text/conversations.jsonl --aligner "
-        f"{aligners}/mean_shift --max-steps 200 --output run",
-        "aniso demo --world gap",
+        f"{sorted(aligners.iterdir())[0]} --max-steps 200 --output run",
+        f"{program} demo --world gap",
     ]
+
+
+def _program() -> str:
+    """``aniso``, or the path by which it was started where that is no word of the PATH."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "aniso" and len(called.parts) > 1 and not shutil.which("aniso") else "aniso"
 
 
 def write_ladder(demo: ShapesDemo, ladder: Ladder, judged: list[dict[str, Any]], data: Mapping[str, Any]) -> None:
@@ -136,5 +146,5 @@ def show_ladder(demo: ShapesDemo, ladder: Ladder, judged: Sequence[Mapping[str, 
         say(console, line)
     say(console, f"written in {demo.folder}/: README.md (every score), ladder.png, ladder.csv, demo.json, world/,")
     say(console, "  stand_ins/, ladder/ARM/seed-S/predictions.jsonl (every answer)\nnext:")
-    for line in _next_commands(demo.folder):
+    for line in next_commands(demo.folder, _program()):
         say(console, f"  {line}")
