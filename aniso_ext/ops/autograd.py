@@ -50,6 +50,15 @@ def _decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     return grad_state, grad_deltas, *(None,) * 6
 
 
+def _save_update_but_shuffled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    state, deltas, _, *others = inputs
+    _save_update(ctx, (state, deltas, *others), output)
+
+
+def _hopper_decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_decode_backward(ctx, grad), None
+
+
 def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError("aniso_ext kernels have no second derivatives: use backend='reference' for double backward")
 
@@ -60,6 +69,7 @@ for _name, _setup, _backward in (
     ("hopper_correct", _save_all_but_hopper, _hopper_correct_backward),
     ("hopper_encode", _save_all_but_hopper, _hopper_encode_backward),
     ("decode", _save_update, _decode_backward),
+    ("hopper_decode", _save_update_but_shuffled, _hopper_decode_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)
 for _name in ("correct_backward", "encode_backward", "decode_backward"):

@@ -114,7 +114,7 @@ def ranking(
     if device.type == "cpu":
         return ("cpu", "reference")
     hopper_operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
-    on_hopper = operation in hopper_operations.get(complement, ())
+    on_hopper = operation in hopper_operations.get(complement, ()) or (operation == "decode" and hopper.aligns(rank))
     forward_only = operation == "correct_sums" or not gradient
     if on_hopper and forward_only and hopper.serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")

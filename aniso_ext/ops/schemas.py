@@ -1,8 +1,8 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
 ``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read
-those of :class:`aniso_ext.ops.hopper.HopperOperands` before them; their gradients are those of the operators without
-the prefix.
+those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or the shuffled basis of ``hopper_decode``; their
+gradients are those of the operators without the prefix.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCHEMAS = {
     "hopper_correct": f"(Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_correct_sums": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "hopper_encode": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
+    "hopper_decode": f"({_UPDATE.replace('Tensor basis', 'Tensor shuffled, Tensor basis')}) -> Tensor",
     "decode": f"({_UPDATE}) -> Tensor",
     "decode_backward": f"(Tensor grad, {_UPDATE}) -> (Tensor, Tensor)",
 }
@@ -80,6 +81,13 @@ def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Ten
 
 @torch.library.register_fake(f"{NAMESPACE}::decode")
 def _(state: torch.Tensor, deltas: torch.Tensor, basis: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return state.new_empty((state.shape[0], basis.shape[0]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::hopper_decode")
+def _(
+    state: torch.Tensor, deltas: torch.Tensor, shuffled: torch.Tensor, basis: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
     return state.new_empty((state.shape[0], basis.shape[0]))
 
 

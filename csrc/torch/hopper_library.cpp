@@ -30,12 +30,18 @@ Tensor encode(Tensor y, Tensor basis, Tensor coordinates, Tensor cells, Tensor m
                         std::nullopt});
 }
 
+Tensor decode(Tensor state, Tensor deltas, Tensor shuffled, Tensor basis, std::optional<Tensor> shift, double a_theta, double a_rho,
+              double a_v, bool project) {
+  return hopper_decode(state, deltas, shuffled, {basis, shift, a_theta, a_rho, a_v, project});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aniso_ext, CUDA, m) {
   m.impl("hopper_correct", TORCH_BOX(&correct));
   m.impl("hopper_correct_sums", TORCH_BOX(&correct_sums));
   m.impl("hopper_encode", TORCH_BOX(&encode));
+  m.impl("hopper_decode", TORCH_BOX(&decode));
 }
 
 }  // namespace aniso_torch

@@ -110,6 +110,21 @@ __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.prox
 // Ordinary reads of shared memory are over before the copy engine may write there.
 __device__ __forceinline__ void reads_before_copy_fence() { shared_writes_fence(); }
 
+// 16 and 8 bytes of rows that nobody here reads again.
+__device__ __forceinline__ uint4 load_line(const void* address) {
+  uint4 line;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
+               : "l"(address));
+  return line;
+}
+
+__device__ __forceinline__ uint2 load_half_line(const void* address) {
+  uint2 line;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(line.x), "=r"(line.y) : "l"(address));
+  return line;
+}
+
 // 16 bytes of a result, which nobody here reads again.
 __device__ __forceinline__ void store_line(void* address, const float4& line) {
   asm volatile("st.global.L1::no_allocate.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(line.x), "f"(line.y), "f"(line.z),
@@ -257,6 +272,27 @@ __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64
   }
 }
 
+#define ANISO_PROJECT_REGISTERS(format)                                                                              \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
+
+// The same with rows [64, 16] in registers.
+template <typename S>
+__device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows, uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_PROJECT_REGISTERS("bf16");
+  } else {
+    ANISO_PROJECT_REGISTERS("f16");
+  }
+}
+
 #define ANISO_REBUILD(format)                                                                                   \
   asm volatile(                                                                                                 \
                                                                 \
@@ -278,6 +314,7 @@ __device__ __forceinline__ void rebuild(float (&sums)[32], const uint32_t (&rows
 }
 
 #undef ANISO_REBUILD
+#undef ANISO_PROJECT_REGISTERS
 #undef ANISO_PROJECT_MORE
 #undef ANISO_PROJECT
 #undef ANISO_SUMS_32

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "sm90_correct.cuh"
+#include "sm90_decode.cuh"
 #include "sm90_maps.h"
 
 namespace aniso::sm90 {
@@ -60,19 +61,17 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
 }
 
 // Readies a kernel for the current device; how many clusters run at a time.
-template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+template <int kCluster, uint32_t kBytes, auto kKernel>
 cudaError_t prepare(int32_t* resident) {
-  using Layout = Shared<kCluster, kChunks, kDiagonal>;
-  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
   if (error != cudaSuccess) return error;
   static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
   if (known == 0) {
     cudaLaunchAttribute cluster;
     const cudaLaunchConfig_t config =
-        configuration(kCluster, kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+        configuration(kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, nullptr);
     int count = 0;
-    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
     if (error != cudaSuccess) return error;
     known = count;
   }
@@ -83,7 +82,10 @@ cudaError_t prepare(int32_t* resident) {
 template <int kCluster, int kChunks>
 int32_t sum_slots() {
   int32_t resident = 0;
-  if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
+  if (prepare<kCluster, Shared<kCluster, kChunks, false>::kBytes, sm90_kernel<BFloat16, kCluster, kChunks, Result::kSums, false>>(
+          &resident) != cudaSuccess) {
+    return 0;
+  }
   return resident * kWarpgroups * kWarps;
 }
 
@@ -91,8 +93,9 @@ template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
 cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
                    cudaStream_t stream) {
   using Layout = Shared<kCluster, kChunks, kDiagonal>;
+  constexpr auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
   int32_t resident = 0;
-  cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
+  cudaError_t error = prepare<kCluster, Layout::kBytes, kernel>(&resident);
   CUtensorMap rows_map, basis_map;
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
@@ -105,8 +108,28 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads,
                                                   Layout::kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map,
+  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map,
                             Arguments<S>{in, y.count, out, out_width, partial});
+}
+
+template <typename S, int kCluster, int kChunks>
+cudaError_t launch_decode(const Sm90Update<S>& in, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
+                          cudaStream_t stream) {
+  constexpr uint32_t kBytes = Shared<kCluster, kChunks, true>::kBytes;
+  constexpr auto kernel = sm90_decode_kernel<S, kCluster, kChunks>;
+  int32_t resident = 0;
+  cudaError_t error = prepare<kCluster, kBytes, kernel>(&resident);
+  CUtensorMap moves_map, basis_map;
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&moves_map, deltas.data + in.rank, state.count, in.width, deltas.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = (state.count + kTileRows - 1) / kTileRows;
+  const int64_t clusters = std::min<int64_t>((tiles + kWarpgroups - 1) / kWarpgroups, resident);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config =
+      configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, kernel, moves_map, basis_map,
+                            UpdateArguments<S>{in, state.count, state.data, state.stride, deltas.data, deltas.stride, out});
 }
 
 // body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
@@ -161,10 +184,23 @@ cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S
   return sm90::launch_any<S, sm90::Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
 }
 
+template <typename S>
+cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
+                        cudaStream_t stream) {
+  if (update.width < 8 || update.width > kSm90Width || update.width % 8 != 0) return cudaErrorInvalidValue;
+  if (update.rank < 16 || update.rank > kSm90Rank || update.rank % 16 != 0) return cudaErrorInvalidValue;
+  if (state.count < 0 || state.count != deltas.count) return cudaErrorInvalidValue;
+  if (state.count == 0) return cudaSuccess;
+  return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
+    return sm90::launch_decode<S, cluster, chunks>(update, state, deltas, out, stream);
+  });
+}
+
 #define ANISO_INSTANTIATE_SM90(S)                                                                             \
   template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
   template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
                                               cudaStream_t);                                                    \
-  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
+  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);          \
+  template cudaError_t sm90_decode<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
 
 }  // namespace aniso

@@ -79,6 +79,34 @@ __device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t b
   return map_radius(segments, base, in.windows[block], rho).radius;
 }
 
+// 2^-11 off, less than the rounding of what it is taken of.
+__device__ __forceinline__ float fast_tanh(float x) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// aniso/turn.h by the fast exponential, sine and cosine, 2^-20 off.
+struct TurnedBlock {
+  float a, b;  // of c^
+};
+
+__device__ __forceinline__ TurnedBlock turned_block(float sin0, float cos0, float log_radius, float delta_theta, float delta_rho,
+                                                    float a_theta, float a_rho) {
+  const auto tanh = [](float x) { return 1.f - __fdividef(2.f, __expf(2.f * fminf(x, 40.f)) + 1.f); };
+  float sine, cosine;
+  __sincosf(a_theta * tanh(delta_theta), &sine, &cosine);
+  const float radius = __expf(log_radius + a_rho * tanh(delta_rho));
+  return {radius * (cos0 * cosine - sin0 * sine), radius * (sin0 * cosine + cos0 * sine)};
+}
+
+// One of four values side by side.
+template <typename S>
+__device__ __forceinline__ float value_of(const uint2& four, int32_t index) {
+  const float2 pair = unpack<S>(index < 2 ? four.x : four.y);
+  return index % 2 == 0 ? pair.x : pair.y;
+}
+
 // Sum over the four lanes that share a row.
 __device__ __forceinline__ float sum_over_row(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
