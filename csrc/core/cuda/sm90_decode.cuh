@@ -40,12 +40,13 @@ __device__ __forceinline__ uint32_t step_of(uint32_t move, float a_v) {
 
 template <typename S, int kCluster, int kChunks>
 __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
-    sm90_decode_kernel(const __grid_constant__ CUtensorMap moves_map, const __grid_constant__ CUtensorMap basis_map,
-                       const __grid_constant__ UpdateArguments<S> arguments) {
+    sm90_decode_kernel(const __grid_constant__ CUtensorMap moves_map, const __grid_constant__ CUtensorMap complement_map,
+                       const __grid_constant__ CUtensorMap basis_map, const __grid_constant__ UpdateArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = Shared<kCluster, kChunks, true>;
   using Shares = Exchange<kCluster>;
   constexpr int32_t kOwnGroups = Shares::kOwnGroups, kTurnGroups = kOwnGroups / 4;  // of four blocks that lie side by side
+  constexpr uint32_t kCoefficients = (kCluster - 1) * Shares::kRoundedBytes;  // after the parts
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Update<S>& in = arguments.in;
   const uint32_t shared = shared_address(shared_memory);
@@ -62,7 +63,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
                         rank, thread, warp, lane};
   const uint32_t loaded = exchange.barrier(offsetof(Barriers, loaded)), projected = exchange.barrier(offsetof(Barriers, projected));
   const uint32_t mapped = exchange.barrier(offsetof(Barriers, mapped)), summed = exchange.barrier(offsetof(Barriers, summed));
-  const uint32_t parts_read = exchange.barrier(offsetof(Barriers, parts_read));
   const uint32_t exchange_free = exchange.barrier(offsetof(Barriers, exchange_free));
   const uint32_t basis_loaded = shared + Layout::kBarriers + kWarpgroups * uint32_t(sizeof(Barriers));
   const uint64_t basis_operand = narrow_operand(basis, Layout::kPanelBytes);
@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
 
   if (leader) {
     for (const uint32_t barrier : {loaded, projected, mapped, summed}) barrier_init(barrier, 1);
-    barrier_init(parts_read, (kCluster - 1) * kWarps);  // from every warp of the others
-    barrier_init(exchange_free, (kCluster - 1) * kWarps);
+    barrier_init(exchange_free, (kCluster - 1) * kWarps);  // from every warp of the others
     if (warpgroup == 0) barrier_init(basis_loaded, 1);
     barrier_init_fence();
   }
@@ -80,11 +79,16 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
   const int64_t tiles = (arguments.count + kTileRows - 1) / kTileRows;
   const int64_t stride = int64_t(cluster_count()) * kWarpgroups;
   int64_t tile = int64_t(cluster_index()) * kWarpgroups + warpgroup;
-  const auto load_tile = [&](int64_t which) {
+  const auto load_tile = [&](const CUtensorMap& rows_map, int64_t which) {
     arrive_expecting(loaded, Layout::kTileBytes);
     for (int32_t c = 0; c < kChunks; ++c) {
-      load_box(tile_memory + c * kTileChunkBytes, moves_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded);
+      load_box(tile_memory + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded);
     }
+  };
+  const auto load_after_reading = [&](const CUtensorMap& rows_map, int64_t which) {
+    reads_before_copy_fence();
+    warpgroup_sync(warpgroup);  // every thread has read the tile
+    if (leader && which < tiles) load_tile(rows_map, which);
   };
   if (leader && warpgroup == 0) {
     arrive_expecting(basis_loaded, kSteps * Layout::kPanelBytes);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       }
     }
   }
-  if (leader && tile < tiles) load_tile(tile);
+  if (leader && tile < tiles) load_tile(moves_map, tile);
   const bool shifted = in.shift != nullptr;
   for (int32_t j = threadIdx.x; j < kChunks * kChunkColumns; j += blockDim.x) {
     const int32_t column = first_column + j;
@@ -110,13 +114,27 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
 
   // Of its 16 rows a warp takes two that lie four apart side by side: their pieces are in different banks.
   const int32_t first_of_warp = warp * 16 + lane_row / 2 + lane_row % 2 * 4;
-  const int32_t blocks = in.rank / 2, columns_left = in.width - first_column - quarter * 8;
+  const int32_t blocks = in.rank / 2, own_columns = first_column + quarter * 8, columns_left = in.width - own_columns;
   const int32_t first_block = int32_t(rank) * (Shares::kOwnColumns / 2) + quarter * 4;
+
+  // body(half, piece, eight neighbours) of what this thread holds of a chunk of the tile.
+  const auto for_each_unit = [&](int32_t c, const auto& body) {
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      const int32_t row = first_of_warp + half * 8;
+#pragma unroll
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        const float4 unit = load_shared(tile_memory + c * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16));
+        const uint32_t packed[4] = {__float_as_uint(unit.x), __float_as_uint(unit.y), __float_as_uint(unit.z), __float_as_uint(unit.w)};
+        body(half, piece, packed);
+      }
+    }
+  };
 
   uint32_t parity = 0;
   for (; tile < tiles; tile += stride, parity ^= 1) {
     if (leader) {
-      arrive_expecting(projected, (kCluster - 1) * Shares::kPartBytes);
+      arrive_expecting(projected, (kCluster - 1) * Shares::kRoundedBytes);
       arrive_expecting(mapped, (kCluster - 1) * Shares::kCoefficientBytes);
       arrive_expecting(summed, (kCluster - 1) * kNormsBytes);
     }
@@ -127,22 +145,13 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     float own[kOwnGroups][4];
     {
       float part[64] = {};
-      wait_phase(loaded, parity);
+      wait_phase(loaded, 0);
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
+        for_each_unit(c, [&](int32_t half, int32_t piece, const uint32_t(&moves)[4]) {
 #pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
-          const int32_t row = first_of_warp + half * 8;
-#pragma unroll
-          for (int32_t piece = 0; piece < 2; ++piece) {
-            const float4 moves = load_shared(tile_memory + c * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16));
-            uint32_t* steps = &step[c][8 * piece + half];
-            steps[0] = step_of<S>(__float_as_uint(moves.x), in.a_v);
-            steps[2] = step_of<S>(__float_as_uint(moves.y), in.a_v);
-            steps[4] = step_of<S>(__float_as_uint(moves.z), in.a_v);
-            steps[6] = step_of<S>(__float_as_uint(moves.w), in.a_v);
-          }
-        }
+          for (int32_t i = 0; i < 4; ++i) step[c][8 * piece + 2 * i + half] = step_of<S>(moves[i], in.a_v);
+        });
         pin(step[c]);
         products_begin();
 #pragma unroll
@@ -151,9 +160,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
         products_commit();
       }
-      reads_before_copy_fence();
-      warpgroup_sync(warpgroup);  // every thread has read the tile
-      if (leader && tile + stride < tiles) load_tile(tile + stride);
+      load_after_reading(complement_map, tile);
       if (tile >= stride) wait_phase(exchange_free, parity ^ 1);
       products_wait();
       pin(part);
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       for (int32_t c = 0; c < kChunks; ++c) pin(step[c]);
 #pragma unroll
       for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
-      exchange.send_parts(part);
+      exchange.template send_rounded_parts<S>(part);
     }
 
     // ---- meanwhile the state comes; rows past the last are read as the last, and not written
@@ -181,30 +188,14 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       for (int32_t half = 0; half < 2; ++half) {
 #pragma unroll
         for (int32_t i = 0; i < 5; ++i) {
-          polar[t][half][i] = make_uint2(0, 0);
-          if (block < blocks) polar[t][half][i] = load_half_line(i < 3 ? state[half] + i * blocks + block : deltas[half] + (i - 3) * blocks + block);
+          const S* from = i < 3 ? state[half] + i * blocks + block : deltas[half] + (i - 3) * blocks + block;
+          polar[t][half][i] = load_half_line(from, block < blocks);
         }
       }
     }
-    uint32_t v0[kChunks][16];
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int32_t piece = 0; piece < 2; ++piece) {
-          const int32_t column = c * kChunkColumns + piece * 32;
-          uint4 values = make_uint4(0, 0, 0, 0);
-          if (column < columns_left) values = load_line(state[half] + 3 * blocks + first_column + quarter * 8 + column);
-          uint32_t* kept = &v0[c][8 * piece + half];
-          kept[0] = values.x, kept[2] = values.y, kept[4] = values.z, kept[6] = values.w;
-        }
-      }
-    }
-
     // ---- k of the blocks of the rank that this block collects
     wait_phase(projected, parity);
-    exchange.add_parts(own);
+    exchange.template add_rounded_parts<S>(own);
     uint32_t own_k[1][Shares::kOwnSteps][4];
 #pragma unroll
     for (int32_t g = 0; g < kOwnGroups; ++g) {
@@ -219,25 +210,27 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         own_k[0][g / 2][g % 2 * 2 + half] = inside ? pack<S>(turned.a - a, turned.b - b) : 0;
       }
     }
-    exchange.warp_tells_others(parts_read, own_k[0]);
-    wait_phase(parts_read, parity);
-    exchange.send_coefficients(own_k);
+    exchange.send_coefficients(own_k, kCoefficients);
 
     // ---- w
     float w[kChunks][32];
+    wait_phase(loaded, 1);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
+      for_each_unit(c, [&](int32_t half, int32_t piece, const uint32_t(&kept)[4]) {
 #pragma unroll
-      for (int32_t i = 0; i < 16; ++i) {
-        const float2 moved = unpack<S>(step[c][i]), kept = unpack<S>(v0[c][i]);
-        w[c][2 * i] = kept.x + moved.x;
-        w[c][2 * i + 1] = kept.y + moved.y;
-      }
+        for (int32_t i = 0; i < 4; ++i) {
+          const float2 v0 = unpack<S>(kept[i]), moved = unpack<S>(step[c][8 * piece + 2 * i + half]);
+          w[c][16 * piece + 4 * i + 2 * half] = v0.x + moved.x;
+          w[c][16 * piece + 4 * i + 2 * half + 1] = v0.y + moved.y;
+        }
+      });
     }
+    load_after_reading(moves_map, tile + stride);
     wait_phase(mapped, parity);
     uint32_t k[kSteps][4];
 #pragma unroll
-    for (int32_t i = 0; i < kSteps; ++i) exchange.coefficients(own_k, 0, i, k[i]);
+    for (int32_t i = 0; i < kSteps; ++i) exchange.coefficients(own_k, kCoefficients, 0, i, k[i]);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
     products_begin();
@@ -250,8 +243,11 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     }
 
     // ---- its norms
-    const auto shift_of = [&](int32_t c, int32_t g) {
-      return load_pair(vectors.shift + c * kChunkColumns + g / 4 * 32 + quarter * 8 + g % 4 * 2);
+    const auto shifts_of = [&](int32_t c, int32_t piece, float(&shifts)[8]) {  // of eight neighbours
+      const uint32_t place = shared_address(vectors.shift + c * kChunkColumns + piece * 32 + quarter * 8);
+      const float4 first = load_shared(place), second = load_shared(place + 16);
+      shifts[0] = first.x, shifts[1] = first.y, shifts[2] = first.z, shifts[3] = first.w;
+      shifts[4] = second.x, shifts[5] = second.y, shifts[6] = second.z, shifts[7] = second.w;
     };
     float sums[4] = {};
 #pragma unroll
@@ -259,14 +255,16 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       products_wait(kChunks - 1 - c);
       pin(w[c]);
 #pragma unroll
-      for (int32_t g = 0; g < 8; ++g) {
-        const float* values = &w[c][4 * g];
-        sums[0] = fmaf(values[0], values[0], fmaf(values[1], values[1], sums[0]));
-        sums[2] = fmaf(values[2], values[2], fmaf(values[3], values[3], sums[2]));
-        if (shifted) {
-          const float2 shift = shift_of(c, g);
-          sums[1] = fmaf(values[0], shift.x, fmaf(values[1], shift.y, sums[1]));
-          sums[3] = fmaf(values[2], shift.x, fmaf(values[3], shift.y, sums[3]));
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        float shifts[8];
+        shifts_of(c, piece, shifts);
+#pragma unroll
+        for (int32_t i = 0; i < 8; ++i) {
+          const float* values = &w[c][16 * piece + i / 2 * 4 + i % 2];
+          sums[0] = fmaf(values[0], values[0], sums[0]);
+          sums[1] = fmaf(values[0], shifts[i], sums[1]);
+          sums[2] = fmaf(values[2], values[2], sums[2]);
+          sums[3] = fmaf(values[2], shifts[i], sums[3]);
         }
       }
     }
@@ -278,28 +276,33 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     exchange.total_sums(sums, total);
 
     // ---- out
+    float factor[2], shift_factor[2];
+    int32_t left[2];
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
       const Scales scales = fast_scales(total[2 * half], total[2 * half + 1], shift_squares, shifted);
-      const float factor = scales.inverse * scales.outer;
-      S* result = arguments.out + (first_row + half * 8) * in.width + first_column + quarter * 8;
-      const int32_t left = first_row + half * 8 < arguments.count ? columns_left : 0;
+      factor[half] = scales.inverse * scales.outer;
+      shift_factor[half] = scales.outer;
+      left[half] = first_row + half * 8 < arguments.count ? columns_left : 0;
+    }
+    S* result = arguments.out + first_row * in.width + own_columns;
 #pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) {
+    for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
-        for (int32_t piece = 0; piece < 2; ++piece) {
-          float packed[4];
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        float shifts[8];
+        shifts_of(c, piece, shifts);
+        const int32_t column = c * kChunkColumns + piece * 32;
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          uint32_t line[4];
 #pragma unroll
           for (int32_t i = 0; i < 4; ++i) {
-            const int32_t g = piece * 4 + i;
-            const float* values = &w[c][4 * g + 2 * half];
-            float2 shift = make_float2(0.f, 0.f);
-            if (shifted) shift = shift_of(c, g);
-            packed[i] = __uint_as_float(
-                pack<S>(fmaf(values[0], factor, shift.x * scales.outer), fmaf(values[1], factor, shift.y * scales.outer)));
+            const float* values = &w[c][16 * piece + 4 * i + 2 * half];
+            line[i] = pack<S>(fmaf(values[0], factor[half], shifts[2 * i] * shift_factor[half]),
+                              fmaf(values[1], factor[half], shifts[2 * i + 1] * shift_factor[half]));
           }
-          const int32_t column = c * kChunkColumns + piece * 32;
-          if (column < left) store_line(result + column, make_float4(packed[0], packed[1], packed[2], packed[3]));
+          store_line_inside(result + int64_t(half) * 8 * in.width + column, line, column < left[half]);
         }
       }
     }

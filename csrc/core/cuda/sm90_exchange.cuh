@@ -17,7 +17,7 @@ struct Exchange {
   static constexpr int32_t kOwnGroups = kOwnColumns / 8;
   static constexpr int32_t kOwnSteps = kSteps / kCluster;
   static constexpr uint32_t kPartBytes = kTileRows * kOwnColumns * 4;  // of a projection, for one receiver
-  static constexpr uint32_t kCoefficientBytes = kPartBytes / 2;
+  static constexpr uint32_t kRoundedBytes = kPartBytes / 2, kCoefficientBytes = kPartBytes / 2;
   static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
 
   uint32_t memory, barriers;  // of this warpgroup
@@ -34,16 +34,6 @@ struct Exchange {
     if (lane != 0) return;
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) arrive_remote(remote_address(which, ranks_on(to)));
-  }
-
-  // The same once `packed` is there, which follows from what was read: nothing that pack() makes has all bits set.
-  template <int kCount>
-  __device__ __forceinline__ void warp_tells_others(uint32_t which, const uint32_t (&packed)[kCount][4]) const {
-    uint32_t all = 0xffffffffu;
-#pragma unroll
-    for (int32_t i = 0; i < kCount * 4; ++i) all &= packed[i / 4][i % 4];
-    if (__any_sync(0xffffffffu, all == 0xffffffffu)) __trap();
-    warp_tells_others(which);
   }
 
   // Of a projection over this block's columns, to each block the share that it collects.
@@ -76,14 +66,48 @@ struct Exchange {
     }
   }
 
-  // Coefficients of this block's share, as operands of the second product, in the place of the parts.
+  // The same rounded to the format of the rows, where that is no less than what is done to the coefficients.
+  template <typename S>
+  __device__ __forceinline__ void send_rounded_parts(const float (&part)[64]) const {
+#pragma unroll
+    for (uint32_t to = 1; to < kCluster; ++to) {
+      const uint32_t projected = remote_address(barrier(offsetof(Barriers, projected)), ranks_on(to));
+      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kRoundedBytes + thread * 16, ranks_on(to));
+#pragma unroll
+      for (int32_t v = 0; v < kOwnGroups / 2; ++v) {
+        const float* values = &part[(to * kOwnGroups + 2 * v) * 4];
+        store_remote(target + v * kWarpgroupThreads * 16, projected, pack<S>(values[0], values[1]), pack<S>(values[2], values[3]),
+                     pack<S>(values[4], values[5]), pack<S>(values[6], values[7]));
+      }
+    }
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void add_rounded_parts(float (&own)[kOwnGroups][4]) const {
+#pragma unroll
+    for (uint32_t slot = 0; slot < kCluster - 1; ++slot) {
+#pragma unroll
+      for (int32_t v = 0; v < kOwnGroups / 2; ++v) {
+        const float4 part = load_shared(memory + slot * kRoundedBytes + (v * kWarpgroupThreads + thread) * 16);
+        const float packed[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+          const float2 pair = unpack<S>(__float_as_uint(packed[i]));
+          own[2 * v + i / 2][i % 2 * 2] += pair.x;
+          own[2 * v + i / 2][i % 2 * 2 + 1] += pair.y;
+        }
+      }
+    }
+  }
+
+  // Coefficients of this block's share, as operands of the second product; `place` is where they lie in the exchange.
   template <int kKinds>
-  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4]) const {
+  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], uint32_t place) const {
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
       const uint32_t mapped = remote_address(barrier(offsetof(Barriers, mapped)), ranks_on(to));
       const uint32_t target =
-          remote_address(memory + (kCluster - 1 - to) * kKinds * kCoefficientBytes + thread * 16, ranks_on(to));
+          remote_address(memory + place + (kCluster - 1 - to) * kKinds * kCoefficientBytes + thread * 16, ranks_on(to));
 #pragma unroll
       for (int32_t i = 0; i < kKinds * kOwnSteps; ++i) {
         const uint32_t(&k)[4] = own[i / kOwnSteps][i % kOwnSteps];
@@ -94,14 +118,14 @@ struct Exchange {
 
   // Those of one step of the product, in the order of this block's basis.
   template <int kKinds>
-  __device__ __forceinline__ void coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], int32_t kind, int32_t step,
+  __device__ __forceinline__ void coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], uint32_t place, int32_t kind, int32_t step,
                                                uint32_t (&k)[4]) const {
     const int32_t from = step / kOwnSteps;
     if (from == 0) {
 #pragma unroll
       for (int32_t j = 0; j < 4; ++j) k[j] = own[kind][step][j];
     } else {
-      const float4 theirs = load_shared(memory + (from - 1) * kKinds * kCoefficientBytes +
+      const float4 theirs = load_shared(memory + place + (from - 1) * kKinds * kCoefficientBytes +
                                         ((kind * kOwnSteps + step % kOwnSteps) * kWarpgroupThreads + thread) * 16);
       k[0] = __float_as_uint(theirs.x);
       k[1] = __float_as_uint(theirs.y);

@@ -110,18 +110,24 @@ __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.prox
 // Ordinary reads of shared memory are over before the copy engine may write there.
 __device__ __forceinline__ void reads_before_copy_fence() { shared_writes_fence(); }
 
-// 16 and 8 bytes of rows that nobody here reads again.
-__device__ __forceinline__ uint4 load_line(const void* address) {
+// 16 and 8 bytes of rows that nobody here reads again; zero outside.
+__device__ __forceinline__ uint4 load_line(const void* address, bool inside) {
   uint4 line;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
-               : "l"(address));
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(line.x), "=&r"(line.y), "=&r"(line.z), "=&r"(line.w)
+      : "l"(address), "r"(int32_t(inside)));
   return line;
 }
 
-__device__ __forceinline__ uint2 load_half_line(const void* address) {
+__device__ __forceinline__ uint2 load_half_line(const void* address, bool inside) {
   uint2 line;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(line.x), "=r"(line.y) : "l"(address));
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@inside ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
+      : "=&r"(line.x), "=&r"(line.y)
+      : "l"(address), "r"(int32_t(inside)));
   return line;
 }
 
@@ -130,6 +136,15 @@ __device__ __forceinline__ void store_line(void* address, const float4& line) {
   asm volatile("st.global.L1::no_allocate.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(line.x), "f"(line.y), "f"(line.z),
                "f"(line.w)
                : "memory");
+}
+
+// 16 bytes of a result where it has such a place.
+__device__ __forceinline__ void store_line_inside(void* address, const uint32_t (&line)[4], bool inside) {
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
+          address),
+      "r"(line[0]), "r"(line[1]), "r"(line[2]), "r"(line[3]), "r"(int32_t(inside))
+      : "memory");
 }
 
 // ---- fragments -----------------------------------------------------------------------------------------------------

@@ -119,8 +119,9 @@ cudaError_t launch_decode(const Sm90Update<S>& in, const Sm90Rows<S>& state, con
   constexpr auto kernel = sm90_decode_kernel<S, kCluster, kChunks>;
   int32_t resident = 0;
   cudaError_t error = prepare<kCluster, kBytes, kernel>(&resident);
-  CUtensorMap moves_map, basis_map;
+  CUtensorMap moves_map, complement_map, basis_map;
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&moves_map, deltas.data + in.rank, state.count, in.width, deltas.stride);
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&complement_map, state.data + in.rank / 2 * 3, state.count, in.width, state.stride);
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (state.count + kTileRows - 1) / kTileRows;
@@ -128,7 +129,7 @@ cudaError_t launch_decode(const Sm90Update<S>& in, const Sm90Rows<S>& state, con
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config =
       configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, moves_map, basis_map,
+  return cudaLaunchKernelEx(&config, kernel, moves_map, complement_map, basis_map,
                             UpdateArguments<S>{in, state.count, state.data, state.stride, deltas.data, deltas.stride, out});
 }
 
