@@ -50,13 +50,9 @@ def _decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     return grad_state, grad_deltas, *(None,) * 6
 
 
-def _save_update_but_shuffled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    state, deltas, _, *others = inputs
-    _save_update(ctx, (state, deltas, *others), output)
-
-
 def _hopper_decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_decode_backward(ctx, grad), None
+    grad_state, grad_deltas = torch.ops.aniso_ext.hopper_decode_backward(grad, *ctx.saved_tensors, *ctx.bounds)
+    return grad_state, grad_deltas, *(None,) * 7
 
 
 def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
@@ -69,8 +65,8 @@ for _name, _setup, _backward in (
     ("hopper_correct", _save_all_but_hopper, _hopper_correct_backward),
     ("hopper_encode", _save_all_but_hopper, _hopper_encode_backward),
     ("decode", _save_update, _decode_backward),
-    ("hopper_decode", _save_update_but_shuffled, _hopper_decode_backward),
+    ("hopper_decode", _save_update, _hopper_decode_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)
-for _name in ("correct_backward", "encode_backward", "decode_backward"):
+for _name in ("correct_backward", "encode_backward", "decode_backward", "hopper_decode_backward"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative)

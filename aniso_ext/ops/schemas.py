@@ -1,8 +1,8 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
 ``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read
-those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or the shuffled basis of ``hopper_decode``; their
-gradients are those of the operators without the prefix.
+those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or a shuffled basis; gradients of the former are
+those of the operators without the prefix.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _HOPPER = "Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales"
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
 )
+_HOPPER_UPDATE = _UPDATE.replace("Tensor basis", "Tensor shuffled, Tensor basis")
 
 SCHEMAS = {
     "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
@@ -31,7 +32,8 @@ SCHEMAS = {
     "hopper_correct": f"(Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_correct_sums": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "hopper_encode": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
-    "hopper_decode": f"({_UPDATE.replace('Tensor basis', 'Tensor shuffled, Tensor basis')}) -> Tensor",
+    "hopper_decode": f"({_HOPPER_UPDATE}) -> Tensor",
+    "hopper_decode_backward": f"(Tensor grad, {_HOPPER_UPDATE}) -> (Tensor, Tensor)",
     "decode": f"({_UPDATE}) -> Tensor",
     "decode_backward": f"(Tensor grad, {_UPDATE}) -> (Tensor, Tensor)",
 }
@@ -92,6 +94,7 @@ def _(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_backward")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_decode_backward")
 def _(
     grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,11 @@ Tensor decode(Tensor state, Tensor deltas, Tensor shuffled, Tensor basis, std::o
   return hopper_decode(state, deltas, shuffled, {basis, shift, a_theta, a_rho, a_v, project});
 }
 
+std::tuple<Tensor, Tensor> decode_backward(Tensor grad, Tensor state, Tensor deltas, Tensor shuffled, Tensor basis,
+                                           std::optional<Tensor> shift, double a_theta, double a_rho, double a_v, bool project) {
+  return hopper_decode_backward(grad, state, deltas, shuffled, {basis, shift, a_theta, a_rho, a_v, project});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aniso_ext, CUDA, m) {
@@ -42,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(aniso_ext, CUDA, m) {
   m.impl("hopper_correct_sums", TORCH_BOX(&correct_sums));
   m.impl("hopper_encode", TORCH_BOX(&encode));
   m.impl("hopper_decode", TORCH_BOX(&decode));
+  m.impl("hopper_decode_backward", TORCH_BOX(&decode_backward));
 }
 
 }  // namespace aniso_torch

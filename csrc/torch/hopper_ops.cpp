@@ -76,6 +76,21 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           in.shift ? data<float>(*in.shift) : nullptr};
 }
 
+template <typename S>
+aniso::Sm90Update<S> checked_hopper_update(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in) {
+  check(in.basis.dim() == 2, "basis must be a matrix");
+  const int64_t width = in.basis.size(0), rank = in.basis.size(1);
+  check_width(width);
+  check(rank >= 16 && rank % 16 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel of decode for rank ", rank);
+  check_count(state);
+  check_rows(state, "state", state, rank / 2 * 3 + width);
+  check_rows(deltas, "deltas", state, rank + width);
+  check_constant(shuffled, "shuffled", state, state.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
+  if (in.shift) check_constant(*in.shift, "shift", state, ScalarType::Float, width);
+  return {int32_t(width),  int32_t(rank), float(in.a_theta), float(in.a_rho),
+          float(in.a_v),   in.project,    data<S>(shuffled), in.shift ? data<float>(*in.shift) : nullptr};
+}
+
 // Calls run(S{}) for half-precision rows on a Hopper GPU.
 template <typename Run>
 void dispatch_half(const Tensor& y, const Run& run) {
@@ -141,25 +156,34 @@ Tensor hopper_encode(const Tensor& y, const HopperTensors& hopper, const Initial
 Tensor hopper_decode(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in) {
   check(state.is_cuda() && state.dim() == 2, "state must be a CUDA matrix");
   const DeviceGuard guard(state.get_device_index());
-  check(in.basis.dim() == 2, "basis must be a matrix");
-  const int64_t width = in.basis.size(0), rank = in.basis.size(1);
-  check_width(width);
-  check(rank >= 16 && rank % 16 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel of decode for rank ", rank);
-  check_count(state);
-  check_rows(state, "state", state, rank / 2 * 3 + width);
-  check_rows(deltas, "deltas", state, rank + width);
-  check_constant(shuffled, "shuffled", state, state.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
-  if (in.shift) check_constant(*in.shift, "shift", state, ScalarType::Float, width);
-  Tensor out = torch::stable::new_empty(state, {state.size(0), width});
+  Tensor out;
   dispatch_half(state, [&](auto storage) {
     using S = decltype(storage);
+    const auto update = checked_hopper_update<S>(state, deltas, shuffled, in);
+    out = torch::stable::new_empty(state, {state.size(0), update.width});
     const Tensor states = aligned_rows(state), moves = aligned_rows(deltas);
-    const aniso::Sm90Update<S> update{int32_t(width), int32_t(rank), float(in.a_theta), float(in.a_rho), float(in.a_v), in.project,
-                                      data<S>(shuffled), in.shift ? data<float>(*in.shift) : nullptr};
     check_launch(aniso::sm90_decode(update, hopper_rows<S>(states), hopper_rows<S>(moves), mutable_data<S>(out), stream_of(state)),
                  "hopper_decode");
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor> hopper_decode_backward(const Tensor& grad, const Tensor& state, const Tensor& deltas, const Tensor& shuffled,
+                                                  const UpdateArguments& in) {
+  check(state.is_cuda() && state.dim() == 2, "state must be a CUDA matrix");
+  const DeviceGuard guard(state.get_device_index());
+  Tensor grad_state = torch::stable::new_empty(state, {state.size(0), state.size(1)});
+  Tensor grad_deltas = torch::stable::new_empty(deltas, {deltas.size(0), deltas.size(1)});
+  dispatch_half(state, [&](auto storage) {
+    using S = decltype(storage);
+    const auto update = checked_hopper_update<S>(state, deltas, shuffled, in);
+    check_rows(grad, "grad", state, update.width);
+    const Tensor grads = aligned_rows(grad), states = aligned_rows(state), moves = aligned_rows(deltas);
+    check_launch(aniso::sm90_decode_backward(update, hopper_rows<S>(grads), hopper_rows<S>(states), hopper_rows<S>(moves),
+                                             mutable_data<S>(grad_state), mutable_data<S>(grad_deltas), stream_of(state)),
+                 "hopper_decode_backward");
+  });
+  return {grad_state, grad_deltas};
 }
 
 }  // namespace aniso_torch

@@ -1,6 +1,8 @@
 // The operators of the Hopper kernels.
 #pragma once
 
+#include <tuple>
+
 #include "arguments.h"
 
 namespace aniso_torch {
@@ -18,5 +20,7 @@ Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const I
 Tensor hopper_encode(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in);
 // `shuffled` as in aniso/cuda_sm90.h; the basis of `in` only tells the shape.
 Tensor hopper_decode(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in);
+std::tuple<Tensor, Tensor> hopper_decode_backward(const Tensor& grad, const Tensor& state, const Tensor& deltas, const Tensor& shuffled,
+                                                  const UpdateArguments& in);
 
 }  // namespace aniso_torch

@@ -2,7 +2,8 @@
 //
 // Blocks name each other by distance: `to` sends to the block that many ranks on, where it lies in slot kCluster - 1 - to; what lies in
 // slot from - 1 is from the block `from` ranks on. All that a warp reads was sent to it by its twins in the other blocks: no warp waits
-// for another. Barriers of sm90_layout.cuh say when; their phases follow the tiles.
+// for another. Parts of a projection, coefficients and sums have places of their own, so that nothing is overwritten before the tile is
+// done or what follows from it has come back.
 #pragma once
 
 #include "sm90_instructions.cuh"
@@ -11,14 +12,14 @@
 
 namespace aniso::sm90 {
 
-template <int kCluster>
+template <typename S, int kCluster>
 struct Exchange {
   static constexpr int32_t kOwnColumns = kRank / kCluster;  // of a projection, that a block collects; first in the order of its basis
-  static constexpr int32_t kOwnGroups = kOwnColumns / 8;
-  static constexpr int32_t kOwnSteps = kSteps / kCluster;
-  static constexpr uint32_t kPartBytes = kTileRows * kOwnColumns * 4;  // of a projection, for one receiver
-  static constexpr uint32_t kRoundedBytes = kPartBytes / 2, kCoefficientBytes = kPartBytes / 2;
-  static constexpr uint32_t kNormsOffset = (kCluster - 1) * kPartBytes;
+  static constexpr int32_t kOwnGroups = kOwnColumns / 8, kOwnSteps = kSteps / kCluster;
+  static constexpr uint32_t kShareBytes = kTileRows * kOwnColumns * 2;  // of a projection or of coefficients, for one receiver
+  static constexpr uint32_t kSumsBytes = kTileRows / 2 * 32;            // of up to eight sums for each pair of rows
+  static constexpr uint32_t kCoefficients = (kCluster - 1) * kShareBytes, kSums = 2 * kCoefficients;
+  static constexpr uint32_t kBytes = kSums + (kCluster - 1) * kSumsBytes;
 
   uint32_t memory, barriers;  // of this warpgroup
   uint32_t rank;
@@ -26,28 +27,31 @@ struct Exchange {
 
   __device__ __forceinline__ uint32_t ranks_on(uint32_t distance) const { return (rank + distance) % kCluster; }
   __device__ __forceinline__ uint32_t barrier(size_t offset) const { return barriers + uint32_t(offset); }
-  __device__ __forceinline__ uint32_t norms_place() const { return memory + kNormsOffset + (warp * 8 + lane / 4) * 16; }
+  __device__ __forceinline__ uint32_t projected() const { return barrier(offsetof(Barriers, projected)); }
+  __device__ __forceinline__ uint32_t mapped() const { return barrier(offsetof(Barriers, mapped)); }
+  __device__ __forceinline__ uint32_t summed() const { return barrier(offsetof(Barriers, summed)); }
+  __device__ __forceinline__ uint32_t free() const { return barrier(offsetof(Barriers, exchange_free)); }
 
-  // An arrival overtakes loads: what they brought must have been used before.
-  __device__ __forceinline__ void warp_tells_others(uint32_t which) const {
-    __syncwarp();
-    if (lane != 0) return;
-#pragma unroll
-    for (uint32_t to = 1; to < kCluster; ++to) arrive_remote(remote_address(which, ranks_on(to)));
+  __device__ __forceinline__ void expect_parts() const { arrive_expecting(projected(), (kCluster - 1) * kShareBytes); }
+  __device__ __forceinline__ void expect_coefficients() const { arrive_expecting(mapped(), (kCluster - 1) * kShareBytes); }
+  __device__ __forceinline__ void expect_sums(uint32_t count) const {
+    arrive_expecting(summed(), (kCluster - 1) * kTileRows / 2 * count * uint32_t(sizeof(float)));
   }
 
-  // Of a projection over this block's columns, to each block the share that it collects.
-  template <int kCount>
-  __device__ __forceinline__ void send_parts(const float (&part)[kCount]) const {
+  // Of a projection over this block's columns, to each block the share that it collects, rounded to the format of the rows: no more than
+  // what is done to the coefficients. This block's own share comes into `own`.
+  __device__ __forceinline__ void send_parts(const float (&part)[64], float (&own)[kOwnGroups][4]) const {
+#pragma unroll
+    for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
-      const uint32_t projected = remote_address(barrier(offsetof(Barriers, projected)), ranks_on(to));
-      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kPartBytes + thread * 16, ranks_on(to));
+      const uint32_t signal = remote_address(projected(), ranks_on(to));
+      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kShareBytes + thread * 16, ranks_on(to));
 #pragma unroll
-      for (int32_t v = 0; v < kOwnGroups; ++v) {
-        const float* values = &part[(to * kOwnGroups + v) * 4];
-        store_remote(target + v * kWarpgroupThreads * 16, projected, __float_as_uint(values[0]), __float_as_uint(values[1]),
-                     __float_as_uint(values[2]), __float_as_uint(values[3]));
+      for (int32_t v = 0; v < kOwnGroups / 2; ++v) {
+        const float* values = &part[(to * kOwnGroups + 2 * v) * 4];
+        store_remote(target + v * kWarpgroupThreads * 16, signal, pack<S>(values[0], values[1]), pack<S>(values[2], values[3]),
+                     pack<S>(values[4], values[5]), pack<S>(values[6], values[7]));
       }
     }
   }
@@ -56,43 +60,12 @@ struct Exchange {
 #pragma unroll
     for (uint32_t slot = 0; slot < kCluster - 1; ++slot) {
 #pragma unroll
-      for (int32_t v = 0; v < kOwnGroups; ++v) {
-        const float4 part = load_shared(memory + slot * kPartBytes + (v * kWarpgroupThreads + thread) * 16);
-        own[v][0] += part.x;
-        own[v][1] += part.y;
-        own[v][2] += part.z;
-        own[v][3] += part.w;
-      }
-    }
-  }
-
-  // The same rounded to the format of the rows, where that is no less than what is done to the coefficients.
-  template <typename S>
-  __device__ __forceinline__ void send_rounded_parts(const float (&part)[64]) const {
-#pragma unroll
-    for (uint32_t to = 1; to < kCluster; ++to) {
-      const uint32_t projected = remote_address(barrier(offsetof(Barriers, projected)), ranks_on(to));
-      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kRoundedBytes + thread * 16, ranks_on(to));
-#pragma unroll
       for (int32_t v = 0; v < kOwnGroups / 2; ++v) {
-        const float* values = &part[(to * kOwnGroups + 2 * v) * 4];
-        store_remote(target + v * kWarpgroupThreads * 16, projected, pack<S>(values[0], values[1]), pack<S>(values[2], values[3]),
-                     pack<S>(values[4], values[5]), pack<S>(values[6], values[7]));
-      }
-    }
-  }
-
-  template <typename S>
-  __device__ __forceinline__ void add_rounded_parts(float (&own)[kOwnGroups][4]) const {
-#pragma unroll
-    for (uint32_t slot = 0; slot < kCluster - 1; ++slot) {
-#pragma unroll
-      for (int32_t v = 0; v < kOwnGroups / 2; ++v) {
-        const float4 part = load_shared(memory + slot * kRoundedBytes + (v * kWarpgroupThreads + thread) * 16);
-        const float packed[4] = {part.x, part.y, part.z, part.w};
+        uint32_t packed[4];
+        load_shared(memory + slot * kShareBytes + (v * kWarpgroupThreads + thread) * 16, packed);
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-          const float2 pair = unpack<S>(__float_as_uint(packed[i]));
+          const float2 pair = unpack<S>(packed[i]);
           own[2 * v + i / 2][i % 2 * 2] += pair.x;
           own[2 * v + i / 2][i % 2 * 2 + 1] += pair.y;
         }
@@ -100,67 +73,73 @@ struct Exchange {
     }
   }
 
-  // Coefficients of this block's share, as operands of the second product; `place` is where they lie in the exchange.
-  template <int kKinds>
-  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], uint32_t place) const {
+  // Coefficients of this block's share, as operands of the second product.
+  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kOwnSteps][4]) const {
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
-      const uint32_t mapped = remote_address(barrier(offsetof(Barriers, mapped)), ranks_on(to));
-      const uint32_t target =
-          remote_address(memory + place + (kCluster - 1 - to) * kKinds * kCoefficientBytes + thread * 16, ranks_on(to));
+      const uint32_t signal = remote_address(mapped(), ranks_on(to));
+      const uint32_t target = remote_address(memory + kCoefficients + (kCluster - 1 - to) * kShareBytes + thread * 16, ranks_on(to));
 #pragma unroll
-      for (int32_t i = 0; i < kKinds * kOwnSteps; ++i) {
-        const uint32_t(&k)[4] = own[i / kOwnSteps][i % kOwnSteps];
-        store_remote(target + i * kWarpgroupThreads * 16, mapped, k[0], k[1], k[2], k[3]);
+      for (int32_t i = 0; i < kOwnSteps; ++i) {
+        store_remote(target + i * kWarpgroupThreads * 16, signal, own[i][0], own[i][1], own[i][2], own[i][3]);
       }
     }
   }
 
-  // Those of one step of the product, in the order of this block's basis.
-  template <int kKinds>
-  __device__ __forceinline__ void coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], uint32_t place, int32_t kind, int32_t step,
-                                               uint32_t (&k)[4]) const {
-    const int32_t from = step / kOwnSteps;
-    if (from == 0) {
+  // Those of all blocks, in the order of this block's basis.
+  __device__ __forceinline__ void all_coefficients(const uint32_t (&own)[kOwnSteps][4], uint32_t (&k)[kSteps][4]) const {
 #pragma unroll
-      for (int32_t j = 0; j < 4; ++j) k[j] = own[kind][step][j];
-    } else {
-      const float4 theirs = load_shared(memory + place + (from - 1) * kKinds * kCoefficientBytes +
-                                        ((kind * kOwnSteps + step % kOwnSteps) * kWarpgroupThreads + thread) * 16);
-      k[0] = __float_as_uint(theirs.x);
-      k[1] = __float_as_uint(theirs.y);
-      k[2] = __float_as_uint(theirs.z);
-      k[3] = __float_as_uint(theirs.w);
+    for (int32_t step = 0; step < kSteps; ++step) {
+      const int32_t from = step / kOwnSteps;
+      if (from == 0) {
+#pragma unroll
+        for (int32_t j = 0; j < 4; ++j) k[step][j] = own[step][j];
+      } else {
+        load_shared(memory + kCoefficients + (from - 1) * kShareBytes + (step % kOwnSteps * kWarpgroupThreads + thread) * 16, k[step]);
+      }
     }
   }
 
-  // Four sums of a thread's two rows, equal in the lanes that share them.
-  __device__ __forceinline__ void send_sums(const float (&sums)[4], uint32_t which) const {
-    if (lane % 4 != 0) return;
+  // Sums of a thread's two rows, four or eight, equal in the lanes that share the rows; `sums` are then those over all blocks. In pairs, so
+  // that every block adds the same numbers in the same order.
+  template <int kCount>
+  __device__ __forceinline__ void sum_over_blocks(float (&sums)[kCount], uint32_t parity) const {
+    const uint32_t place = memory + kSums + (warp * 8 + lane / 4) * (kCount * 4);
+    if (lane % 4 == 0) {
 #pragma unroll
-    for (uint32_t to = 1; to < kCluster; ++to) {
-      store_remote(remote_address(norms_place() + (kCluster - 1 - to) * kNormsBytes, ranks_on(to)),
-                   remote_address(which, ranks_on(to)), __float_as_uint(sums[0]), __float_as_uint(sums[1]),
-                   __float_as_uint(sums[2]), __float_as_uint(sums[3]));
+      for (uint32_t to = 1; to < kCluster; ++to) {
+        const uint32_t target = remote_address(place + (kCluster - 1 - to) * kSumsBytes, ranks_on(to));
+        const uint32_t signal = remote_address(summed(), ranks_on(to));
+#pragma unroll
+        for (int32_t i = 0; i < kCount; i += 4) {
+          store_remote(target + i * 4, signal, __float_as_uint(sums[i]), __float_as_uint(sums[i + 1]), __float_as_uint(sums[i + 2]),
+                       __float_as_uint(sums[i + 3]));
+        }
+      }
+    }
+    wait_phase(summed(), parity);
+#pragma unroll
+    for (int32_t i = 0; i < kCount; i += 4) {
+      uint32_t others[kCluster - 1][4];
+#pragma unroll
+      for (uint32_t from = 1; from < kCluster; ++from) load_shared(place + (from - 1) * kSumsBytes + i * 4, others[from - 1]);
+#pragma unroll
+      for (int32_t j = 0; j < 4; ++j) {
+        if constexpr (kCluster == 4) {
+          sums[i + j] = (sums[i + j] + __uint_as_float(others[1][j])) + (__uint_as_float(others[0][j]) + __uint_as_float(others[2][j]));
+        } else {
+          sums[i + j] += __uint_as_float(others[0][j]);
+        }
+      }
     }
   }
 
-  // Over all blocks. In pairs, so that every block adds the same numbers in the same order and scales alike.
-  __device__ __forceinline__ void total_sums(const float (&sums)[4], float (&total)[4]) const {
-    float4 others[kCluster - 1];
+  // This tile's exchange is over, and what it brought has been used: an arrival would overtake loads.
+  __device__ __forceinline__ void warp_is_done() const {
+    __syncwarp();
+    if (lane != 0) return;
 #pragma unroll
-    for (uint32_t from = 1; from < kCluster; ++from) others[from - 1] = load_shared(norms_place() + (from - 1) * kNormsBytes);
-    if constexpr (kCluster == 4) {
-      total[0] = (sums[0] + others[1].x) + (others[0].x + others[2].x);
-      total[1] = (sums[1] + others[1].y) + (others[0].y + others[2].y);
-      total[2] = (sums[2] + others[1].z) + (others[0].z + others[2].z);
-      total[3] = (sums[3] + others[1].w) + (others[0].w + others[2].w);
-    } else {
-      total[0] = sums[0] + others[0].x;
-      total[1] = sums[1] + others[0].y;
-      total[2] = sums[2] + others[0].z;
-      total[3] = sums[3] + others[0].w;
-    }
+    for (uint32_t to = 1; to < kCluster; ++to) arrive_remote(remote_address(free(), ranks_on(to)));
   }
 };
 

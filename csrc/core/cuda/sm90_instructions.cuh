@@ -110,22 +110,12 @@ __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.prox
 // Ordinary reads of shared memory are over before the copy engine may write there.
 __device__ __forceinline__ void reads_before_copy_fence() { shared_writes_fence(); }
 
-// 16 and 8 bytes of rows that nobody here reads again; zero outside.
-__device__ __forceinline__ uint4 load_line(const void* address, bool inside) {
-  uint4 line;
-  asm volatile(
-      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(line.x), "=&r"(line.y), "=&r"(line.z), "=&r"(line.w)
-      : "l"(address), "r"(int32_t(inside)));
-  return line;
-}
-
+// 8 bytes of rows; zero outside.
 __device__ __forceinline__ uint2 load_half_line(const void* address, bool inside) {
   uint2 line;
   asm volatile(
       "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
-      "@inside ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n}"
+      "@inside ld.global.nc.v2.u32 {%0, %1}, [%2];\n}"
       : "=&r"(line.x), "=&r"(line.y)
       : "l"(address), "r"(int32_t(inside)));
   return line;
@@ -138,12 +128,19 @@ __device__ __forceinline__ void store_line(void* address, const float4& line) {
                : "memory");
 }
 
-// 16 bytes of a result where it has such a place.
+// 16 or 8 bytes of a result, where it has such a place.
 __device__ __forceinline__ void store_line_inside(void* address, const uint32_t (&line)[4], bool inside) {
   asm volatile(
       "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
           address),
       "r"(line[0]), "r"(line[1]), "r"(line[2]), "r"(line[3]), "r"(int32_t(inside))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_half_line_inside(void* address, uint32_t low, uint32_t high, bool inside) {
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\n@inside st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};\n}" ::"l"(address),
+      "r"(low), "r"(high), "r"(int32_t(inside))
       : "memory");
 }
 
@@ -169,6 +166,17 @@ __device__ __forceinline__ float4 load_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -7,6 +7,7 @@
 
 #include "sm90_correct.cuh"
 #include "sm90_decode.cuh"
+#include "sm90_decode_backward.cuh"
 #include "sm90_maps.h"
 
 namespace aniso::sm90 {
@@ -112,25 +113,38 @@ cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int6
                             Arguments<S>{in, y.count, out, out_width, partial});
 }
 
-template <typename S, int kCluster, int kChunks>
-cudaError_t launch_decode(const Sm90Update<S>& in, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
-                          cudaStream_t stream) {
-  constexpr uint32_t kBytes = Shared<kCluster, kChunks, true>::kBytes;
-  constexpr auto kernel = sm90_decode_kernel<S, kCluster, kChunks>;
+// A kernel of teams over `count` rows: its maps of the copy engine, then its arguments.
+template <typename S, int kCluster, int kChunks, auto kKernel, typename... Parameters>
+cudaError_t launch_teams(int64_t count, cudaStream_t stream, const Parameters&... parameters) {
+  constexpr uint32_t kBytes = TeamShared<S, kCluster, kChunks>::kBytes;
   int32_t resident = 0;
-  cudaError_t error = prepare<kCluster, kBytes, kernel>(&resident);
-  CUtensorMap moves_map, complement_map, basis_map;
-  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&moves_map, deltas.data + in.rank, state.count, in.width, deltas.stride);
-  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&complement_map, state.data + in.rank / 2 * 3, state.count, in.width, state.stride);
-  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  const cudaError_t error = prepare<kCluster, kBytes, kKernel>(&resident);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = (state.count + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   const int64_t clusters = std::min<int64_t>((tiles + kWarpgroups - 1) / kWarpgroups, resident);
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config =
       configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, moves_map, complement_map, basis_map,
-                            UpdateArguments<S>{in, state.count, state.data, state.stride, deltas.data, deltas.stride, out});
+  return cudaLaunchKernelEx(&config, kKernel, parameters...);
+}
+
+// The maps of an update: of dv, of v0 and of the shuffled basis.
+template <typename S>
+struct UpdateMaps {
+  CUtensorMap moves, complement, basis;
+
+  cudaError_t encode(const Sm90Update<S>& in, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas) {
+    cudaError_t error = matrix_map<kChunkColumns>(&moves, deltas.data + in.rank, state.count, in.width, deltas.stride);
+    if (error == cudaSuccess) {
+      error = matrix_map<kChunkColumns>(&complement, state.data + in.rank / 2 * 3, state.count, in.width, state.stride);
+    }
+    if (error != cudaSuccess) return error;
+    return matrix_map<kPanelColumns>(&basis, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  }
+};
+
+inline bool serves_update(int32_t width, int32_t rank) {
+  return width >= 8 && width <= kSm90Width && width % 8 == 0 && rank >= 16 && rank <= kSm90Rank && rank % 16 == 0;
 }
 
 // body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
@@ -188,12 +202,33 @@ cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S
 template <typename S>
 cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
                         cudaStream_t stream) {
-  if (update.width < 8 || update.width > kSm90Width || update.width % 8 != 0) return cudaErrorInvalidValue;
-  if (update.rank < 16 || update.rank > kSm90Rank || update.rank % 16 != 0) return cudaErrorInvalidValue;
-  if (state.count < 0 || state.count != deltas.count) return cudaErrorInvalidValue;
+  if (!sm90::serves_update(update.width, update.rank) || state.count != deltas.count) return cudaErrorInvalidValue;
   if (state.count == 0) return cudaSuccess;
+  sm90::UpdateMaps<S> maps;
+  const cudaError_t error = maps.encode(update, state, deltas);
+  if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_decode<S, cluster, chunks>(update, state, deltas, out, stream);
+    return sm90::launch_teams<S, cluster, chunks, sm90::sm90_decode_kernel<S, cluster, chunks>>(
+        state.count, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
+  });
+}
+
+template <typename S>
+cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>& grad, const Sm90Rows<S>& state,
+                                 const Sm90Rows<S>& deltas, S* grad_state, S* grad_deltas, cudaStream_t stream) {
+  if (!sm90::serves_update(update.width, update.rank) || state.count != deltas.count || state.count != grad.count) {
+    return cudaErrorInvalidValue;
+  }
+  if (state.count == 0) return cudaSuccess;
+  sm90::UpdateMaps<S> maps;
+  CUtensorMap grad_map;
+  cudaError_t error = maps.encode(update, state, deltas);
+  if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
+    return sm90::launch_teams<S, cluster, chunks, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
+        state.count, stream, maps.moves, maps.complement, grad_map, maps.basis,
+        sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
   });
 }
 
@@ -202,6 +237,8 @@ cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, c
   template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
                                               cudaStream_t);                                                    \
   template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);          \
-  template cudaError_t sm90_decode<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
+  template cudaError_t sm90_decode<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t); \
+  template cudaError_t sm90_decode_backward<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&,   \
+                                               const Sm90Rows<S>&, S*, S*, cudaStream_t)
 
 }  // namespace aniso

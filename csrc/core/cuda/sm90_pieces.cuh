@@ -3,6 +3,7 @@
 
 #include "aniso/block_math.h"
 #include "aniso/cuda_sm90.h"
+#include "aniso/turn.h"
 #include "sm90_instructions.cuh"
 
 namespace aniso::sm90 {
@@ -79,6 +80,20 @@ __device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t b
   return map_radius(segments, base, in.windows[block], rho).radius;
 }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 2^-11 off, less than the rounding of what it is taken of.
 __device__ __forceinline__ float fast_tanh(float x) {
   float result;
@@ -86,18 +101,24 @@ __device__ __forceinline__ float fast_tanh(float x) {
   return result;
 }
 
-// aniso/turn.h by the fast exponential, sine and cosine, 2^-20 off.
-struct TurnedBlock {
-  float a, b;  // of c^
-};
+// A quarter of 1 - tanh(x)^2, which would double the error of a fast tanh.
+__device__ __forceinline__ float quarter_tanh_slope(float x) {
+  const float e = power_of_two(fabsf(x) * (-2.f * kLog2E)), part = reciprocal(1.f + e);
+  return e * part * part;
+}
 
-__device__ __forceinline__ TurnedBlock turned_block(float sin0, float cos0, float log_radius, float delta_theta, float delta_rho,
-                                                    float a_theta, float a_rho) {
-  const auto tanh = [](float x) { return 1.f - __fdividef(2.f, __expf(2.f * fminf(x, 40.f)) + 1.f); };
-  float sine, cosine;
-  __sincosf(a_theta * tanh(delta_theta), &sine, &cosine);
-  const float radius = __expf(log_radius + a_rho * tanh(delta_rho));
-  return {radius * (cos0 * cosine - sin0 * sine), radius * (sin0 * cosine + cos0 * sine)};
+// turn() of aniso/turn.h by the fast exponential, sine and cosine, 2^-20 off.
+__device__ __forceinline__ Turn<float> fast_turn(float sin0, float cos0, float log_radius, float delta_theta, float delta_rho,
+                                                 float a_theta, float a_rho) {
+  const auto tanh = [](float x) { return fmaf(-2.f, reciprocal(power_of_two(x * (2.f * kLog2E)) + 1.f), 1.f); };
+  Turn<float> t;
+  t.tanh_theta = tanh(delta_theta);
+  t.tanh_rho = tanh(delta_rho);
+  __sincosf(a_theta * t.tanh_theta, &t.step_sin, &t.step_cos);
+  t.radius = power_of_two(kLog2E * fmaf(a_rho, t.tanh_rho, log_radius));
+  t.cos = cos0 * t.step_cos - sin0 * t.step_sin;
+  t.sin = sin0 * t.step_cos + cos0 * t.step_sin;
+  return t;
 }
 
 // One of four values side by side.
@@ -105,6 +126,15 @@ template <typename S>
 __device__ __forceinline__ float value_of(const uint2& four, int32_t index) {
   const float2 pair = unpack<S>(index < 2 ? four.x : four.y);
   return index % 2 == 0 ? pair.x : pair.y;
+}
+
+// |v|^2 of a vector [size] or of none, in every lane of a warp.
+__device__ __forceinline__ float squares_of(const float* vector, int32_t size, int32_t lane) {
+  float squares = 0.f;
+  for (int32_t j = lane; vector != nullptr && j < size; j += 32) squares += vector[j] * vector[j];
+#pragma unroll
+  for (int32_t step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
+  return squares;
 }
 
 // Sum over the four lanes that share a row.

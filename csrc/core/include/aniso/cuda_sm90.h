@@ -88,4 +88,9 @@ template <typename S>
 cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
                         cudaStream_t stream);
 
+// grad_state [N, 3M + D] and grad_deltas [N, R + D], contiguous, from grad [N, D].
+template <typename S>
+cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>& grad, const Sm90Rows<S>& state,
+                                 const Sm90Rows<S>& deltas, S* grad_state, S* grad_deltas, cudaStream_t stream);
+
 }  // namespace aniso
