@@ -9,7 +9,7 @@ import torch
 from aniso_ext.ops.schemas import NAMESPACE
 
 _INITIALISATION_LENGTH = 9
-_HOPPER_LENGTH = 4
+_HOPPER_LENGTH = 5
 
 
 def _save_rows_and_constants(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -30,20 +30,22 @@ class HopperOperands:
 
     ============ ======================== =========================================================================
     basis        [D, 128] storage dtype   Q, zero columns past R
-    coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
+    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
+    coordinates  [2, R] float32           -Q^T m_s and Q^T offset for the rounded basis
     cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
     map_scales   [3, 64] float32          its scales
     ============ ======================== =========================================================================
     """
 
     basis: torch.Tensor
+    shuffled: torch.Tensor
     coordinates: torch.Tensor
     cells: torch.Tensor
     map_scales: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In schema order."""
-        return self.basis, self.coordinates, self.cells, self.map_scales
+        return self.basis, self.shuffled, self.coordinates, self.cells, self.map_scales
 
 
 @cache
@@ -124,8 +126,7 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)
-    shift = torch.zeros_like(constants.offset) if constants.shift is None else constants.shift
-    vectors = torch.stack((-exact.source_mean, constants.offset, shift))
+    vectors = torch.stack((-exact.source_mean, constants.offset))
     basis = rounded.new_zeros(frame.width, LARGEST_RANK)
     basis[:, : frame.rank] = rounded
     coordinates = (vectors @ rounded.double()).float().contiguous()
@@ -133,4 +134,4 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     cells[: frame.blocks] = table.cells
     map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
     map_scales[:, : frame.blocks] = table.scales
-    return HopperOperands(basis, coordinates, cells.view(torch.int32).squeeze(2), map_scales)
+    return HopperOperands(basis, shuffle(rounded), coordinates, cells.view(torch.int32).squeeze(2), map_scales)

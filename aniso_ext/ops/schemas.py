@@ -17,7 +17,7 @@ _INITIALISATION = (
     "Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, "
     "Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset"
 )
-_HOPPER = "Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales"
+_HOPPER = "Tensor basis, Tensor shuffled, Tensor coordinates, Tensor cells, Tensor map_scales"
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor basis, Tensor? shift, float a_theta, float a_rho, float a_v, bool project"
 )
@@ -72,7 +72,7 @@ def _(
 
 @torch.library.register_fake(f"{NAMESPACE}::hopper_encode")
 def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
-    target_coordinates = operands[6]
+    target_coordinates = operands[7]
     return y.new_empty((y.shape[0], y.shape[1] + target_coordinates.shape[0] // 2 * 3))
 
 

@@ -6,26 +6,26 @@
 namespace aniso_torch {
 namespace {
 
-Tensor correct(Tensor y, Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight, Tensor input_bias,
+Tensor correct(Tensor y, Tensor basis, Tensor shuffled, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight, Tensor input_bias,
                Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale,
                Tensor offset, std::optional<Tensor> shift) {
-  return hopper_correct(y, {basis, coordinates, cells, map_scales},
+  return hopper_correct(y, {basis, shuffled, coordinates, cells, map_scales},
                         {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset,
                          shift});
 }
 
-Tensor correct_sums(Tensor y, Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight,
+Tensor correct_sums(Tensor y, Tensor basis, Tensor shuffled, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight,
                     Tensor input_bias, Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows,
                     Tensor output_weight, Tensor scale, Tensor offset) {
-  return hopper_correct_sums(y, {basis, coordinates, cells, map_scales},
+  return hopper_correct_sums(y, {basis, shuffled, coordinates, cells, map_scales},
                              {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale,
                               offset, std::nullopt});
 }
 
-Tensor encode(Tensor y, Tensor basis, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight, Tensor input_bias,
+Tensor encode(Tensor y, Tensor basis, Tensor shuffled, Tensor coordinates, Tensor cells, Tensor map_scales, Tensor input_weight, Tensor input_bias,
               Tensor target_coordinates, Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale,
               Tensor offset) {
-  return hopper_encode(y, {basis, coordinates, cells, map_scales},
+  return hopper_encode(y, {basis, shuffled, coordinates, cells, map_scales},
                        {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset,
                         std::nullopt});
 }

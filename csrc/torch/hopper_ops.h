@@ -10,6 +10,7 @@ namespace aniso_torch {
 // The fields of aniso_ext/ops/hopper.py.
 struct HopperTensors {
   Tensor basis;
+  Tensor shuffled;
   Tensor coordinates;
   Tensor cells;
   Tensor map_scales;

@@ -32,13 +32,15 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
                                 const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap basis_map,
                                 const __grid_constant__ UpdateGradientArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Mates = Team<S, kCluster, kChunks>;
+  using Mates = UpdateTeam<S, kCluster, kChunks>;
   constexpr int32_t kOwnGroups = Mates::Shares::kOwnGroups, kOwnSteps = Mates::Shares::kOwnSteps;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Update<S>& in = arguments.in;
   Mates team(shared_memory, in.width, in.rank, arguments.state.count);
   const auto& exchange = team.exchange;
-  team.begin(basis_map, moves_map, in.shift);
+  team.begin(basis_map, moves_map);
+  team.keep_vector(kShift, in.shift);
+  team.end_of_beginning();
   const float shift_squares = squares_of(in.shift, in.width, team.lane);
   const bool shifted = in.shift != nullptr;
 
@@ -54,27 +56,17 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     // ---- w
     PolarFours polar[Mates::kTurnGroups];
     float own[kOwnGroups][4];
-    uint32_t own_k[kOwnSteps][4];
+    uint32_t own_k[1][kOwnSteps][4];
     float w[kChunks][32];
     {
       uint32_t step[kChunks][16];
       {
         float part[64] = {};
         wait_phase(team.loaded(), 0);
-#pragma unroll
-        for (int32_t c = 0; c < kChunks; ++c) {
-          take_step<S>(team, c, in.a_v, step[c]);
-          pin(step[c]);
-          products_begin();
-          team.project_chunk(part, c, step[c]);
-          products_commit();
-        }
+        team.project_tile(step, part, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); });
         team.load_after_reading(complement_map, team.tile);
         if (!team.is_first()) wait_phase(exchange.free(), parity ^ 1);
-        products_wait();
-        pin(part);
-#pragma unroll
-        for (int32_t c = 0; c < kChunks; ++c) pin(step[c]);
+        team.projection_done(step, part);
         exchange.send_parts(part, own);
       }
       team.forget_addresses();
@@ -87,14 +79,14 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       team.forget_addresses();
       wait_phase(team.loaded(), 1);
 #pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) begin_rows<S>(team, c, step[c], w[c]);
+      for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(c, step[c], w[c]);
     }
     team.load_after_reading(grad_map, team.tile);
     wait_phase(exchange.mapped(), 0);
     if (team.leader) exchange.expect_coefficients();
     {
       uint32_t k[kSteps][4];
-      exchange.all_coefficients(own_k, k);
+      exchange.all_coefficients(own_k, 0, k);
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
       products_begin();
@@ -115,7 +107,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       pin(w[c]);
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&grads)[4]) {
         float shift[8];
-        team.load_shift(c, piece, shift);
+        team.load_vector(kShift, c, piece, shift);
         float* of = &sums[4 * half];
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
@@ -148,7 +140,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       for (int32_t c = 0; c < kChunks; ++c) {
         team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&grads)[4]) {
           float shift[8];
-          team.load_shift(c, piece, shift);
+          team.load_vector(kShift, c, piece, shift);
           uint32_t pairs[4];
 #pragma unroll
           for (int32_t i = 0; i < 4; ++i) {
@@ -177,10 +169,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       for (int32_t c = 0; c < kChunks; ++c) team.project_chunk(part, c, grad_w[c]);
       products_commit();
       team.load_polar(arguments.state, arguments.deltas, polar);
-      products_wait();
-      pin(part);
-#pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) pin(grad_w[c]);
+      team.projection_done(grad_w, part);
       exchange.send_parts(part, own);
     }
     team.forget_addresses();
@@ -190,8 +179,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     for (int32_t g = 0; g < kOwnGroups; ++g) {
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
-        const bool passes = in.project;
-        own_k[g / 2][g % 2 * 2 + half] = passes ? pack<S>(own[g][2 * half], own[g][2 * half + 1]) : 0;
+        own_k[0][g / 2][g % 2 * 2 + half] = in.project ? pack<S>(own[g][2 * half], own[g][2 * half + 1]) : 0;
       }
     }
     exchange.send_coefficients(own_k);
@@ -202,27 +190,13 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(team.loaded(), 1);
     wait_phase(exchange.mapped(), 1);
     uint32_t k[kSteps][4];
-    exchange.all_coefficients(own_k, k);
-    float back[2][32];  // of a chunk while the next one is multiplied
-    const auto start = [&](int32_t c) {
-#pragma unroll
-      for (int32_t i = 0; i < 32; ++i) back[c % 2][i] = 0.f;
-      pin(back[c % 2]);
-      products_begin();
-      team.rebuild_chunk(back[c % 2], c, k);
-      products_commit();
-    };
-    start(0);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      if (c + 1 < kChunks) start(c + 1);
-      products_wait(c + 1 < kChunks ? 1 : 0);
-      pin(back[c % 2]);
+    exchange.all_coefficients(own_k, 0, k);
+    team.for_each_product(k, [&](int32_t c, const float(&back)[32]) {
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&moves)[4]) {
         uint32_t pairs[4];
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-          const float* values = &back[c % 2][16 * piece + 4 * i + 2 * half];
+          const float* values = &back[16 * piece + 4 * i + 2 * half];
           const float2 grad = unpack<S>(grad_w[c][8 * piece + 2 * i + half]), move = unpack<S>(moves[i]);
           const auto value = [&](float grad, float back, float move) {
             return quarter_tanh_slope(move) * (4.f * in.a_v) * (grad - back);
@@ -231,7 +205,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
         team.store_piece(arguments.grad_deltas + team.row(half) * (in.rank + in.width) + in.rank, half, c, piece, pairs);
       });
-    }
+    });
     team.load_after_reading(moves_map, team.tile + team.stride);
     exchange.warp_is_done();
   }

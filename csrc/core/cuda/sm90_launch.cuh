@@ -9,6 +9,7 @@
 #include "sm90_decode.cuh"
 #include "sm90_decode_backward.cuh"
 #include "sm90_maps.h"
+#include "sm90_sums.cuh"
 
 namespace aniso::sm90 {
 
@@ -83,40 +84,14 @@ cudaError_t prepare(int32_t* resident) {
 template <int kCluster, int kChunks>
 int32_t sum_slots() {
   int32_t resident = 0;
-  if (prepare<kCluster, Shared<kCluster, kChunks, false>::kBytes, sm90_kernel<BFloat16, kCluster, kChunks, Result::kSums, false>>(
-          &resident) != cudaSuccess) {
-    return 0;
-  }
+  using Mates = SumsTeam<BFloat16, kCluster, kChunks>;
+  if (prepare<kCluster, Mates::kBytes, sm90_sums_kernel<BFloat16, kCluster, kChunks>>(&resident) != cudaSuccess) return 0;
   return resident * kWarpgroups * kWarps;
 }
 
-template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
-cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
-                   cudaStream_t stream) {
-  using Layout = Shared<kCluster, kChunks, kDiagonal>;
-  constexpr auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
-  int32_t resident = 0;
-  cudaError_t error = prepare<kCluster, Layout::kBytes, kernel>(&resident);
-  CUtensorMap rows_map, basis_map;
-  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
-  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
-  if (error != cudaSuccess) return error;
-
-  const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
-  const int64_t wanted = (tiles + kWarpgroups - 1) / kWarpgroups;
-  // Every warp of the largest grid has its slot of sums to fill.
-  const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads,
-                                                  Layout::kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map,
-                            Arguments<S>{in, y.count, out, out_width, partial});
-}
-
 // A kernel of teams over `count` rows: its maps of the copy engine, then its arguments.
-template <typename S, int kCluster, int kChunks, auto kKernel, typename... Parameters>
+template <int kCluster, uint32_t kBytes, auto kKernel, typename... Parameters>
 cudaError_t launch_teams(int64_t count, cudaStream_t stream, const Parameters&... parameters) {
-  constexpr uint32_t kBytes = TeamShared<S, kCluster, kChunks>::kBytes;
   int32_t resident = 0;
   const cudaError_t error = prepare<kCluster, kBytes, kKernel>(&resident);
   if (error != cudaSuccess) return error;
@@ -159,18 +134,39 @@ auto by_width(int32_t width, const Body& body) {
   return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
 }
 
-template <typename S, Result kResult>
-cudaError_t launch_any(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
-                       cudaStream_t stream) {
-  if (in.width < 1 || in.width > kSm90Width || in.rank < 2 || in.rank > kRank || y.count < 0) return cudaErrorInvalidValue;
-  if (y.count == 0 && kResult != Result::kSums) return cudaSuccess;
+template <typename S>
+bool serves(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
+  return in.width >= 8 && in.width <= kSm90Width && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
+}
+
+template <Form kForm, typename S>
+cudaError_t launch_correct(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  if (y.count == 0) return cudaSuccess;
+  CUtensorMap rows_map, basis_map;
+  cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  if (error != cudaSuccess) return error;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    if constexpr (kResult == Result::kRows) {
-      if (in.diagonal) return launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream);
-    }
-    if (in.diagonal) return cudaErrorInvalidValue;
-    return launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
+    return launch_teams<cluster, CorrectTeam<S, cluster, chunks, kForm>::kBytes, sm90_correct_kernel<S, cluster, chunks, kForm>>(
+        y.count, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
   });
+}
+
+template <typename S, int kCluster, int kChunks>
+cudaError_t launch_sums(const Sm90Operands<S>& in, const Sm90Rows<S>& y, float* partial, cudaStream_t stream) {
+  constexpr uint32_t kBytes = SumsTeam<S, kCluster, kChunks>::kBytes;
+  constexpr auto kernel = sm90_sums_kernel<S, kCluster, kChunks>;
+  int32_t resident = 0;
+  cudaError_t error = prepare<kCluster, kBytes, kernel>(&resident);
+  CUtensorMap rows_map, basis_map;
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster;
+  // Every warp of the largest grid has its slot of sums to fill.
+  const cudaLaunchConfig_t config =
+      configuration(int64_t(resident) * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, SumsArguments<S>{in, y.count, partial});
 }
 
 }  // namespace aniso::sm90
@@ -179,24 +175,29 @@ namespace aniso {
 
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
-  return sm90::launch_any<S, sm90::Result::kRows>(operands, y, out, operands.width, nullptr, stream);
+  if (!sm90::serves(operands, y)) return cudaErrorInvalidValue;
+  if (operands.diagonal) return sm90::launch_correct<sm90::Form::kDiagonal>(operands, y, out, stream);
+  return sm90::launch_correct<sm90::Form::kScalar>(operands, y, out, stream);
+}
+
+template <typename S>
+cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
+  if (!sm90::serves(operands, y) || operands.diagonal || operands.rank % 16 != 0) return cudaErrorInvalidValue;
+  return sm90::launch_correct<sm90::Form::kState>(operands, y, state, stream);
 }
 
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
                               cudaStream_t stream) {
-  const cudaError_t error =
-      sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+  if (!sm90::serves(operands, y) || operands.diagonal) return cudaErrorInvalidValue;
+  const cudaError_t error = sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
+    return sm90::launch_sums<S, cluster, chunks>(operands, y, partial, stream);
+  });
   if (error != cudaSuccess) return error;
   const dim3 threads(32, sm90::kSumLanes);
   sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.basis,
                                                                       operands.offset, operands.width, sums);
   return cudaGetLastError();
-}
-
-template <typename S>
-cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
-  return sm90::launch_any<S, sm90::Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
 }
 
 template <typename S>
@@ -208,7 +209,7 @@ cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, c
   const cudaError_t error = maps.encode(update, state, deltas);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<S, cluster, chunks, sm90::sm90_decode_kernel<S, cluster, chunks>>(
+    return sm90::launch_teams<cluster, sm90::UpdateTeam<S, cluster, chunks>::kBytes, sm90::sm90_decode_kernel<S, cluster, chunks>>(
         state.count, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
   });
 }
@@ -226,7 +227,8 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<S, cluster, chunks, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
+    return sm90::launch_teams<cluster, sm90::UpdateTeam<S, cluster, chunks>::kBytes,
+                              sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
         state.count, stream, maps.moves, maps.complement, grad_map, maps.basis,
         sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
   });

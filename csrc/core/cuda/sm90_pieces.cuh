@@ -1,7 +1,6 @@
 // What the Hopper kernel does with the values of a thread: roots and norms, the radius map of a block, sums over lanes.
 #pragma once
 
-#include "aniso/block_math.h"
 #include "aniso/cuda_sm90.h"
 #include "aniso/turn.h"
 #include "sm90_instructions.cuh"
@@ -45,39 +44,6 @@ __device__ __forceinline__ float2 load_pair(const float* values) {
   float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address(values)));
   return pair;
-}
-
-// The radius and the direction of a block, and the cell of its radius map, asked for early: all blocks of a thread wait at once.
-struct BlockLookup {
-  float inverse, rho, place;  // 1/|(a, b)|, the radius, and where it lies in its cell
-  uint32_t cell;              // two half-precision numbers
-};
-
-__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
-  const float squared = a * a + b * b;
-  BlockLookup block = {inverse_root(squared), square_root(squared + float(kRadiusEps)), 0.f, 0};
-  const float place = fminf(block.rho * cell_scale, float(cell_count));  // a NaN falls in the last cell
-  const int32_t cell = int32_t(place);
-  block.place = place - float(cell);
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
-  return block;
-}
-
-__device__ __forceinline__ bool is_coarse(uint32_t cell) { return (cell & 0x7fffu) > 0x7c00u; }
-
-// The map is its last slope, and what the cell adds.
-__device__ __forceinline__ float mapped_radius(const BlockLookup& block, float last_slope, float unit) {
-  const float2 cell = unpack<Float16>(block.cell);
-  return fmaf(block.rho, last_slope, unit * fmaf(block.place, cell.y, cell.x));
-}
-
-// The exact map of one block, for the few radii whose cell is too coarse.
-template <typename S>
-__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
-  const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
-  const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
-  const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
-  return map_radius(segments, base, in.windows[block], rho).radius;
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

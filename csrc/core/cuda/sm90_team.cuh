@@ -8,35 +8,33 @@
 //          exchange. Rows do not come straight into registers, as such loads wait for room in the little that is left of the first-level cache.
 #pragma once
 
-#include "aniso/turn.h"
 #include "sm90_exchange.cuh"
 
 namespace aniso::sm90 {
 
-template <typename S, int kCluster, int kChunks>
+enum Vector { kShift, kOffset, kScale };  // [64 kChunks] in shared memory, zero past D
+
+template <typename Shares, int kChunks, int kVectors>
 struct TeamShared {
   static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
   static constexpr uint32_t kBasis = 0;
   static constexpr uint32_t kTiles = kSteps * kPanelBytes;
   static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
-  static constexpr uint32_t kShift = kExchanges + kWarpgroups * Exchange<S, kCluster>::kBytes;  // [64 kChunks], zero past D
-  static constexpr uint32_t kBarriers = kShift + kChunks * kChunkColumns * uint32_t(sizeof(float));
+  static constexpr uint32_t kVectorBytes = kChunks * kChunkColumns * uint32_t(sizeof(float));
+  static constexpr uint32_t kFirstVector = kExchanges + kWarpgroups * Shares::kBytes;
+  static constexpr uint32_t kBarriers = kFirstVector + kVectors * kVectorBytes;
   static constexpr uint32_t kBasisLoaded = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers));
-  static constexpr uint32_t kBytes = kBasisLoaded + uint32_t(sizeof(uint64_t));
+  static constexpr uint32_t kOther = kBasisLoaded + uint32_t(sizeof(uint64_t));  // what else a kernel keeps begins here
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
-  static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 };
 
-// Of two rows, four blocks of the rank side by side: sin, cos, log rho, dtheta and drho.
-struct PolarFours {
-  uint2 of[2][5];
-};
-
-template <typename S, int kCluster, int kChunks>
+// P and kKinds as in Exchange; kVectors: how many of Vector there are.
+template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kVectors>
 struct Team {
-  using Layout = TeamShared<S, kCluster, kChunks>;
-  using Shares = Exchange<S, kCluster>;
+  using Shares = Exchange<S, P, kCluster, kKinds>;
+  using Layout = TeamShared<Shares, kChunks, kVectors>;
+  static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
   uint32_t shared;
@@ -72,23 +70,22 @@ struct Team {
         stride(int64_t(cluster_count()) * kWarpgroups),
         tile(int64_t(cluster_index()) * kWarpgroups + warpgroup),
         basis(narrow_operand(shared + Layout::kBasis, Layout::kPanelBytes)),
-        exchange{shared + Layout::kExchanges + warpgroup * Shares::kBytes,
+        exchange{shared + Layout::kExchanges + warpgroup * Shares::kBytes, shared + Layout::kTiles + warpgroup * Layout::kTileBytes,
                  shared + Layout::kBarriers + warpgroup * uint32_t(sizeof(Barriers)), cluster_rank(),
                  int32_t(threadIdx.x) % kWarpgroupThreads, int32_t(threadIdx.x) % kWarpgroupThreads / 32, lane} {}
 
-  __device__ __forceinline__ uint32_t tile_memory() const { return shared + Layout::kTiles + warpgroup * Layout::kTileBytes; }
   __device__ __forceinline__ uint32_t loaded() const { return exchange.barrier(offsetof(Barriers, loaded)); }
   __device__ __forceinline__ bool is_first() const { return tile < stride; }
 
   // For the next tile. What follows from these numbers is then made where it is used: kept over the tiles, it would push rows out of the
   // registers, into a first-level cache that has no room.
   __device__ __forceinline__ void forget_addresses() {
-    asm volatile("" : "+r"(shared), "+r"(exchange.memory), "+r"(exchange.barriers), "+r"(exchange.rank), "+r"(exchange.thread));
+    asm volatile("" : "+r"(shared), "+r"(exchange.memory), "+r"(exchange.tile), "+r"(exchange.barriers), "+r"(exchange.rank), "+r"(exchange.thread));
     asm volatile("" : "+r"(first_of_warp), "+r"(quarter), "+r"(own_column), "+r"(first_block), "+r"(width), "+r"(blocks));
   }
 
-  // Barriers, this block's part of Q and of the shift, and the first load.
-  __device__ __forceinline__ void begin(const CUtensorMap& basis_map, const CUtensorMap& rows_map, const float* shift) const {
+  // Barriers, this block's part of Q, and the first load. Afterwards end_of_beginning().
+  __device__ __forceinline__ void begin(const CUtensorMap& basis_map, const CUtensorMap& rows_map) const {
     const uint32_t basis_loaded = shared + Layout::kBasisLoaded;
     if (leader) {
       for (const uint32_t barrier : {loaded(), exchange.projected(), exchange.mapped(), exchange.summed()}) barrier_init(barrier, 1);
@@ -108,19 +105,26 @@ struct Team {
       }
     }
     load(rows_map, tile);
+  }
+
+  // This block's part of a vector [D], or of none.
+  __device__ __forceinline__ void keep_vector(Vector which, const float* values) const {
     for (int32_t j = threadIdx.x; j < kChunks * kChunkColumns; j += blockDim.x) {
       const int32_t column = first_column + j;
-      store_shared(shared + Layout::kShift + j * 4, shift != nullptr && column < width ? shift[column] : 0.f);
+      store_shared(vector_place(which) + j * 4, values != nullptr && column < width ? values[column] : 0.f);
     }
+  }
+
+  __device__ __forceinline__ void end_of_beginning() const {
     __syncthreads();
-    wait_phase(basis_loaded, 0);
+    wait_phase(shared + Layout::kBasisLoaded, 0);
   }
 
   __device__ __forceinline__ void load(const CUtensorMap& rows_map, int64_t which) const {
     if (!leader || which >= tiles) return;
     arrive_expecting(loaded(), Layout::kTileBytes);
     for (int32_t c = 0; c < kChunks; ++c) {
-      load_box(tile_memory() + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded());
+      load_box(exchange.tile + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded());
     }
   }
 
@@ -140,19 +144,23 @@ struct Team {
 #pragma unroll
       for (int32_t piece = 0; piece < 2; ++piece) {
         uint32_t pairs[4];
-        load_shared(tile_memory() + c * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16), pairs);
+        load_shared(exchange.tile + c * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16), pairs);
         body(half, piece, pairs);
       }
     }
   }
 
-  // Eight neighbours of the shift.
-  __device__ __forceinline__ void load_shift(int32_t c, int32_t piece, float (&shift)[8]) const {
-    const uint32_t place = shared + Layout::kShift + (c * kChunkColumns + piece * 32 + quarter * 8) * 4;
+  __device__ __forceinline__ uint32_t vector_place(Vector which) const {
+    return shared + Layout::kFirstVector + uint32_t(which) * Layout::kVectorBytes;
+  }
+
+  // Eight neighbours of a vector.
+  __device__ __forceinline__ void load_vector(Vector which, int32_t c, int32_t piece, float (&values)[8]) const {
+    const uint32_t place = vector_place(which) + (c * kChunkColumns + piece * 32 + quarter * 8) * 4;
 #pragma unroll
     for (int32_t i = 0; i < 2; ++i) {
       const float4 four = load_shared(place + i * 16);
-      shift[4 * i] = four.x, shift[4 * i + 1] = four.y, shift[4 * i + 2] = four.z, shift[4 * i + 3] = four.w;
+      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
     }
   }
 
@@ -164,6 +172,36 @@ struct Team {
   __device__ __forceinline__ void store_piece(S* line, int32_t half, int32_t c, int32_t piece, const uint32_t (&pairs)[4]) const {
     const int32_t column = c * kChunkColumns + piece * 32;
     store_line_inside(line + own_column + column, pairs, column < columns_left && row(half) < count);
+  }
+
+  // A chunk of the tile, as operands of a product.
+  __device__ __forceinline__ void load_chunk(int32_t c, uint32_t (&rows)[16]) const {
+    for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&pairs)[4]) {
+#pragma unroll
+      for (int32_t i = 0; i < 4; ++i) rows[8 * piece + 2 * i + half] = pairs[i];
+    });
+  }
+
+  // The tile into registers, as change() makes its pairs, and its projection on this block's columns. The product runs on: projection_done().
+  template <typename Change>
+  __device__ __forceinline__ void project_tile(uint32_t (&rows)[kChunks][16], float (&part)[64], const Change& change) const {
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      load_chunk(c, rows[c]);
+#pragma unroll
+      for (int32_t i = 0; i < 16; ++i) rows[c][i] = change(rows[c][i]);
+      pin(rows[c]);
+      products_begin();
+      project_chunk(part, c, rows[c]);
+      products_commit();
+    }
+  }
+
+  __device__ __forceinline__ void projection_done(uint32_t (&rows)[kChunks][16], float (&part)[64]) const {
+    products_wait();
+    pin(part);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) pin(rows[c]);
   }
 
   // part += rows of a chunk, in registers, times Q.
@@ -180,69 +218,73 @@ struct Team {
     }
   }
 
-  // The state and the deltas of the blocks that this thread turns.
-  __device__ __forceinline__ void load_polar(const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, PolarFours (&polar)[kTurnGroups]) const {
+  // body(c, Q k in the columns of chunk c), while the next chunk is multiplied.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_product(const uint32_t (&k)[kSteps][4], const Body& body) const {
+    float sums[2][32];
+    const auto start = [&](int32_t c) {
 #pragma unroll
-    for (int32_t half = 0; half < 2; ++half) {
-      const S* state_row = state.data + readable_row(half) * state.stride + first_block;
-      const S* deltas_row = deltas.data + readable_row(half) * deltas.stride + first_block;
+      for (int32_t i = 0; i < 32; ++i) sums[c % 2][i] = 0.f;
+      pin(sums[c % 2]);
+      products_begin();
+      rebuild_chunk(sums[c % 2], c, k);
+      products_commit();
+    };
+    start(0);
 #pragma unroll
-      for (int32_t t = 0; t < kTurnGroups; ++t) {
-#pragma unroll
-        for (int32_t i = 0; i < 5; ++i) {
-          const S* four = (i < 3 ? state_row + i * blocks : deltas_row + (i - 3) * blocks) + t * 16;
-          polar[t].of[half][i] = load_half_line(four, first_block + t * 16 < blocks);
-        }
-      }
+    for (int32_t c = 0; c < kChunks; ++c) {
+      if (c + 1 < kChunks) start(c + 1);
+      products_wait(c + 1 < kChunks ? 1 : 0);
+      pin(sums[c % 2]);
+      body(c, sums[c % 2]);
     }
   }
 
-  // The block of group g and row `half` turned. Blocks past M have no radius.
-  __device__ __forceinline__ Turn<float> turned(const PolarFours (&polar)[kTurnGroups], int32_t g, int32_t half,
-                                                const Sm90Update<S>& in) const {
-    const uint2(&of)[5] = polar[g / 4].of[half];
-    Turn<float> turn = fast_turn(value_of<S>(of[0], g % 4), value_of<S>(of[1], g % 4), value_of<S>(of[2], g % 4),
-                                 value_of<S>(of[3], g % 4), value_of<S>(of[4], g % 4), in.a_theta, in.a_rho);
-    if (first_block + g / 4 * 16 >= blocks) turn.radius = 0.f;
-    return turn;
-  }
-
-  // k = c^ - Q^T step of this block's share, from its share of Q^T step.
-  __device__ __forceinline__ void turned_coefficients(const PolarFours (&polar)[kTurnGroups], const float (&projected)[Shares::kOwnGroups][4],
-                                                      const Sm90Update<S>& in, uint32_t (&k)[Shares::kOwnSteps][4]) const {
+  // Divides rows by their norms, which are summed from w over the cluster; adds the shift and divides again. `ready` waits for a chunk.
+  template <typename Ready>
+  __device__ __forceinline__ void store_unit_rows(float (&w)[kChunks][32], const Ready& ready, bool shifted, float shift_squares,
+                                                  uint32_t parity, S* out) const {
+    float sums[4] = {};  // |w|^2 and w.shift of both rows
 #pragma unroll
-    for (int32_t g = 0; g < Shares::kOwnGroups; ++g) {
+    for (int32_t c = 0; c < kChunks; ++c) {
+      ready(c);
 #pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        const Turn<float> turn = turned(polar, g, half, in);
-        const float a = in.project ? projected[g][2 * half] : 0.f, b = in.project ? projected[g][2 * half + 1] : 0.f;
-        k[g / 2][g % 2 * 2 + half] = pack<S>(fmaf(turn.radius, turn.cos, -a), fmaf(turn.radius, turn.sin, -b));
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        float shift[8];
+        load_vector(kShift, c, piece, shift);
+#pragma unroll
+        for (int32_t i = 0; i < 8; ++i) {
+          const float* values = &w[c][16 * piece + i / 2 * 4 + i % 2];
+          sums[0] = fmaf(values[0], values[0], sums[0]);
+          sums[1] = fmaf(values[0], shift[i], sums[1]);
+          sums[2] = fmaf(values[2], values[2], sums[2]);
+          sums[3] = fmaf(values[2], shift[i], sums[3]);
+        }
       }
     }
-  }
-
-  // Gradients of the state's and the deltas' polar parts, from this block's share of grad_c, into rows that follow each other.
-  __device__ __forceinline__ void store_turn_gradients(const PolarFours (&polar)[kTurnGroups], const float (&grad_c)[Shares::kOwnGroups][4],
-                                                       const Sm90Update<S>& in, S* grad_state, S* grad_deltas) const {
 #pragma unroll
-    for (int32_t half = 0; half < 2; ++half) {
-      S* state_row = grad_state + row(half) * (3 * blocks + width) + first_block;
-      S* deltas_row = grad_deltas + row(half) * (2 * blocks + width) + first_block;
+    for (int32_t i = 0; i < 4; ++i) sums[i] = sum_over_row(sums[i]);
+    exchange.sum_over_blocks(sums, parity);
+    Scales scales[2];
 #pragma unroll
-      for (int32_t t = 0; t < kTurnGroups; ++t) {
-        float values[5][4];
+    for (int32_t half = 0; half < 2; ++half) scales[half] = fast_scales(sums[2 * half], sums[2 * half + 1], shift_squares, shifted);
 #pragma unroll
-        for (int32_t i = 0; i < 4; ++i) {
-          const float* grad = &grad_c[4 * t + i][2 * half];
-          const TurnGradient<float> of = turn_backward(turned(polar, 4 * t + i, half, in), grad[0], grad[1], in.a_theta, in.a_rho);
-          values[0][i] = of.sin0, values[1][i] = of.cos0, values[2][i] = of.log_radius;
-          values[3][i] = of.delta_theta, values[4][i] = of.delta_rho;
-        }
+    for (int32_t c = 0; c < kChunks; ++c) {
 #pragma unroll
-        for (int32_t i = 0; i < 5; ++i) {
-          S* four = (i < 3 ? state_row + i * blocks : deltas_row + (i - 3) * blocks) + t * 16;
-          store_half_line_inside(four, pack<S>(values[i][0], values[i][1]), pack<S>(values[i][2], values[i][3]),
-                                 first_block + t * 16 < blocks && row(half) < count);
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        float shift[8];
+        load_vector(kShift, c, piece, shift);
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+          const float factor = scales[half].inverse * scales[half].outer, shift_factor = scales[half].outer;
+          uint32_t pairs[4];
+#pragma unroll
+          for (int32_t i = 0; i < 4; ++i) {
+            const float* values = &w[c][16 * piece + 4 * i + 2 * half];
+            pairs[i] = pack<S>(fmaf(values[0], factor, shift[2 * i] * shift_factor),
+                               fmaf(values[1], factor, shift[2 * i + 1] * shift_factor));
+          }
+          store_piece(out + row(half) * width, half, c, piece, pairs);
         }
       }
     }
