@@ -75,13 +75,13 @@ def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
     assert not found.cells[CALIBRATED.blocks :].any() and not found.map_scales[:, CALIBRATED.blocks :].any()
     basis, target = frame.basis.bfloat16().double(), frame.target_mean
     offset = target - frame.basis @ (frame.basis.T @ target) - frame.complement_scale * frame.source_mean
-    exact = torch.stack((-frame.source_mean, offset)) @ basis
+    exact = torch.stack((-frame.source_mean, offset, target - frame.output_mean)) @ basis
     # one rounding to float32 of sums of D terms
     assert torch.allclose(found.coordinates.double(), exact, rtol=2.0**-24, atol=SAMPLED.width * 2.0**-53)
 
 
 def test_a_basis_that_is_not_orthonormal_to_the_rounding_is_not_served():
-    """The norms of the column sums come from quadratic forms that take Q^T Q for I."""
+    """The norms come from quadratic forms that take Q^T Q for I."""
     skewed = frame_of(Case(96, 48, knots=256, basis_dtype="bfloat16"))
     assert hopper.fold_hopper(skewed, torch.bfloat16, CPU) is not None
     assert hopper.fold_hopper(skewed, torch.float16, CPU) is None

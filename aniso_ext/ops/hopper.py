@@ -31,7 +31,7 @@ class HopperOperands:
     ============ ======================== =========================================================================
     basis        [D, 128] storage dtype   Q, zero columns past R
     shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
-    coordinates  [2, R] float32           -Q^T m_s and Q^T offset for the rounded basis
+    coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
     map_scales   [3, 64] float32          its scales
     ============ ======================== =========================================================================
@@ -126,7 +126,8 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)
-    vectors = torch.stack((-exact.source_mean, constants.offset))
+    shift = torch.zeros_like(constants.offset) if constants.shift is None else constants.shift
+    vectors = torch.stack((-exact.source_mean, constants.offset, shift))
     basis = rounded.new_zeros(frame.width, LARGEST_RANK)
     basis[:, : frame.rank] = rounded
     coordinates = (vectors @ rounded.double()).float().contiguous()

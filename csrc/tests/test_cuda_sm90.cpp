@@ -67,10 +67,12 @@ class Suite {
         scale_(uniform(size.diagonal ? size.width : 1, 0.6, 1.1, random)),
         offset_(uniform(size.width, -0.5 / std::sqrt(size.width), 0.5 / std::sqrt(size.width), random)),
         shift_(uniform(size.width, -0.2 / std::sqrt(size.width), 0.2 / std::sqrt(size.width), random)) {
-    for (int32_t r = 0; r < size.rank; ++r) {
-      double sum = 0;
-      for (int32_t j = 0; j < size.width; ++j) sum += double(offset_[size_t(j)]) * exact(basis_[size_t(j) * size.rank + r]);
-      coordinates_.push_back(float(sum));
+    for (const std::vector<float>* vector : {&offset_, &shift_}) {
+      for (int32_t r = 0; r < size.rank; ++r) {
+        double sum = 0;
+        for (int32_t j = 0; j < size.width; ++j) sum += double((*vector)[size_t(j)]) * exact(basis_[size_t(j) * size.rank + r]);
+        coordinates_.push_back(float(sum));
+      }
     }
     const int32_t blocks = size.rank / 2;
     for (int32_t block = 0; block < blocks; ++block) {
@@ -120,6 +122,7 @@ class Suite {
                              bias.data(),
                              target.data(),
                              coordinates.data(),
+                             coordinates.data() + size_.rank,
                              reinterpret_cast<const uint32_t*>(cells.data()),
                              map_scales.data(),
                              kKnots + 1,

@@ -48,7 +48,7 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
   check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90Rank);
   check_constant(hopper.shuffled, "shuffled", y, y.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
-  check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 2 * rank);
+  check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
   check_constant(hopper.cells, "cells", y, ScalarType::Int, aniso::kSm90Rank / 2 * cells);
   check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * aniso::kSm90Rank / 2);
@@ -65,6 +65,7 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           coordinates,
           data<float>(in.target_coordinates),
           coordinates + rank,
+          coordinates + 2 * rank,
           reinterpret_cast<const uint32_t*>(data<int32_t>(hopper.cells)),
           data<float>(hopper.map_scales),
           int32_t(pieces),

@@ -10,8 +10,10 @@
 //          both products. Warpgroups of a block work on tiles of their own and cover each other's waits.
 // A tile   1 the copy engine brings 64 rows, which go into registers; 2 partial p from the block's columns; 3 each block collects its share
 //          of p from the others, 4 maps its blocks of the rank and hands coefficients to the others; the next tile is on its way; 5 w;
-//          6 norms, summed from w over the cluster; 7 out. A number S goes into the coefficients: k = T(rho) (cos, sin) - S c_t, w = Q k + S y +
+//          6 norms, summed over the cluster; 7 out. A number S goes into the coefficients: k = T(rho) (cos, sin) - S c_t, w = Q k + S y +
 //          offset. A diagonal one takes Q c_t first, chunk by chunk.
+// Norms    of a number S follow from k, p and u = S y + offset before w is there: |w|^2 = u.u + k.(k + 2 Q^T u), w.shift = u.shift + k.Q^T shift,
+//          as Q^T Q = I. Those of a diagonal one are summed from w.
 // Shared   sm90_team.cuh, and the constants of the coordinates.
 // Registers  w in fp32: 32 kChunks a thread, before that the rows at half of it. Nothing is rounded but coefficients and the result.
 // Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
@@ -80,9 +82,11 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
     }
   }
 
-  // Coefficients of this block's share from its coordinates. A state's polar part is written on the way.
+  // Coefficients of this block's share from its coordinates. A state's polar part is written on the way; of a number S the share's part of
+  // |w|^2 and w.shift comes to `sums`.
   __device__ __forceinline__ void map_share(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, float scalar,
-                                            float (&own)[kOwnGroups][4], uint32_t (&k)[kKinds][Shares::kOwnSteps][4], S* states) const {
+                                            float (&own)[kOwnGroups][4], uint32_t (&k)[kKinds][Shares::kOwnSteps][4], float (&sums)[4],
+                                            S* states) const {
     const int32_t lane_column = quarter * 8;
     const auto column_of = [&](int32_t g) { return g / 4 * 32 + lane_column + g % 4 * 2; };
 #pragma unroll
@@ -95,6 +99,11 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
       for (int32_t i = 0; i < kLookupGroups; ++i) {
         const int32_t g = first + i;
         const float2 target = load_pair(coordinates.scaled_target + column_of(g));
+        float2 cross = {}, shift = {};
+        if constexpr (kForm == Form::kScalar) {
+          cross = load_pair(coordinates.cross + column_of(g));
+          shift = load_pair(coordinates.shift + column_of(g));
+        }
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           const float a = own[g][2 * half], b = own[g][2 * half + 1], radius = radii[i][half];
@@ -102,7 +111,13 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
           const int32_t step = g / 2, operand = g % 2 * 2 + half;
           // c_t = (a, b) - t, times S if that is a number
           if constexpr (kForm == Form::kScalar) {
-            k[0][step][operand] = pack<S>(fmaf(radius, cos, fmaf(-scalar, a, target.x)), fmaf(radius, sin, fmaf(-scalar, b, target.y)));
+            uint32_t& pair = k[0][step][operand];
+            pair = pack<S>(fmaf(radius, cos, fmaf(-scalar, a, target.x)), fmaf(radius, sin, fmaf(-scalar, b, target.y)));
+            const float2 kept = unpack<S>(pair);  // the norms are those of the row that is built
+            float &squares = sums[2 * half], &dot_shift = sums[2 * half + 1];
+            squares = fmaf(kept.x, fmaf(2.f * scalar, a, cross.x) + kept.x, squares);
+            squares = fmaf(kept.y, fmaf(2.f * scalar, b, cross.y) + kept.y, squares);
+            dot_shift = fmaf(kept.x, shift.x, fmaf(kept.y, shift.y, dot_shift));
           } else if constexpr (kForm == Form::kDiagonal) {
             k[0][step][operand] = pack<S>(radius * cos, radius * sin);
             k[1][step][operand] = pack<S>(a - target.x, b - target.y);
@@ -129,7 +144,7 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
 };
 
 template <typename S, int kCluster, int kChunks, Form kForm>
-__global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     sm90_correct_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
                         const __grid_constant__ CorrectArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -174,7 +189,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(exchange.projected(), parity);
     exchange.add_parts(own);
     uint32_t own_k[Mates::kKinds][Mates::Shares::kOwnSteps][4];
-    team.map_share(in, coordinates, scalar, own, own_k, arguments.out);
+    float sums[4] = {};  // |w|^2 and w.shift of both rows
+    team.map_share(in, coordinates, scalar, own, own_k, sums, arguments.out);
     exchange.send_coefficients(own_k);
 
     // ---- S (y - Q c_t) + offset, the middle term of a number S in k
@@ -183,7 +199,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       wait_phase(exchange.mapped(), parity);
       uint32_t k[kSteps][4];
       exchange.all_coefficients(own_k, 1, k);
-      team.for_each_product(k, [&](int32_t c, const float(&projection)[32]) {
+      team.template for_each_product<1>(k, [&](int32_t c, const float(&projection)[32]) {
         team.begin_rows(c, y[c], w[c], [&](int32_t at, float value, float offset, float scale) {
           return fmaf(scale, value - projection[at], offset);
         });
@@ -192,7 +208,9 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
         team.begin_rows(c, y[c], w[c], [&](int32_t, float value, float offset, float) { return fmaf(scalar, value, offset); });
+        if constexpr (kForm == Form::kScalar) team.add_squares(w[c], c, sums);
       }
+      if constexpr (kForm == Form::kScalar) exchange.send_sums(sums);
       wait_phase(exchange.mapped(), parity);
     }
 
@@ -210,18 +228,25 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     team.load_after_reading(rows_map, team.tile + team.stride);  // the coefficients lay in the tile
 
     // ---- out
-    const auto ready = [&](int32_t c) {
+    Scales scales[2];
+    if constexpr (kForm == Form::kScalar) {
+      exchange.receive_sums(sums, parity);
+      fast_scales(sums, shift_squares, shifted, scales);
+    }
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
       products_wait(kChunks - 1 - c);
       pin(w[c]);
-    };
-    if constexpr (kForm == Form::kState) {
+      if constexpr (kForm == Form::kScalar) team.store_unit_rows(w[c], c, scales, arguments.out);
+      if constexpr (kForm == Form::kDiagonal) team.add_squares(w[c], c, sums);
+      if constexpr (kForm == Form::kState) team.store_complement(w[c], c, arguments.out);
+    }
+    if constexpr (kForm == Form::kDiagonal) {
+      exchange.send_sums(sums);
+      exchange.receive_sums(sums, parity);
+      fast_scales(sums, shift_squares, shifted, scales);
 #pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) {
-        ready(c);
-        team.store_complement(w[c], c, arguments.out);
-      }
-    } else {
-      team.store_unit_rows(w, ready, shifted, shift_squares, parity, arguments.out);
+      for (int32_t c = 0; c < kChunks; ++c) team.store_unit_rows(w[c], c, scales, arguments.out);
     }
     exchange.warp_is_done();
   }

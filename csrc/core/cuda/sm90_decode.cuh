@@ -27,7 +27,7 @@ struct UpdateArguments {
 };
 
 template <typename S, int kCluster, int kChunks>
-__global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     sm90_decode_kernel(const __grid_constant__ CUtensorMap moves_map, const __grid_constant__ CUtensorMap complement_map,
                        const __grid_constant__ CUtensorMap basis_map, const __grid_constant__ UpdateArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -91,12 +91,22 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       products_commit();
     }
 
-    // ---- out
-    const auto ready = [&](int32_t c) {
+    // ---- its norms
+    float sums[4] = {};
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
       products_wait(kChunks - 1 - c);
       pin(w[c]);
-    };
-    team.store_unit_rows(w, ready, in.shift != nullptr, shift_squares, parity, arguments.out);
+      team.add_squares(w[c], c, sums);
+    }
+    exchange.send_sums(sums);
+    exchange.receive_sums(sums, parity);
+
+    // ---- out
+    Scales scales[2];
+    fast_scales(sums, shift_squares, in.shift != nullptr, scales);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) team.store_unit_rows(w[c], c, scales, arguments.out);
     exchange.warp_is_done();
   }
   cluster_sync();  // no block leaves while another may still write to it

@@ -27,7 +27,7 @@ struct UpdateGradientArguments {
 };
 
 template <typename S, int kCluster, int kChunks>
-__global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     sm90_decode_backward_kernel(const __grid_constant__ CUtensorMap moves_map, const __grid_constant__ CUtensorMap complement_map,
                                 const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap basis_map,
                                 const __grid_constant__ UpdateGradientArguments<S> arguments) {
@@ -120,9 +120,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
       });
     }
-#pragma unroll
-    for (int32_t i = 0; i < 8; ++i) sums[i] = sum_over_row(sums[i]);
-    exchange.sum_over_blocks(sums, parity);
+    exchange.send_sums(sums);
+    exchange.receive_sums(sums, parity);
 
     // ---- grad_w
     team.forget_addresses();
@@ -191,7 +190,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
     wait_phase(exchange.mapped(), 1);
     uint32_t k[kSteps][4];
     exchange.all_coefficients(own_k, 0, k);
-    team.for_each_product(k, [&](int32_t c, const float(&back)[32]) {
+    team.template for_each_product<2>(k, [&](int32_t c, const float(&back)[32]) {
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&moves)[4]) {
         uint32_t pairs[4];
 #pragma unroll

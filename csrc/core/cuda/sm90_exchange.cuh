@@ -124,11 +124,17 @@ struct Exchange {
     }
   }
 
-  // Sums of a thread's two rows, four or eight, equal in the lanes that share the rows; `sums` are then those over all blocks. In pairs, so
-  // that every block adds the same numbers in the same order.
   template <int kCount>
-  __device__ __forceinline__ void sum_over_blocks(float (&sums)[kCount], uint32_t parity) const {
-    const uint32_t place = memory + kSums + (warp * 8 + lane / 4) * (kCount * 4);
+  __device__ __forceinline__ uint32_t sums_place() const {
+    return memory + kSums + (warp * 8 + lane / 4) * (kCount * 4);
+  }
+
+  // Sums of a thread's two rows, four or eight: over the lanes that share the rows, then to the other blocks.
+  template <int kCount>
+  __device__ __forceinline__ void send_sums(float (&sums)[kCount]) const {
+    const uint32_t place = sums_place<kCount>();
+#pragma unroll
+    for (int32_t i = 0; i < kCount; ++i) sums[i] = sum_over_row(sums[i]);
     if (lane % 4 == 0) {
 #pragma unroll
       for (uint32_t to = 1; to < kCluster; ++to) {
@@ -141,6 +147,12 @@ struct Exchange {
         }
       }
     }
+  }
+
+  // Those over all blocks, in pairs, so that every block adds the same numbers in the same order.
+  template <int kCount>
+  __device__ __forceinline__ void receive_sums(float (&sums)[kCount], uint32_t parity) const {
+    const uint32_t place = sums_place<kCount>();
     wait_phase(summed(), parity);
 #pragma unroll
     for (int32_t i = 0; i < kCount; i += 4) {

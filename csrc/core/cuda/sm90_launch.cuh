@@ -63,7 +63,7 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
 }
 
 // Readies a kernel for the current device; how many clusters run at a time.
-template <int kCluster, uint32_t kBytes, auto kKernel>
+template <int kCluster, int kChunks, uint32_t kBytes, auto kKernel>
 cudaError_t prepare(int32_t* resident) {
   cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
   if (error != cudaSuccess) return error;
@@ -71,7 +71,7 @@ cudaError_t prepare(int32_t* resident) {
   if (known == 0) {
     cudaLaunchAttribute cluster;
     const cudaLaunchConfig_t config =
-        configuration(kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, nullptr);
+        configuration(kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, nullptr);
     int count = 0;
     error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
     if (error != cudaSuccess) return error;
@@ -85,21 +85,21 @@ template <int kCluster, int kChunks>
 int32_t sum_slots() {
   int32_t resident = 0;
   using Mates = SumsTeam<BFloat16, kCluster, kChunks>;
-  if (prepare<kCluster, Mates::kBytes, sm90_sums_kernel<BFloat16, kCluster, kChunks>>(&resident) != cudaSuccess) return 0;
-  return resident * kWarpgroups * kWarps;
+  if (prepare<kCluster, kChunks, Mates::kBytes, sm90_sums_kernel<BFloat16, kCluster, kChunks>>(&resident) != cudaSuccess) return 0;
+  return resident * warpgroups(kChunks) * kWarps;
 }
 
 // A kernel of teams over `count` rows: its maps of the copy engine, then its arguments.
-template <int kCluster, uint32_t kBytes, auto kKernel, typename... Parameters>
+template <int kCluster, int kChunks, uint32_t kBytes, auto kKernel, typename... Parameters>
 cudaError_t launch_teams(int64_t count, cudaStream_t stream, const Parameters&... parameters) {
   int32_t resident = 0;
-  const cudaError_t error = prepare<kCluster, kBytes, kKernel>(&resident);
+  const cudaError_t error = prepare<kCluster, kChunks, kBytes, kKernel>(&resident);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-  const int64_t clusters = std::min<int64_t>((tiles + kWarpgroups - 1) / kWarpgroups, resident);
+  const int64_t clusters = std::min<int64_t>((tiles + warpgroups(kChunks) - 1) / warpgroups(kChunks), resident);
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config =
-      configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
+      configuration(clusters * kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
   return cudaLaunchKernelEx(&config, kKernel, parameters...);
 }
 
@@ -147,7 +147,7 @@ cudaError_t launch_correct(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* o
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
   if (error != cudaSuccess) return error;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    return launch_teams<cluster, CorrectTeam<S, cluster, chunks, kForm>::kBytes, sm90_correct_kernel<S, cluster, chunks, kForm>>(
+    return launch_teams<cluster, chunks, CorrectTeam<S, cluster, chunks, kForm>::kBytes, sm90_correct_kernel<S, cluster, chunks, kForm>>(
         y.count, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
   });
 }
@@ -157,7 +157,7 @@ cudaError_t launch_sums(const Sm90Operands<S>& in, const Sm90Rows<S>& y, float* 
   constexpr uint32_t kBytes = SumsTeam<S, kCluster, kChunks>::kBytes;
   constexpr auto kernel = sm90_sums_kernel<S, kCluster, kChunks>;
   int32_t resident = 0;
-  cudaError_t error = prepare<kCluster, kBytes, kernel>(&resident);
+  cudaError_t error = prepare<kCluster, kChunks, kBytes, kernel>(&resident);
   CUtensorMap rows_map, basis_map;
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
@@ -165,7 +165,7 @@ cudaError_t launch_sums(const Sm90Operands<S>& in, const Sm90Rows<S>& y, float* 
   cudaLaunchAttribute cluster;
   // Every warp of the largest grid has its slot of sums to fill.
   const cudaLaunchConfig_t config =
-      configuration(int64_t(resident) * kCluster, kWarpgroups * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
+      configuration(int64_t(resident) * kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
   return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, SumsArguments<S>{in, y.count, partial});
 }
 
@@ -209,7 +209,7 @@ cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, c
   const cudaError_t error = maps.encode(update, state, deltas);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<cluster, sm90::UpdateTeam<S, cluster, chunks>::kBytes, sm90::sm90_decode_kernel<S, cluster, chunks>>(
+    return sm90::launch_teams<cluster, chunks, sm90::UpdateTeam<S, cluster, chunks>::kBytes, sm90::sm90_decode_kernel<S, cluster, chunks>>(
         state.count, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
   });
 }
@@ -227,7 +227,7 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<cluster, sm90::UpdateTeam<S, cluster, chunks>::kBytes,
+    return sm90::launch_teams<cluster, chunks, sm90::UpdateTeam<S, cluster, chunks>::kBytes,
                               sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
         state.count, stream, maps.moves, maps.complement, grad_map, maps.basis,
         sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});

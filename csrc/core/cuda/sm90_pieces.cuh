@@ -34,6 +34,12 @@ __device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, fl
   return {length, inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
 }
 
+// Of both rows of a thread, from |w|^2 and w.shift of each.
+__device__ __forceinline__ void fast_scales(const float (&sums)[4], float shift_squares, bool shifted, Scales (&scales)[2]) {
+#pragma unroll
+  for (int32_t half = 0; half < 2; ++half) scales[half] = fast_scales(sums[2 * half], sums[2 * half + 1], shift_squares, shifted);
+}
+
 template <typename S>
 __device__ __forceinline__ float rounded(float value) {
   return unpack<S>(pack<S>(value, 0.f)).x;

@@ -13,6 +13,7 @@ struct CoordinateVectors {
   float turned_bias[kRank / kCluster];    // t_b
   float scaled_target[kRank / kCluster];  // S t; t if S is diagonal
   float cross[kRank / kCluster];          // 2 (Q^T offset - S t_b); for a number S
+  float shift[kRank / kCluster];          // Q^T shift; for a number S
   float cell_scale[kRank / kCluster / 2];
   float map[kRank / kCluster];  // of each block its last slope and the unit of its cells
 };
@@ -71,6 +72,7 @@ __device__ __forceinline__ void fill(CoordinateVectors<kCluster>& coordinates, c
     coordinates.turned_bias[j] = turned_bias;
     coordinates.scaled_target[j] = scalar * target;
     coordinates.cross[j] = inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
+    coordinates.shift[j] = inside && in.shift != nullptr ? in.shift_coordinates[column] : 0.f;
     if (j % 2 == 0) coordinates.cell_scale[j / 2] = in.map_scales[column / 2];
     coordinates.map[j] = in.map_scales[(1 + j % 2) * (kRank / 2) + column / 2];
   }

@@ -31,7 +31,7 @@ struct SumsTeam : Team<S, float, kCluster, kChunks, 1, 2> {
 };
 
 template <typename S, int kCluster, int kChunks>
-__global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     sm90_sums_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
                      const __grid_constant__ SumsArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -82,6 +82,15 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       exchange.send_parts(part, own);
     }
 
+    // ---- the rows wait in registers
+    uint32_t y[kChunks][16];
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      team.load_chunk(c, y[c]);
+      pin(y[c]);
+    }
+    team.load_after_reading(rows_map, team.tile + team.stride);
+
     // ---- k of the blocks of the rank that this block collects, in the place of the coordinates
     wait_phase(exchange.projected(), parity);
     exchange.add_parts(own);
@@ -108,13 +117,10 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
       }
     }
 
-    // ---- y.y and y.offset; the rows wait in registers
-    uint32_t y[kChunks][16];
+    // ---- y.y and y.offset
     float squares[2] = {}, along[2] = {};
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      team.load_chunk(c, y[c]);
-      pin(y[c]);
 #pragma unroll
       for (int32_t piece = 0; piece < 2; ++piece) {
         float offset[8];
@@ -127,14 +133,14 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
         }
       }
     }
-    team.load_after_reading(rows_map, team.tile + team.stride);
 
     // ---- norms, then the sums
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
-      sums[2 * half] = sum_over_row(fmaf(scalar, fmaf(scalar, squares[half], 2.f * along[half]), sums[2 * half]));
+      sums[2 * half] = fmaf(scalar, fmaf(scalar, squares[half], 2.f * along[half]), sums[2 * half]);
     }
-    exchange.sum_over_blocks(sums, parity);
+    exchange.send_sums(sums);
+    exchange.receive_sums(sums, parity);
     float inverse[2];
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
@@ -165,7 +171,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroupThreads, 1)
 
   // ---- this warp's slot
   const int32_t lane_row = team.lane / 4;
-  const int32_t slot = (int32_t(cluster_index()) * kWarpgroups + team.warpgroup) * kWarps + exchange.warp;
+  const int32_t slot = (int32_t(cluster_index()) * Mates::kWarpgroups + team.warpgroup) * kWarps + exchange.warp;
   float* partial = arguments.partial + int64_t(slot) * (in.width + kSm90SumColumns);
 #pragma unroll
   for (int32_t c = 0; c < kChunks; ++c) {

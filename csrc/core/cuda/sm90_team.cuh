@@ -16,6 +16,7 @@ enum Vector { kShift, kOffset, kScale };  // [64 kChunks] in shared memory, zero
 
 template <typename Shares, int kChunks, int kVectors>
 struct TeamShared {
+  static constexpr int32_t kWarpgroups = warpgroups(kChunks);
   static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
   static constexpr uint32_t kBasis = 0;
@@ -34,6 +35,7 @@ template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kVe
 struct Team {
   using Shares = Exchange<S, P, kCluster, kKinds>;
   using Layout = TeamShared<Shares, kChunks, kVectors>;
+  static constexpr int32_t kWarpgroups = warpgroups(kChunks);
   static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
@@ -218,74 +220,62 @@ struct Team {
     }
   }
 
-  // body(c, Q k in the columns of chunk c), while the next chunk is multiplied.
-  template <typename Body>
+  // body(c, Q k in the columns of chunk c); with two buffers, while the next chunk is multiplied.
+  template <int kBuffers, typename Body>
   __device__ __forceinline__ void for_each_product(const uint32_t (&k)[kSteps][4], const Body& body) const {
-    float sums[2][32];
+    float sums[kBuffers][32];
     const auto start = [&](int32_t c) {
 #pragma unroll
-      for (int32_t i = 0; i < 32; ++i) sums[c % 2][i] = 0.f;
-      pin(sums[c % 2]);
+      for (int32_t i = 0; i < 32; ++i) sums[c % kBuffers][i] = 0.f;
+      pin(sums[c % kBuffers]);
       products_begin();
-      rebuild_chunk(sums[c % 2], c, k);
+      rebuild_chunk(sums[c % kBuffers], c, k);
       products_commit();
     };
-    start(0);
+    if (kBuffers == 2) start(0);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      if (c + 1 < kChunks) start(c + 1);
-      products_wait(c + 1 < kChunks ? 1 : 0);
-      pin(sums[c % 2]);
-      body(c, sums[c % 2]);
+      if (c + kBuffers - 1 < kChunks) start(c + kBuffers - 1);
+      products_wait(kBuffers == 2 && c + 1 < kChunks ? 1 : 0);
+      pin(sums[c % kBuffers]);
+      body(c, sums[c % kBuffers]);
     }
   }
 
-  // Divides rows by their norms, which are summed from w over the cluster; adds the shift and divides again. `ready` waits for a chunk.
-  template <typename Ready>
-  __device__ __forceinline__ void store_unit_rows(float (&w)[kChunks][32], const Ready& ready, bool shifted, float shift_squares,
-                                                  uint32_t parity, S* out) const {
-    float sums[4] = {};  // |w|^2 and w.shift of both rows
+  // |w|^2 and w.shift of both rows, over the columns of a chunk.
+  __device__ __forceinline__ void add_squares(const float (&w)[32], int32_t c, float (&sums)[4]) const {
 #pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      ready(c);
+    for (int32_t piece = 0; piece < 2; ++piece) {
+      float shift[8];
+      load_vector(kShift, c, piece, shift);
 #pragma unroll
-      for (int32_t piece = 0; piece < 2; ++piece) {
-        float shift[8];
-        load_vector(kShift, c, piece, shift);
-#pragma unroll
-        for (int32_t i = 0; i < 8; ++i) {
-          const float* values = &w[c][16 * piece + i / 2 * 4 + i % 2];
-          sums[0] = fmaf(values[0], values[0], sums[0]);
-          sums[1] = fmaf(values[0], shift[i], sums[1]);
-          sums[2] = fmaf(values[2], values[2], sums[2]);
-          sums[3] = fmaf(values[2], shift[i], sums[3]);
-        }
+      for (int32_t i = 0; i < 8; ++i) {
+        const float* values = &w[16 * piece + i / 2 * 4 + i % 2];
+        sums[0] = fmaf(values[0], values[0], sums[0]);
+        sums[1] = fmaf(values[0], shift[i], sums[1]);
+        sums[2] = fmaf(values[2], values[2], sums[2]);
+        sums[3] = fmaf(values[2], shift[i], sums[3]);
       }
     }
+  }
+
+  // A chunk of e = Norm(w/|w| + shift) into rows [N, D].
+  __device__ __forceinline__ void store_unit_rows(const float (&w)[32], int32_t c, const Scales (&scales)[2], S* out) const {
 #pragma unroll
-    for (int32_t i = 0; i < 4; ++i) sums[i] = sum_over_row(sums[i]);
-    exchange.sum_over_blocks(sums, parity);
-    Scales scales[2];
+    for (int32_t piece = 0; piece < 2; ++piece) {
+      float shift[8];
+      load_vector(kShift, c, piece, shift);
 #pragma unroll
-    for (int32_t half = 0; half < 2; ++half) scales[half] = fast_scales(sums[2 * half], sums[2 * half + 1], shift_squares, shifted);
+      for (int32_t half = 0; half < 2; ++half) {
+        const float factor = scales[half].inverse * scales[half].outer, shift_factor = scales[half].outer;
+        uint32_t pairs[4];
 #pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int32_t piece = 0; piece < 2; ++piece) {
-        float shift[8];
-        load_vector(kShift, c, piece, shift);
-#pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
-          const float factor = scales[half].inverse * scales[half].outer, shift_factor = scales[half].outer;
-          uint32_t pairs[4];
-#pragma unroll
-          for (int32_t i = 0; i < 4; ++i) {
-            const float* values = &w[c][16 * piece + 4 * i + 2 * half];
-            pairs[i] = pack<S>(fmaf(values[0], factor, shift[2 * i] * shift_factor),
-                               fmaf(values[1], factor, shift[2 * i + 1] * shift_factor));
-          }
-          store_piece(out + row(half) * width, half, c, piece, pairs);
+        for (int32_t i = 0; i < 4; ++i) {
+          const float* values = &w[16 * piece + 4 * i + 2 * half];
+          pairs[i] = pack<S>(fmaf(values[0], factor, shift[2 * i] * shift_factor),
+                             fmaf(values[1], factor, shift[2 * i + 1] * shift_factor));
         }
+        store_piece(out + row(half) * width, half, c, piece, pairs);
       }
     }
   }

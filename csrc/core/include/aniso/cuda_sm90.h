@@ -27,6 +27,7 @@ struct Sm90Operands {
   const float* input_bias;         // [R]
   const float* target_coordinates; // [R]
   const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
+  const float* shift_coordinates;  // [R], Q^T shift, for a scalar complement and a shift
   // The radius map in cell i = min(int(rho cell_scale), G) is rho last_slope + unit (start + rise (rho cell_scale - i)).
   const uint32_t* cells;           // [64, G + 1], start and rise as two fp16 numbers, the last cell and all past M zero;
                                    // NaN where one line is too coarse: there the map itself is searched
