@@ -10,10 +10,8 @@
 //          both products. Warpgroups of a block work on tiles of their own and cover each other's waits.
 // A tile   1 the copy engine brings 64 rows, which go into registers; 2 partial p from the block's columns; 3 each block collects its share
 //          of p from the others, 4 maps its blocks of the rank and hands coefficients to the others; the next tile is on its way; 5 w;
-//          6 norms, summed over the cluster; 7 out. A number S goes into the coefficients: k = T(rho) (cos, sin) - S c_t, w = Q k + S y +
+//          6 norms, summed from w over the cluster; 7 out. A number S goes into the coefficients: k = T(rho) (cos, sin) - S c_t, w = Q k + S y +
 //          offset. A diagonal one takes Q c_t first, chunk by chunk.
-// Norms    of a number S follow from k, p and u = S y + offset before w is there: |w|^2 = u.u + k.(k + 2 Q^T u), w.shift = u.shift + k.Q^T shift,
-//          as Q^T Q = I. Those of a diagonal one are summed from w.
 // Shared   sm90_team.cuh, and the constants of the coordinates.
 // Registers  w in fp32: 32 kChunks a thread, before that the rows at half of it. Nothing is rounded but coefficients and the result.
 // Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
@@ -36,9 +34,13 @@ struct CorrectArguments {
 };
 
 template <typename S, int kCluster, int kChunks, Form kForm>
-struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, 3> {
+using CorrectBase = Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kChunks <= 3 ? 3 : 2,
+                         3>;
+
+template <typename S, int kCluster, int kChunks, Form kForm>
+struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm> {
   static constexpr int32_t kKinds = kForm == Form::kDiagonal ? 2 : 1;  // of coefficients: those of Q T(rho) (cos, sin), and c_t
-  using Base = Team<S, float, kCluster, kChunks, kKinds, 3>;
+  using Base = CorrectBase<S, kCluster, kChunks, kForm>;
   using typename Base::Shares;
   using Base::Base, Base::blocks, Base::count, Base::first_block, Base::quarter, Base::row, Base::width;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;
@@ -82,11 +84,9 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
     }
   }
 
-  // Coefficients of this block's share from its coordinates. A state's polar part is written on the way; of a number S the share's part of
-  // |w|^2 and w.shift comes to `sums`.
+  // Coefficients of this block's share from its coordinates. A state's polar part is written on the way.
   __device__ __forceinline__ void map_share(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, float scalar,
-                                            float (&own)[kOwnGroups][4], uint32_t (&k)[kKinds][Shares::kOwnSteps][4], float (&sums)[4],
-                                            S* states) const {
+                                            float (&own)[kOwnGroups][4], uint32_t (&k)[kKinds][Shares::kOwnSteps][4], S* states) const {
     const int32_t lane_column = quarter * 8;
     const auto column_of = [&](int32_t g) { return g / 4 * 32 + lane_column + g % 4 * 2; };
 #pragma unroll
@@ -99,11 +99,6 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
       for (int32_t i = 0; i < kLookupGroups; ++i) {
         const int32_t g = first + i;
         const float2 target = load_pair(coordinates.scaled_target + column_of(g));
-        float2 cross = {}, shift = {};
-        if constexpr (kForm == Form::kScalar) {
-          cross = load_pair(coordinates.cross + column_of(g));
-          shift = load_pair(coordinates.shift + column_of(g));
-        }
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           const float a = own[g][2 * half], b = own[g][2 * half + 1], radius = radii[i][half];
@@ -111,13 +106,7 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
           const int32_t step = g / 2, operand = g % 2 * 2 + half;
           // c_t = (a, b) - t, times S if that is a number
           if constexpr (kForm == Form::kScalar) {
-            uint32_t& pair = k[0][step][operand];
-            pair = pack<S>(fmaf(radius, cos, fmaf(-scalar, a, target.x)), fmaf(radius, sin, fmaf(-scalar, b, target.y)));
-            const float2 kept = unpack<S>(pair);  // the norms are those of the row that is built
-            float &squares = sums[2 * half], &dot_shift = sums[2 * half + 1];
-            squares = fmaf(kept.x, fmaf(2.f * scalar, a, cross.x) + kept.x, squares);
-            squares = fmaf(kept.y, fmaf(2.f * scalar, b, cross.y) + kept.y, squares);
-            dot_shift = fmaf(kept.x, shift.x, fmaf(kept.y, shift.y, dot_shift));
+            k[0][step][operand] = pack<S>(fmaf(radius, cos, fmaf(-scalar, a, target.x)), fmaf(radius, sin, fmaf(-scalar, b, target.y)));
           } else if constexpr (kForm == Form::kDiagonal) {
             k[0][step][operand] = pack<S>(radius * cos, radius * sin);
             k[1][step][operand] = pack<S>(a - target.x, b - target.y);
@@ -144,7 +133,7 @@ struct CorrectTeam : Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal 
 };
 
 template <typename S, int kCluster, int kChunks, Form kForm>
-__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThreads, 1)
     sm90_correct_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
                         const __grid_constant__ CorrectArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -159,10 +148,10 @@ __global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
   team.begin(basis_map, rows_map);
   team.keep_vector(kShift, in.shift);
   team.keep_vector(kOffset, in.offset);
-  if constexpr (kForm == Form::kDiagonal) team.keep_vector(kScale, in.scale);
+  if (kForm == Form::kDiagonal) team.keep_vector(kScale, in.scale);
   fill(coordinates, in, int32_t(cluster_rank()) * Mates::Shares::kOwnColumns);
   team.end_of_beginning();
-  const float shift_squares = squares_of(in.shift, in.width, team.lane);
+  const float shift_squares = dot_of(in.shift, in.shift, in.width, team.lane);
 
   uint32_t parity = 0;
   for (; team.tile < team.tiles; team.tile += team.stride, parity ^= 1) {
@@ -186,14 +175,15 @@ __global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     }
 
     // ---- the share of the rank that this block maps
+    team.forget_addresses();
     wait_phase(exchange.projected(), parity);
     exchange.add_parts(own);
     uint32_t own_k[Mates::kKinds][Mates::Shares::kOwnSteps][4];
-    float sums[4] = {};  // |w|^2 and w.shift of both rows
-    team.map_share(in, coordinates, scalar, own, own_k, sums, arguments.out);
+    team.map_share(in, coordinates, scalar, own, own_k, arguments.out);
     exchange.send_coefficients(own_k);
 
     // ---- S (y - Q c_t) + offset, the middle term of a number S in k
+    team.forget_addresses();
     float w[kChunks][32];
     if constexpr (kForm == Form::kDiagonal) {
       wait_phase(exchange.mapped(), parity);
@@ -208,9 +198,7 @@ __global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
         team.begin_rows(c, y[c], w[c], [&](int32_t, float value, float offset, float) { return fmaf(scalar, value, offset); });
-        if constexpr (kForm == Form::kScalar) team.add_squares(w[c], c, sums);
       }
-      if constexpr (kForm == Form::kScalar) exchange.send_sums(sums);
       wait_phase(exchange.mapped(), parity);
     }
 
@@ -228,22 +216,21 @@ __global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
     team.load_after_reading(rows_map, team.tile + team.stride);  // the coefficients lay in the tile
 
     // ---- out
-    Scales scales[2];
-    if constexpr (kForm == Form::kScalar) {
-      exchange.receive_sums(sums, parity);
-      fast_scales(sums, shift_squares, shifted, scales);
-    }
+    float sums[4] = {};
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
       products_wait(kChunks - 1 - c);
       pin(w[c]);
-      if constexpr (kForm == Form::kScalar) team.store_unit_rows(w[c], c, scales, arguments.out);
-      if constexpr (kForm == Form::kDiagonal) team.add_squares(w[c], c, sums);
-      if constexpr (kForm == Form::kState) team.store_complement(w[c], c, arguments.out);
+      if constexpr (kForm == Form::kState) {
+        team.store_complement(w[c], c, arguments.out);
+      } else {
+        team.add_squares(w[c], c, sums);
+      }
     }
-    if constexpr (kForm == Form::kDiagonal) {
+    if constexpr (kForm != Form::kState) {
       exchange.send_sums(sums);
       exchange.receive_sums(sums, parity);
+      Scales scales[2];
       fast_scales(sums, shift_squares, shifted, scales);
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) team.store_unit_rows(w[c], c, scales, arguments.out);

@@ -27,7 +27,7 @@ struct UpdateGradientArguments {
 };
 
 template <typename S, int kCluster, int kChunks>
-__global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
+__global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     sm90_decode_backward_kernel(const __grid_constant__ CUtensorMap moves_map, const __grid_constant__ CUtensorMap complement_map,
                                 const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap basis_map,
                                 const __grid_constant__ UpdateGradientArguments<S> arguments) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(warpgroups(kChunks) * kWarpgroupThreads, 1)
   team.begin(basis_map, moves_map);
   team.keep_vector(kShift, in.shift);
   team.end_of_beginning();
-  const float shift_squares = squares_of(in.shift, in.width, team.lane);
+  const float shift_squares = dot_of(in.shift, in.shift, in.width, team.lane);
   const bool shifted = in.shift != nullptr;
 
   uint32_t parity = 0;  // of what happens once a tile; parts, coefficients and two loads come twice

@@ -260,13 +260,14 @@ __device__ __forceinline__ void pin(uint32_t (&packed)[kCount]) {
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;"    \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
       : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "l"(rows), "l"(weights))
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
 
-// sums [64, 128] += rows [64, 16] x weights [16, 128], the weights with contiguous columns.
+// sums [64, 128] += rows [64, 16] in registers x weights [16, 128], the weights with contiguous columns.
 template <typename S>
-__device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64_t weights) {
+__device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     ANISO_PROJECT("bf16");
   } else {
@@ -285,7 +286,7 @@ __device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64
       : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), "+f"(sums[64]), "+f"(sums[65]), "+f"(sums[66]), "+f"(sums[67]) \
       : "l"(rows), "l"(weights))
 
-// The same with 8 columns more.
+// sums [64, 136] += rows [64, 16] in shared memory x weights [16, 136].
 template <typename S>
 __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
@@ -295,30 +296,8 @@ __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64
   }
 }
 
-#define ANISO_PROJECT_REGISTERS(format)                                                                              \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
-
-// The same with rows [64, 16] in registers.
-template <typename S>
-__device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows, uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT_REGISTERS("bf16");
-  } else {
-    ANISO_PROJECT_REGISTERS("f16");
-  }
-}
-
 #define ANISO_REBUILD(format)                                                                                   \
   asm volatile(                                                                                                 \
-                                                                \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." format "." format                                           \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \
@@ -337,7 +316,6 @@ __device__ __forceinline__ void rebuild(float (&sums)[32], const uint32_t (&rows
 }
 
 #undef ANISO_REBUILD
-#undef ANISO_PROJECT_REGISTERS
 #undef ANISO_PROJECT_MORE
 #undef ANISO_PROJECT
 #undef ANISO_SUMS_32

@@ -8,8 +8,8 @@
 #include "sm90_correct.cuh"
 #include "sm90_decode.cuh"
 #include "sm90_decode_backward.cuh"
+#include "sm90_forms.cuh"
 #include "sm90_maps.h"
-#include "sm90_sums.cuh"
 
 namespace aniso::sm90 {
 
@@ -63,15 +63,15 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
 }
 
 // Readies a kernel for the current device; how many clusters run at a time.
-template <int kCluster, int kChunks, uint32_t kBytes, auto kKernel>
+template <typename Layout, int kCluster, auto kKernel>
 cudaError_t prepare(int32_t* resident) {
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
   if (error != cudaSuccess) return error;
   static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
   if (known == 0) {
     cudaLaunchAttribute cluster;
     const cudaLaunchConfig_t config =
-        configuration(kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, nullptr);
+        configuration(kCluster, Layout::kThreads, Layout::kBytes, kCluster, &cluster, nullptr);
     int count = 0;
     error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
     if (error != cudaSuccess) return error;
@@ -81,25 +81,18 @@ cudaError_t prepare(int32_t* resident) {
   return *resident > 0 ? cudaSuccess : cudaErrorNotSupported;
 }
 
-template <int kCluster, int kChunks>
-int32_t sum_slots() {
+// A kernel over `count` rows, or one that fills the device whatever their number: its maps of the copy engine, then its arguments.
+template <typename Layout, int kCluster, auto kKernel, typename... Parameters>
+cudaError_t launch(int64_t count, bool fill, cudaStream_t stream, const Parameters&... parameters) {
   int32_t resident = 0;
-  using Mates = SumsTeam<BFloat16, kCluster, kChunks>;
-  if (prepare<kCluster, kChunks, Mates::kBytes, sm90_sums_kernel<BFloat16, kCluster, kChunks>>(&resident) != cudaSuccess) return 0;
-  return resident * warpgroups(kChunks) * kWarps;
-}
-
-// A kernel of teams over `count` rows: its maps of the copy engine, then its arguments.
-template <int kCluster, int kChunks, uint32_t kBytes, auto kKernel, typename... Parameters>
-cudaError_t launch_teams(int64_t count, cudaStream_t stream, const Parameters&... parameters) {
-  int32_t resident = 0;
-  const cudaError_t error = prepare<kCluster, kChunks, kBytes, kKernel>(&resident);
+  const cudaError_t error = prepare<Layout, kCluster, kKernel>(&resident);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-  const int64_t clusters = std::min<int64_t>((tiles + warpgroups(kChunks) - 1) / warpgroups(kChunks), resident);
+  const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  const int64_t clusters = fill ? int64_t(resident) : std::min<int64_t>(wanted, resident);
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config =
-      configuration(clusters * kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
+      configuration(clusters * kCluster, Layout::kThreads, Layout::kBytes, kCluster, &cluster, stream);
   return cudaLaunchKernelEx(&config, kKernel, parameters...);
 }
 
@@ -134,6 +127,9 @@ auto by_width(int32_t width, const Body& body) {
   return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
 }
 
+// Wider rows of a number S gain more by a round trip less than they lose by passing through shared memory once more.
+constexpr int32_t kWidestTeams = 768;
+
 template <typename S>
 bool serves(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
   return in.width >= 8 && in.width <= kSm90Width && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
@@ -147,26 +143,29 @@ cudaError_t launch_correct(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* o
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
   if (error != cudaSuccess) return error;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    return launch_teams<cluster, chunks, CorrectTeam<S, cluster, chunks, kForm>::kBytes, sm90_correct_kernel<S, cluster, chunks, kForm>>(
-        y.count, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
+    return launch<CorrectTeam<S, cluster, chunks, kForm>, cluster, sm90_correct_kernel<S, cluster, chunks, kForm>>(y.count, false, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
   });
 }
 
-template <typename S, int kCluster, int kChunks>
-cudaError_t launch_sums(const Sm90Operands<S>& in, const Sm90Rows<S>& y, float* partial, cudaStream_t stream) {
-  constexpr uint32_t kBytes = SumsTeam<S, kCluster, kChunks>::kBytes;
-  constexpr auto kernel = sm90_sums_kernel<S, kCluster, kChunks>;
-  int32_t resident = 0;
-  cudaError_t error = prepare<kCluster, kChunks, kBytes, kernel>(&resident);
+template <typename S, int kCluster, int kChunks, Result kResult>
+cudaError_t launch_forms(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, float* partial, cudaStream_t stream) {
+  using Layout = FormsShared<kCluster, kChunks>;
+  constexpr auto kernel = sm90_forms_kernel<S, kCluster, kChunks, kResult>;
   CUtensorMap rows_map, basis_map;
-  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
-  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
   // Every warp of the largest grid has its slot of sums to fill.
-  const cudaLaunchConfig_t config =
-      configuration(int64_t(resident) * kCluster, warpgroups(kChunks) * kWarpgroupThreads, kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, SumsArguments<S>{in, y.count, partial});
+  return launch<Layout, kCluster, kernel>(y.count, kResult == Result::kSums, stream, rows_map, basis_map,
+                                          FormsArguments<S>{in, y.count, out, partial});
+}
+
+template <int kCluster, int kChunks>
+int32_t sum_slots() {
+  using Layout = FormsShared<kCluster, kChunks>;
+  int32_t resident = 0;
+  if (prepare<Layout, kCluster, sm90_forms_kernel<BFloat16, kCluster, kChunks, Result::kSums>>(&resident) != cudaSuccess) return 0;
+  return resident * Layout::kWarpgroups * kWarps;
 }
 
 }  // namespace aniso::sm90
@@ -177,6 +176,11 @@ template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
   if (!sm90::serves(operands, y)) return cudaErrorInvalidValue;
   if (operands.diagonal) return sm90::launch_correct<sm90::Form::kDiagonal>(operands, y, out, stream);
+  if (operands.width > sm90::kWidestTeams) {
+    if (y.count == 0) return cudaSuccess;
+    if (operands.width <= 1024) return sm90::launch_forms<S, 4, 4, sm90::Result::kRows>(operands, y, out, nullptr, stream);
+    return sm90::launch_forms<S, 4, 5, sm90::Result::kRows>(operands, y, out, nullptr, stream);
+  }
   return sm90::launch_correct<sm90::Form::kScalar>(operands, y, out, stream);
 }
 
@@ -191,7 +195,7 @@ cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>
                               cudaStream_t stream) {
   if (!sm90::serves(operands, y) || operands.diagonal) return cudaErrorInvalidValue;
   const cudaError_t error = sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_sums<S, cluster, chunks>(operands, y, partial, stream);
+    return sm90::launch_forms<S, cluster, chunks, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), partial, stream);
   });
   if (error != cudaSuccess) return error;
   const dim3 threads(32, sm90::kSumLanes);
@@ -209,8 +213,7 @@ cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, c
   const cudaError_t error = maps.encode(update, state, deltas);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<cluster, chunks, sm90::UpdateTeam<S, cluster, chunks>::kBytes, sm90::sm90_decode_kernel<S, cluster, chunks>>(
-        state.count, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
   });
 }
 
@@ -227,9 +230,7 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch_teams<cluster, chunks, sm90::UpdateTeam<S, cluster, chunks>::kBytes,
-                              sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
-        state.count, stream, maps.moves, maps.complement, grad_map, maps.basis,
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, grad_map, maps.basis,
         sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
   });
 }

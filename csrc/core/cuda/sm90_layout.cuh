@@ -13,8 +13,6 @@ constexpr int32_t kSteps = kRank / 16;
 constexpr int32_t kPanelColumns = 16;  // of the basis: one step of the second product
 constexpr uint32_t kPanelRowBytes = kPanelColumns * 2;
 constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
-// Of a block: as many as the registers have room for.
-constexpr int32_t warpgroups(int32_t chunks) { return chunks <= 3 ? 3 : 2; }
 constexpr int32_t kWarps = kWarpgroupThreads / 32;  // of a warpgroup
 
 // Of a warpgroup.

@@ -100,13 +100,13 @@ __device__ __forceinline__ float value_of(const uint2& four, int32_t index) {
   return index % 2 == 0 ? pair.x : pair.y;
 }
 
-// |v|^2 of a vector [size] or of none, in every lane of a warp.
-__device__ __forceinline__ float squares_of(const float* vector, int32_t size, int32_t lane) {
-  float squares = 0.f;
-  for (int32_t j = lane; vector != nullptr && j < size; j += 32) squares += vector[j] * vector[j];
+// a.b of vectors [size], zero if one is missing, in every lane of a warp.
+__device__ __forceinline__ float dot_of(const float* a, const float* b, int32_t size, int32_t lane) {
+  float sum = 0.f;
+  for (int32_t j = lane; a != nullptr && b != nullptr && j < size; j += 32) sum += a[j] * b[j];
 #pragma unroll
-  for (int32_t step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
-  return squares;
+  for (int32_t step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
 }
 
 // Sum over the four lanes that share a row.

@@ -14,9 +14,8 @@ namespace aniso::sm90 {
 
 enum Vector { kShift, kOffset, kScale };  // [64 kChunks] in shared memory, zero past D
 
-template <typename Shares, int kChunks, int kVectors>
+template <typename Shares, int kChunks, int kWarpgroups, int kVectors>
 struct TeamShared {
-  static constexpr int32_t kWarpgroups = warpgroups(kChunks);
   static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
   static constexpr uint32_t kBasis = 0;
@@ -30,12 +29,13 @@ struct TeamShared {
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
 };
 
-// P and kKinds as in Exchange; kVectors: how many of Vector there are.
-template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kVectors>
+// P and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
+// are.
+template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
 struct Team {
   using Shares = Exchange<S, P, kCluster, kKinds>;
-  using Layout = TeamShared<Shares, kChunks, kVectors>;
-  static constexpr int32_t kWarpgroups = warpgroups(kChunks);
+  static constexpr int32_t kWarpgroups = kTeams, kThreads = kTeams * kWarpgroupThreads;
+  using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors>;
   static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
