@@ -71,6 +71,7 @@ def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
     found, frame = folded(CALIBRATED, torch.bfloat16), frame_of(CALIBRATED)
     assert torch.equal(found.basis[:, : CALIBRATED.rank], frame.basis.bfloat16())
     assert not found.basis[:, CALIBRATED.rank :].any()
+    assert torch.equal(found.shuffled, hopper.shuffle(found.basis[:, : CALIBRATED.rank]))
     assert not found.cells[CALIBRATED.blocks :].any() and not found.map_scales[:, CALIBRATED.blocks :].any()
     basis, target = frame.basis.bfloat16().double(), frame.target_mean
     offset = target - frame.basis @ (frame.basis.T @ target) - frame.complement_scale * frame.source_mean
@@ -108,6 +109,26 @@ def test_which_rows_a_hopper_gpu_serves(dtype, width, rank, served, monkeypatch)
     assert hopper.serves("cuda:0", dtype, width, rank) is served
 
 
+def test_a_shuffled_basis_gives_every_thread_neighbours():
+    """Product entry 8 pair + 2 quarter + side of a group of 32 is the entry 8 quarter + 2 pair + side of the matrix."""
+    basis = torch.arange(72 * 48, dtype=torch.float64).reshape(72, 48)
+    shuffled = hopper.shuffle(basis)
+    assert shuffled.shape == (128, 128)
+    place = np.array([8 * quarter + 2 * pair + side for pair in range(4) for quarter in range(4) for side in range(2)])
+    expected = np.zeros((128, 128))
+    for row in range(128):
+        for column in range(128):
+            j, r = row // 32 * 32 + place[row % 32], column // 32 * 32 + place[column % 32]
+            expected[row, column] = float(basis[j, r]) if j < 72 and r < 48 else 0.0
+    np.testing.assert_array_equal(shuffled.numpy(), expected)
+
+
+def test_decode_of_an_unaligned_rank_has_no_hopper_kernel(monkeypatch):
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    order = backends.ranking(torch.device("cuda", 0), "decode", torch.bfloat16, 1280, 24, "scalar", False)
+    assert order[0] == "triton"
+
+
 @pytest.mark.parametrize(
     "operation, dtype, complement, gradient, first",
     [
@@ -117,7 +138,9 @@ def test_which_rows_a_hopper_gpu_serves(dtype, width, rank, served, monkeypatch)
         ("correct", torch.bfloat16, "scalar", True, "triton"),
         ("correct_sums", torch.float16, "scalar", True, "cuda"),
         ("encode", torch.bfloat16, "diagonal", False, "triton"),
-        ("decode", torch.bfloat16, "scalar", False, "triton"),
+        ("decode", torch.bfloat16, "scalar", False, "cuda"),
+        ("decode", torch.bfloat16, "diagonal_projected", False, "cuda"),
+        ("decode", torch.bfloat16, "scalar", True, "cuda"),
         ("correct", torch.float32, "scalar", False, "cuda"),
         ("correct", torch.float64, "scalar", False, "triton"),
     ],

@@ -9,7 +9,7 @@ import torch
 from aniso_ext.ops.schemas import NAMESPACE
 
 _INITIALISATION_LENGTH = 9
-_HOPPER_LENGTH = 4
+_HOPPER_LENGTH = 5
 
 
 def _save_rows_and_constants(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -50,6 +50,11 @@ def _decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     return grad_state, grad_deltas, *(None,) * 6
 
 
+def _hopper_decode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_state, grad_deltas = torch.ops.aniso_ext.hopper_decode_backward(grad, *ctx.saved_tensors, *ctx.bounds)
+    return grad_state, grad_deltas, *(None,) * 7
+
+
 def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError("aniso_ext kernels have no second derivatives: use backend='reference' for double backward")
 
@@ -60,7 +65,8 @@ for _name, _setup, _backward in (
     ("hopper_correct", _save_all_but_hopper, _hopper_correct_backward),
     ("hopper_encode", _save_all_but_hopper, _hopper_encode_backward),
     ("decode", _save_update, _decode_backward),
+    ("hopper_decode", _save_update, _hopper_decode_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)
-for _name in ("correct_backward", "encode_backward", "decode_backward"):
+for _name in ("correct_backward", "encode_backward", "decode_backward", "hopper_decode_backward"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative)

@@ -113,10 +113,13 @@ def ranking(
     """
     if device.type == "cpu":
         return ("cpu", "reference")
-    hopper_operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
-    on_hopper = operation in hopper_operations.get(complement, ())
-    forward_only = operation == "correct_sums" or not gradient
-    if on_hopper and forward_only and hopper.serves(str(device), dtype, width, rank):
+    if operation == "decode":
+        on_hopper = hopper.aligns(rank)
+    else:
+        operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
+        forward_only = operation == "correct_sums" or not gradient
+        on_hopper = operation in operations.get(complement, ()) and forward_only
+    if on_hopper and hopper.serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")

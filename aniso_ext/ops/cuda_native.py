@@ -96,8 +96,7 @@ def correct_sums(y: torch.Tensor, frame: Frame) -> torch.Tensor:
 
 def encode(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     constants = _folded(y, frame)
-    # the copy engine writes the last D columns of a state, which must begin at a multiple of 16 bytes
-    special = hopper.operands(y, frame) if frame.complement == "scalar" and frame.rank % 16 == 0 else None
+    special = hopper.operands(y, frame) if frame.complement == "scalar" and hopper.aligns(frame.rank) else None
     if special is not None:
         return torch.ops.aniso_ext.hopper_encode(y, *special.tensors(), *constants.initialisation())
     return torch.ops.aniso_ext.encode(y, *constants.initialisation())
@@ -117,4 +116,8 @@ def decode(
     constants = _folded(state, frame)
     if literal and not projected:
         deltas = native.project_moves(deltas, frame)
-    return torch.ops.aniso_ext.decode(state, deltas, constants.basis, constants.shift, a_theta, a_rho, a_v, not literal)
+    update = (constants.basis, constants.shift, a_theta, a_rho, a_v, not literal)
+    shuffled = hopper.shuffled_basis(state, frame)
+    if shuffled is not None:
+        return torch.ops.aniso_ext.hopper_decode(state, deltas, shuffled, *update)
+    return torch.ops.aniso_ext.decode(state, deltas, *update)

@@ -205,6 +205,16 @@ class Frame:
             with torch.inference_mode(False):
                 self._operands[key] = fold_hopper(self, storage, torch.device(device))
 
+    @constant_while_tracing
+    def _prepare_hopper_update(self, storage: torch.dtype, device: str) -> None:
+        """Keep the basis as the Hopper kernel of ``decode`` reads it in ``_operands``."""
+        from aniso_ext.ops.hopper import shuffle
+
+        key = ("hopper update", storage, device)
+        if key not in self._operands:
+            with torch.inference_mode(False):
+                self._operands[key] = shuffle(self.basis.to(device=device, dtype=storage))
+
     def validate(self) -> Frame:
         """Check the values and return the frame.
 

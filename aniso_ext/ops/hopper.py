@@ -16,6 +16,7 @@ from aniso_ext.ops.tracing import constant_while_tracing
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
 LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
+CHUNK = 64  # columns that a block of the kernels takes at a time
 # A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
@@ -29,6 +30,7 @@ class HopperOperands:
 
     ============ ======================== =========================================================================
     basis        [D, 128] storage dtype   Q, zero columns past R
+    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
     map_scales   [3, 64] float32          its scales
@@ -36,13 +38,14 @@ class HopperOperands:
     """
 
     basis: torch.Tensor
+    shuffled: torch.Tensor
     coordinates: torch.Tensor
     cells: torch.Tensor
     map_scales: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In schema order."""
-        return self.basis, self.coordinates, self.cells, self.map_scales
+        return self.basis, self.shuffled, self.coordinates, self.cells, self.map_scales
 
 
 @cache
@@ -65,6 +68,34 @@ def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
     frame._prepare_hopper(dtype, device)
     folded: HopperOperands | None = frame._operands[("hopper", dtype, device)]
     return folded
+
+
+def aligns(rank: int) -> bool:
+    """Whether the last D columns of a state of this rank begin at a multiple of 16 bytes, as copies want."""
+    return rank % 16 == 0
+
+
+def shuffled_basis(state: torch.Tensor, frame: Frame) -> torch.Tensor | None:
+    """What ``hopper_decode`` reads for these rows, kept with the frame; None where other kernels must serve."""
+    if not (aligns(frame.rank) and serves(str(state.device), state.dtype, frame.width, frame.rank)):
+        return None
+    dtype, device = state.dtype, str(state.device)
+    frame._prepare_hopper_update(dtype, device)
+    shuffled: torch.Tensor = frame._operands[("hopper update", dtype, device)]
+    return shuffled
+
+
+def shuffle(basis: torch.Tensor) -> torch.Tensor:
+    """Q [D, R] as [ceil64(D), 128], rows and columns reordered in groups of 32 (csrc/core/include/aniso/cuda_sm90.h).
+
+    Entry 2 (4 quarter + pair) + side of a group comes to 2 (4 pair + quarter) + side: a thread's share of a product is
+    every fourth pair, and so becomes a run of neighbours in the row.
+    """
+    width, rank = basis.shape
+    padded = basis.new_zeros(-(-width // CHUNK) * CHUNK, LARGEST_RANK)
+    padded[:width, :rank] = basis
+    groups = padded.view(-1, 4, 4, 2, LARGEST_RANK // 32, 4, 4, 2)
+    return groups.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(padded.shape)
 
 
 def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None:
@@ -104,4 +135,4 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     cells[: frame.blocks] = table.cells
     map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
     map_scales[:, : frame.blocks] = table.scales
-    return HopperOperands(basis, coordinates, cells.view(torch.int32).squeeze(2), map_scales)
+    return HopperOperands(basis, shuffle(rounded), coordinates, cells.view(torch.int32).squeeze(2), map_scales)

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "aniso/cuda.h"
+#include "aniso/cuda_sm90.h"
 #include "initialise_oracle.h"
 #include "normalise_oracle.h"
 
@@ -236,6 +237,22 @@ template <typename S>
 double product_roundings(Products products) {
   const bool split = !std::is_same_v<S, double> && (products == Products::split || !std::is_same_v<S, float>);
   return split ? 8 + 2 * 128 : 8;
+}
+
+// A basis [D, R] in the order of aniso/cuda_sm90.h: what thread `quarter` of four holds of 32 columns of a product, pairs 4 pair + quarter,
+// are neighbours of the matrix, pairs 4 quarter + pair.
+template <typename S>
+std::vector<S> shuffled(const std::vector<S>& basis, int32_t width, int32_t rank) {
+  const auto place = [](int32_t i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; };
+  std::vector<S> result(size_t(aniso::sm90_padded(width)) * aniso::kSm90Rank);
+  for (int32_t j = 0; j < aniso::sm90_padded(width); ++j) {
+    for (int32_t r = 0; r < aniso::kSm90Rank; ++r) {
+      if (place(j) < width && place(r) < rank) {
+        result[size_t(j) * aniso::kSm90Rank + size_t(r)] = basis[size_t(place(j)) * size_t(rank) + size_t(place(r))];
+      }
+    }
+  }
+  return result;
 }
 
 // Largest relative error of a gradient's row, in the 2-norm. `turn` is the largest of its blocks: the part that comes through

@@ -107,7 +107,7 @@ class Suite {
   }
 
   void run() {
-    const OnDevice<S> y(y_), basis(padded_);
+    const OnDevice<S> y(y_), basis(padded_), reordered(shuffled(basis_, size_.width, size_.rank));
     const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), map_scales(map_scales_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<Cell> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
@@ -118,6 +118,7 @@ class Suite {
                              kCells,
                              size_.diagonal,
                              basis.data(),
+                             reordered.data(),
                              bias.data(),
                              target.data(),
                              coordinates.data(),

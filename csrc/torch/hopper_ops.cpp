@@ -19,13 +19,22 @@ Tensor aligned_rows(const Tensor& y) {
   return y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
 }
 
+void check_width(int64_t width) {
+  check(width >= 8 && width <= aniso::kSm90Width && width % 8 == 0, "no Hopper kernel for width ", width);
+}
+
+// The copy engine counts rows in 32 bits.
+void check_count(const Tensor& rows) {
+  check(rows.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", rows.size(0));
+}
+
 template <typename S>
 aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
   check(in.output_weight.dim() == 2, "output_weight must be a matrix");
   const int64_t width = in.output_weight.size(0), rank = in.target_coordinates.numel();
-  check(width >= 8 && width <= aniso::kSm90Width && width % 8 == 0, "no Hopper kernel for width ", width);
+  check_width(width);
   check(rank >= 2 && rank % 2 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel for rank ", rank);
-  check(y.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", y.size(0));
+  check_count(y);
   check_rows(y, "y", y, width);
   const bool diagonal = in.scale.numel() != 1;
   const int64_t cells = hopper.cells.dim() == 2 ? hopper.cells.size(1) : 0;
@@ -38,6 +47,7 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
   check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90Rank);
+  check_constant(hopper.shuffled, "shuffled", y, y.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
   check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
   check_constant(hopper.cells, "cells", y, ScalarType::Int, aniso::kSm90Rank / 2 * cells);
@@ -51,6 +61,7 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           int32_t(cells - 1),
           diagonal,
           data<S>(hopper.basis),
+          data<S>(hopper.shuffled),
           coordinates,
           data<float>(in.target_coordinates),
           coordinates + rank,
@@ -65,6 +76,21 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
           data<float>(in.scale),
           data<float>(in.offset),
           in.shift ? data<float>(*in.shift) : nullptr};
+}
+
+template <typename S>
+aniso::Sm90Update<S> checked_hopper_update(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in) {
+  check(in.basis.dim() == 2, "basis must be a matrix");
+  const int64_t width = in.basis.size(0), rank = in.basis.size(1);
+  check_width(width);
+  check(rank >= 16 && rank % 16 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel of decode for rank ", rank);
+  check_count(state);
+  check_rows(state, "state", state, rank / 2 * 3 + width);
+  check_rows(deltas, "deltas", state, rank + width);
+  check_constant(shuffled, "shuffled", state, state.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
+  if (in.shift) check_constant(*in.shift, "shift", state, ScalarType::Float, width);
+  return {int32_t(width),  int32_t(rank), float(in.a_theta), float(in.a_rho),
+          float(in.a_v),   in.project,    data<S>(shuffled), in.shift ? data<float>(*in.shift) : nullptr};
 }
 
 // Calls run(S{}) for half-precision rows on a Hopper GPU.
@@ -127,6 +153,39 @@ Tensor hopper_encode(const Tensor& y, const HopperTensors& hopper, const Initial
     check_launch(aniso::sm90_encode(operands, hopper_rows<S>(rows), mutable_data<S>(state), stream_of(y)), "hopper_encode");
   });
   return state;
+}
+
+Tensor hopper_decode(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in) {
+  check(state.is_cuda() && state.dim() == 2, "state must be a CUDA matrix");
+  const DeviceGuard guard(state.get_device_index());
+  Tensor out;
+  dispatch_half(state, [&](auto storage) {
+    using S = decltype(storage);
+    const auto update = checked_hopper_update<S>(state, deltas, shuffled, in);
+    out = torch::stable::new_empty(state, {state.size(0), update.width});
+    const Tensor states = aligned_rows(state), moves = aligned_rows(deltas);
+    check_launch(aniso::sm90_decode(update, hopper_rows<S>(states), hopper_rows<S>(moves), mutable_data<S>(out), stream_of(state)),
+                 "hopper_decode");
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> hopper_decode_backward(const Tensor& grad, const Tensor& state, const Tensor& deltas, const Tensor& shuffled,
+                                                  const UpdateArguments& in) {
+  check(state.is_cuda() && state.dim() == 2, "state must be a CUDA matrix");
+  const DeviceGuard guard(state.get_device_index());
+  Tensor grad_state = torch::stable::new_empty(state, {state.size(0), state.size(1)});
+  Tensor grad_deltas = torch::stable::new_empty(deltas, {deltas.size(0), deltas.size(1)});
+  dispatch_half(state, [&](auto storage) {
+    using S = decltype(storage);
+    const auto update = checked_hopper_update<S>(state, deltas, shuffled, in);
+    check_rows(grad, "grad", state, update.width);
+    const Tensor grads = aligned_rows(grad), states = aligned_rows(state), moves = aligned_rows(deltas);
+    check_launch(aniso::sm90_decode_backward(update, hopper_rows<S>(grads), hopper_rows<S>(states), hopper_rows<S>(moves),
+                                             mutable_data<S>(grad_state), mutable_data<S>(grad_deltas), stream_of(state)),
+                 "hopper_decode_backward");
+  });
+  return {grad_state, grad_deltas};
 }
 
 }  // namespace aniso_torch

@@ -110,11 +110,38 @@ __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.prox
 // Ordinary reads of shared memory are over before the copy engine may write there.
 __device__ __forceinline__ void reads_before_copy_fence() { shared_writes_fence(); }
 
+// 8 bytes of rows; zero outside.
+__device__ __forceinline__ uint2 load_half_line(const void* address, bool inside) {
+  uint2 line;
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@inside ld.global.nc.v2.u32 {%0, %1}, [%2];\n}"
+      : "=&r"(line.x), "=&r"(line.y)
+      : "l"(address), "r"(int32_t(inside)));
+  return line;
+}
+
 // 16 bytes of a result, which nobody here reads again.
 __device__ __forceinline__ void store_line(void* address, const float4& line) {
   asm volatile("st.global.L1::no_allocate.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(line.x), "f"(line.y), "f"(line.z),
                "f"(line.w)
                : "memory");
+}
+
+// 16 or 8 bytes of a result, where it has such a place.
+__device__ __forceinline__ void store_line_inside(void* address, const uint32_t (&line)[4], bool inside) {
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
+          address),
+      "r"(line[0]), "r"(line[1]), "r"(line[2]), "r"(line[3]), "r"(int32_t(inside))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_half_line_inside(void* address, uint32_t low, uint32_t high, bool inside) {
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\n@inside st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};\n}" ::"l"(address),
+      "r"(low), "r"(high), "r"(int32_t(inside))
+      : "memory");
 }
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
@@ -139,6 +166,17 @@ __device__ __forceinline__ float4 load_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -222,13 +260,14 @@ __device__ __forceinline__ void pin(uint32_t (&packed)[kCount]) {
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 1;"    \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
       : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "l"(rows), "l"(weights))
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
 
-// sums [64, 128] += rows [64, 16] x weights [16, 128], the weights with contiguous columns.
+// sums [64, 128] += rows [64, 16] in registers x weights [16, 128], the weights with contiguous columns.
 template <typename S>
-__device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64_t weights) {
+__device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     ANISO_PROJECT("bf16");
   } else {
@@ -247,7 +286,7 @@ __device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64
       : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), "+f"(sums[64]), "+f"(sums[65]), "+f"(sums[66]), "+f"(sums[67]) \
       : "l"(rows), "l"(weights))
 
-// The same with 8 columns more.
+// sums [64, 136] += rows [64, 16] in shared memory x weights [16, 136].
 template <typename S>
 __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64_t weights) {
   if constexpr (std::is_same_v<S, BFloat16>) {
@@ -259,7 +298,6 @@ __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64
 
 #define ANISO_REBUILD(format)                                                                                   \
   asm volatile(                                                                                                 \
-                                                                \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." format "." format                                           \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \

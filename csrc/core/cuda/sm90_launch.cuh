@@ -6,6 +6,9 @@
 #include <type_traits>
 
 #include "sm90_correct.cuh"
+#include "sm90_decode.cuh"
+#include "sm90_decode_backward.cuh"
+#include "sm90_forms.cuh"
 #include "sm90_maps.h"
 
 namespace aniso::sm90 {
@@ -60,19 +63,17 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
 }
 
 // Readies a kernel for the current device; how many clusters run at a time.
-template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
+template <typename Layout, int kCluster, auto kKernel>
 cudaError_t prepare(int32_t* resident) {
-  using Layout = Shared<kCluster, kChunks, kDiagonal>;
-  const auto kernel = sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
   if (error != cudaSuccess) return error;
   static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
   if (known == 0) {
     cudaLaunchAttribute cluster;
     const cudaLaunchConfig_t config =
-        configuration(kCluster, kWarpgroups * kWarpgroupThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+        configuration(kCluster, Layout::kThreads, Layout::kBytes, kCluster, &cluster, nullptr);
     int count = 0;
-    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
     if (error != cudaSuccess) return error;
     known = count;
   }
@@ -80,33 +81,38 @@ cudaError_t prepare(int32_t* resident) {
   return *resident > 0 ? cudaSuccess : cudaErrorNotSupported;
 }
 
-template <int kCluster, int kChunks>
-int32_t sum_slots() {
+// A kernel over `count` rows, or one that fills the device whatever their number: its maps of the copy engine, then its arguments.
+template <typename Layout, int kCluster, auto kKernel, typename... Parameters>
+cudaError_t launch(int64_t count, bool fill, cudaStream_t stream, const Parameters&... parameters) {
   int32_t resident = 0;
-  if (prepare<BFloat16, kCluster, kChunks, Result::kSums, false>(&resident) != cudaSuccess) return 0;
-  return resident * kWarpgroups * kWarps;
+  const cudaError_t error = prepare<Layout, kCluster, kKernel>(&resident);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
+  const int64_t clusters = fill ? int64_t(resident) : std::min<int64_t>(wanted, resident);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config =
+      configuration(clusters * kCluster, Layout::kThreads, Layout::kBytes, kCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, kKernel, parameters...);
 }
 
-template <typename S, int kCluster, int kChunks, Result kResult, bool kDiagonal>
-cudaError_t launch(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
-                   cudaStream_t stream) {
-  using Layout = Shared<kCluster, kChunks, kDiagonal>;
-  int32_t resident = 0;
-  cudaError_t error = prepare<S, kCluster, kChunks, kResult, kDiagonal>(&resident);
-  CUtensorMap rows_map, basis_map;
-  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
-  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
-  if (error != cudaSuccess) return error;
+// The maps of an update: of dv, of v0 and of the shuffled basis.
+template <typename S>
+struct UpdateMaps {
+  CUtensorMap moves, complement, basis;
 
-  const int64_t tiles = (y.count + kTileRows - 1) / kTileRows;
-  const int64_t wanted = (tiles + kWarpgroups - 1) / kWarpgroups;
-  // Every warp of the largest grid has its slot of sums to fill.
-  const int64_t clusters = kResult == Result::kSums ? int64_t(resident) : std::min<int64_t>(wanted, resident);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(clusters * kCluster, kWarpgroups * kWarpgroupThreads,
-                                                  Layout::kBytes, kCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, sm90_kernel<S, kCluster, kChunks, kResult, kDiagonal>, rows_map, basis_map,
-                            Arguments<S>{in, y.count, out, out_width, partial});
+  cudaError_t encode(const Sm90Update<S>& in, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas) {
+    cudaError_t error = matrix_map<kChunkColumns>(&moves, deltas.data + in.rank, state.count, in.width, deltas.stride);
+    if (error == cudaSuccess) {
+      error = matrix_map<kChunkColumns>(&complement, state.data + in.rank / 2 * 3, state.count, in.width, state.stride);
+    }
+    if (error != cudaSuccess) return error;
+    return matrix_map<kPanelColumns>(&basis, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  }
+};
+
+inline bool serves_update(int32_t width, int32_t rank) {
+  return width >= 8 && width <= kSm90Width && width % 8 == 0 && rank >= 16 && rank <= kSm90Rank && rank % 16 == 0;
 }
 
 // body(blocks of a cluster, chunks of a block) for the smallest shape that holds the width: few blocks exchange little, but
@@ -121,18 +127,45 @@ auto by_width(int32_t width, const Body& body) {
   return body(integral_constant<int, 4>{}, integral_constant<int, 5>{});
 }
 
-template <typename S, Result kResult>
-cudaError_t launch_any(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, int64_t out_width, float* partial,
-                       cudaStream_t stream) {
-  if (in.width < 1 || in.width > kSm90Width || in.rank < 2 || in.rank > kRank || y.count < 0) return cudaErrorInvalidValue;
-  if (y.count == 0 && kResult != Result::kSums) return cudaSuccess;
+// Wider rows of a number S gain more by a round trip less than they lose by passing through shared memory once more.
+constexpr int32_t kWidestTeams = 768;
+
+template <typename S>
+bool serves(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
+  return in.width >= 8 && in.width <= kSm90Width && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
+}
+
+template <Form kForm, typename S>
+cudaError_t launch_correct(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  if (y.count == 0) return cudaSuccess;
+  CUtensorMap rows_map, basis_map;
+  cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  if (error != cudaSuccess) return error;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    if constexpr (kResult == Result::kRows) {
-      if (in.diagonal) return launch<S, cluster, chunks, kResult, true>(in, y, out, out_width, partial, stream);
-    }
-    if (in.diagonal) return cudaErrorInvalidValue;
-    return launch<S, cluster, chunks, kResult, false>(in, y, out, out_width, partial, stream);
+    return launch<CorrectTeam<S, cluster, chunks, kForm>, cluster, sm90_correct_kernel<S, cluster, chunks, kForm>>(y.count, false, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
   });
+}
+
+template <typename S, int kCluster, int kChunks, Result kResult>
+cudaError_t launch_forms(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, float* partial, cudaStream_t stream) {
+  using Layout = FormsShared<kCluster, kChunks>;
+  constexpr auto kernel = sm90_forms_kernel<S, kCluster, kChunks, kResult>;
+  CUtensorMap rows_map, basis_map;
+  cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.basis, in.width, kRank, kRank);
+  if (error != cudaSuccess) return error;
+  // Every warp of the largest grid has its slot of sums to fill.
+  return launch<Layout, kCluster, kernel>(y.count, kResult == Result::kSums, stream, rows_map, basis_map,
+                                          FormsArguments<S>{in, y.count, out, partial});
+}
+
+template <int kCluster, int kChunks>
+int32_t sum_slots() {
+  using Layout = FormsShared<kCluster, kChunks>;
+  int32_t resident = 0;
+  if (prepare<Layout, kCluster, sm90_forms_kernel<BFloat16, kCluster, kChunks, Result::kSums>>(&resident) != cudaSuccess) return 0;
+  return resident * Layout::kWarpgroups * kWarps;
 }
 
 }  // namespace aniso::sm90
@@ -141,14 +174,29 @@ namespace aniso {
 
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
-  return sm90::launch_any<S, sm90::Result::kRows>(operands, y, out, operands.width, nullptr, stream);
+  if (!sm90::serves(operands, y)) return cudaErrorInvalidValue;
+  if (operands.diagonal) return sm90::launch_correct<sm90::Form::kDiagonal>(operands, y, out, stream);
+  if (operands.width > sm90::kWidestTeams) {
+    if (y.count == 0) return cudaSuccess;
+    if (operands.width <= 1024) return sm90::launch_forms<S, 4, 4, sm90::Result::kRows>(operands, y, out, nullptr, stream);
+    return sm90::launch_forms<S, 4, 5, sm90::Result::kRows>(operands, y, out, nullptr, stream);
+  }
+  return sm90::launch_correct<sm90::Form::kScalar>(operands, y, out, stream);
+}
+
+template <typename S>
+cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
+  if (!sm90::serves(operands, y) || operands.diagonal || operands.rank % 16 != 0) return cudaErrorInvalidValue;
+  return sm90::launch_correct<sm90::Form::kState>(operands, y, state, stream);
 }
 
 template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
                               cudaStream_t stream) {
-  const cudaError_t error =
-      sm90::launch_any<S, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), 0, partial, stream);
+  if (!sm90::serves(operands, y) || operands.diagonal) return cudaErrorInvalidValue;
+  const cudaError_t error = sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
+    return sm90::launch_forms<S, cluster, chunks, sm90::Result::kSums>(operands, y, static_cast<S*>(nullptr), partial, stream);
+  });
   if (error != cudaSuccess) return error;
   const dim3 threads(32, sm90::kSumLanes);
   sm90::add_parts<<<(operands.width + 31) / 32, threads, 0, stream>>>(partial, sm90_sum_slots(operands.width), operands.basis,
@@ -157,14 +205,43 @@ cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>
 }
 
 template <typename S>
-cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
-  return sm90::launch_any<S, sm90::Result::kState>(operands, y, state, operands.rank / 2 * 3 + operands.width, nullptr, stream);
+cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
+                        cudaStream_t stream) {
+  if (!sm90::serves_update(update.width, update.rank) || state.count != deltas.count) return cudaErrorInvalidValue;
+  if (state.count == 0) return cudaSuccess;
+  sm90::UpdateMaps<S> maps;
+  const cudaError_t error = maps.encode(update, state, deltas);
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
+  });
+}
+
+template <typename S>
+cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>& grad, const Sm90Rows<S>& state,
+                                 const Sm90Rows<S>& deltas, S* grad_state, S* grad_deltas, cudaStream_t stream) {
+  if (!sm90::serves_update(update.width, update.rank) || state.count != deltas.count || state.count != grad.count) {
+    return cudaErrorInvalidValue;
+  }
+  if (state.count == 0) return cudaSuccess;
+  sm90::UpdateMaps<S> maps;
+  CUtensorMap grad_map;
+  cudaError_t error = maps.encode(update, state, deltas);
+  if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, grad_map, maps.basis,
+        sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
+  });
 }
 
 #define ANISO_INSTANTIATE_SM90(S)                                                                             \
   template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
   template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
                                               cudaStream_t);                                                    \
-  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t)
+  template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);          \
+  template cudaError_t sm90_decode<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t); \
+  template cudaError_t sm90_decode_backward<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&,   \
+                                               const Sm90Rows<S>&, S*, S*, cudaStream_t)
 
 }  // namespace aniso

@@ -1,8 +1,8 @@
 // What the Hopper kernel does with the values of a thread: roots and norms, the radius map of a block, sums over lanes.
 #pragma once
 
-#include "aniso/block_math.h"
 #include "aniso/cuda_sm90.h"
+#include "aniso/turn.h"
 #include "sm90_instructions.cuh"
 
 namespace aniso::sm90 {
@@ -34,6 +34,12 @@ __device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, fl
   return {length, inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
 }
 
+// Of both rows of a thread, from |w|^2 and w.shift of each.
+__device__ __forceinline__ void fast_scales(const float (&sums)[4], float shift_squares, bool shifted, Scales (&scales)[2]) {
+#pragma unroll
+  for (int32_t half = 0; half < 2; ++half) scales[half] = fast_scales(sums[2 * half], sums[2 * half + 1], shift_squares, shifted);
+}
+
 template <typename S>
 __device__ __forceinline__ float rounded(float value) {
   return unpack<S>(pack<S>(value, 0.f)).x;
@@ -46,37 +52,61 @@ __device__ __forceinline__ float2 load_pair(const float* values) {
   return pair;
 }
 
-// The radius and the direction of a block, and the cell of its radius map, asked for early: all blocks of a thread wait at once.
-struct BlockLookup {
-  float inverse, rho, place;  // 1/|(a, b)|, the radius, and where it lies in its cell
-  uint32_t cell;              // two half-precision numbers
-};
+constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
-  const float squared = a * a + b * b;
-  BlockLookup block = {inverse_root(squared), square_root(squared + float(kRadiusEps)), 0.f, 0};
-  const float place = fminf(block.rho * cell_scale, float(cell_count));  // a NaN falls in the last cell
-  const int32_t cell = int32_t(place);
-  block.place = place - float(cell);
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
-  return block;
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
-__device__ __forceinline__ bool is_coarse(uint32_t cell) { return (cell & 0x7fffu) > 0x7c00u; }
-
-// The map is its last slope, and what the cell adds.
-__device__ __forceinline__ float mapped_radius(const BlockLookup& block, float last_slope, float unit) {
-  const float2 cell = unpack<Float16>(block.cell);
-  return fmaf(block.rho, last_slope, unit * fmaf(block.place, cell.y, cell.x));
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
-// The exact map of one block, for the few radii whose cell is too coarse.
+// 2^-11 off, less than the rounding of what it is taken of.
+__device__ __forceinline__ float fast_tanh(float x) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// A quarter of 1 - tanh(x)^2, which would double the error of a fast tanh.
+__device__ __forceinline__ float quarter_tanh_slope(float x) {
+  const float e = power_of_two(fabsf(x) * (-2.f * kLog2E)), part = reciprocal(1.f + e);
+  return e * part * part;
+}
+
+// turn() of aniso/turn.h by the fast exponential, sine and cosine, 2^-20 off.
+__device__ __forceinline__ Turn<float> fast_turn(float sin0, float cos0, float log_radius, float delta_theta, float delta_rho,
+                                                 float a_theta, float a_rho) {
+  const auto tanh = [](float x) { return fmaf(-2.f, reciprocal(power_of_two(x * (2.f * kLog2E)) + 1.f), 1.f); };
+  Turn<float> t;
+  t.tanh_theta = tanh(delta_theta);
+  t.tanh_rho = tanh(delta_rho);
+  __sincosf(a_theta * t.tanh_theta, &t.step_sin, &t.step_cos);
+  t.radius = power_of_two(kLog2E * fmaf(a_rho, t.tanh_rho, log_radius));
+  t.cos = cos0 * t.step_cos - sin0 * t.step_sin;
+  t.sin = sin0 * t.step_cos + cos0 * t.step_sin;
+  return t;
+}
+
+// One of four values side by side.
 template <typename S>
-__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
-  const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
-  const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
-  const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
-  return map_radius(segments, base, in.windows[block], rho).radius;
+__device__ __forceinline__ float value_of(const uint2& four, int32_t index) {
+  const float2 pair = unpack<S>(index < 2 ? four.x : four.y);
+  return index % 2 == 0 ? pair.x : pair.y;
+}
+
+// a.b of vectors [size], zero if one is missing, in every lane of a warp.
+__device__ __forceinline__ float dot_of(const float* a, const float* b, int32_t size, int32_t lane) {
+  float sum = 0.f;
+  for (int32_t j = lane; a != nullptr && b != nullptr && j < size; j += 32) sum += a[j] * b[j];
+#pragma unroll
+  for (int32_t step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
 }
 
 // Sum over the four lanes that share a row.

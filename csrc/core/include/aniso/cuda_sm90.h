@@ -23,6 +23,7 @@ struct Sm90Operands {
   int32_t cell_count;              // G
   bool diagonal;                   // scale has D values, else one
   const S* basis;                  // [D, kSm90Rank], zero past R
+  const S* shuffled;               // the same as in Sm90Update
   const float* input_bias;         // [R]
   const float* target_coordinates; // [R]
   const float* offset_coordinates; // [R], Q^T offset, for a scalar complement
@@ -67,5 +68,30 @@ int32_t sm90_sum_slots(int32_t width);
 // state [N, 3M + D], contiguous, 3M and D multiples of 8. Scalar complement.
 template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream);
+
+// Constants of the bounded update. `shuffled` has the columns of Q in groups of 32, and its rows too, each in the order that lets a
+// thread hold neighbours: 2 (4 quarter + pair) + side of a group comes at 2 (4 pair + quarter) + side, for pair and quarter from 0 to 3.
+template <typename S>
+struct Sm90Update {
+  int32_t width;      // D, a multiple of 8
+  int32_t rank;       // R, a multiple of 16
+  float a_theta, a_rho, a_v;
+  bool project;
+  const S* shuffled;   // [sm90_padded(D), kSm90Rank], zero past D and past R
+  const float* shift;  // [D] or null
+};
+
+// The rows of a shuffled basis: whole chunks of columns.
+constexpr int32_t sm90_padded(int32_t width) { return (width + 63) / 64 * 64; }
+
+// out [N, D], contiguous, of state [N, 3M + D] and deltas [N, R + D].
+template <typename S>
+cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, const Sm90Rows<S>& deltas, S* out,
+                        cudaStream_t stream);
+
+// grad_state [N, 3M + D] and grad_deltas [N, R + D], contiguous, from grad [N, D].
+template <typename S>
+cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>& grad, const Sm90Rows<S>& state,
+                                 const Sm90Rows<S>& deltas, S* grad_state, S* grad_deltas, cudaStream_t stream);
 
 }  // namespace aniso

@@ -1,0 +1,122 @@
+// The radius map of the blocks of the rank that a block of a cluster collects, by a table of cells or by search.
+#pragma once
+
+#include "aniso/block_math.h"
+#include "sm90_layout.cuh"
+#include "sm90_pieces.cuh"
+
+namespace aniso::sm90 {
+
+// Constants of the coordinates that a block maps, zero past R. t is the target's coordinate, t_b that plus the bias.
+template <int kCluster>
+struct CoordinateVectors {
+  float turned_bias[kRank / kCluster];    // t_b
+  float scaled_target[kRank / kCluster];  // S t; t if S is diagonal
+  float cross[kRank / kCluster];          // 2 (Q^T offset - S t_b); for a number S
+  float shift[kRank / kCluster];          // Q^T shift; for a number S
+  float cell_scale[kRank / kCluster / 2];
+  float map[kRank / kCluster];  // of each block its last slope and the unit of its cells
+};
+
+// The radius and the direction of a block, and the cell of its radius map, asked for early: all blocks of a thread wait at once.
+struct BlockLookup {
+  float inverse, rho, place;  // 1/|(a, b)|, the radius, and where it lies in its cell
+  uint32_t cell;              // two half-precision numbers
+};
+
+__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
+  const float squared = a * a + b * b;
+  BlockLookup block = {inverse_root(squared), square_root(squared + float(kRadiusEps)), 0.f, 0};
+  const float place = fminf(block.rho * cell_scale, float(cell_count));  // a NaN falls in the last cell
+  const int32_t cell = int32_t(place);
+  block.place = place - float(cell);
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
+  return block;
+}
+
+__device__ __forceinline__ bool is_coarse(uint32_t cell) { return (cell & 0x7fffu) > 0x7c00u; }
+
+// The map is its last slope, and what the cell adds.
+__device__ __forceinline__ float mapped_radius(const BlockLookup& block, float last_slope, float unit) {
+  const float2 cell = unpack<Float16>(block.cell);
+  return fmaf(block.rho, last_slope, unit * fmaf(block.place, cell.y, cell.x));
+}
+
+// The exact map of one block, for the few radii whose cell is too coarse.
+template <typename S>
+__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
+  const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
+  const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
+  const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
+  return map_radius(segments, base, in.windows[block], rho).radius;
+}
+
+struct Direction {
+  float cos, sin;
+};
+
+__device__ __forceinline__ Direction direction_of(const BlockLookup& block, float a, float b) {
+  if (block.inverse > 1e18f) return {1.f, 0.f};  // a^2 + b^2 is zero or below the normal numbers
+  return {a * block.inverse, b * block.inverse};
+}
+
+// Fills the constants of a block of the cluster whose share of the rank begins at `first`.
+template <typename S, int kCluster>
+__device__ __forceinline__ void fill(CoordinateVectors<kCluster>& coordinates, const Sm90Operands<S>& in, int32_t first) {
+  const float scalar = in.diagonal ? 1.f : in.scale[0];
+  for (int32_t j = threadIdx.x; j < kRank / kCluster; j += blockDim.x) {
+    const int32_t column = first + j;
+    const bool inside = column < in.rank;
+    const float target = inside ? in.target_coordinates[column] : 0.f;
+    const float turned_bias = inside ? in.input_bias[column] + target : 0.f;
+    coordinates.turned_bias[j] = turned_bias;
+    coordinates.scaled_target[j] = scalar * target;
+    coordinates.cross[j] = inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
+    coordinates.shift[j] = inside && in.shift != nullptr ? in.shift_coordinates[column] : 0.f;
+    if (j % 2 == 0) coordinates.cell_scale[j / 2] = in.map_scales[column / 2];
+    coordinates.map[j] = in.map_scales[(1 + j % 2) * (kRank / 2) + column / 2];
+  }
+}
+
+// Adds the bias to the coordinates of kGroups groups of a thread's columns, from `first` on, and maps their radii. column_of(group) is
+// where the group's pair lies in the share, which begins at `first_column` of the rank.
+template <int kGroups, typename S, int kCluster, int kOwnGroups, typename Column>
+__device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, int32_t first_column,
+                                          int32_t first, const Column& column_of, float (&own)[kOwnGroups][4],
+                                          BlockLookup (&lookups)[kGroups][2], float (&radii)[kGroups][2]) {
+#pragma unroll
+  for (int32_t i = 0; i < kGroups; ++i) {
+    const int32_t g = first + i, column = column_of(g);
+    const float2 turned_bias = load_pair(coordinates.turned_bias + column);
+    const float cell_scale = coordinates.cell_scale[column / 2];
+    const uint32_t* cells = in.cells + int64_t((first_column + column) / 2) * (in.cell_count + 1);
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      own[g][2 * half] += turned_bias.x;
+      own[g][2 * half + 1] += turned_bias.y;
+      lookups[i][half] = look_up(cells, cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1]);
+    }
+  }
+  bool coarse = false;
+#pragma unroll
+  for (int32_t i = 0; i < kGroups; ++i) {
+    const float2 map = load_pair(coordinates.map + column_of(first + i));
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      coarse = coarse || is_coarse(lookups[i][half].cell);
+      radii[i][half] = mapped_radius(lookups[i][half], map.x, map.y);
+    }
+  }
+  if (__any_sync(0xffffffffu, coarse)) {
+#pragma unroll
+    for (int32_t i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        if (!is_coarse(lookups[i][half].cell)) continue;
+        radii[i][half] = search_map(in, (first_column + column_of(first + i)) / 2, lookups[i][half].rho);
+      }
+    }
+  }
+}
+
+}  // namespace aniso::sm90

@@ -1,0 +1,284 @@
+// A warpgroup of a Hopper kernel whose rows stay in registers: what it holds of a tile of 64 rows, and how it loads, multiplies and
+// writes that.
+//
+// Order    Columns and rows of Q are shuffled (aniso/cuda_sm90.h). So the fragment of a product that a thread holds is, of two rows eight
+//          apart, 16 neighbouring bytes in each half of every chunk of 64 columns, a `piece`; and of the rank, blocks side by side in fours.
+//          Rows go from the tile that the copy engine brings into registers, multiply from there, and leave from there.
+// Shared   Q stays: 16 KB a chunk of 64 columns. For each warpgroup a tile, 8 KB a chunk, which one load after another fills, and an
+//          exchange. Rows do not come straight into registers, as such loads wait for room in the little that is left of the first-level cache.
+#pragma once
+
+#include "sm90_exchange.cuh"
+
+namespace aniso::sm90 {
+
+enum Vector { kShift, kOffset, kScale };  // [64 kChunks] in shared memory, zero past D
+
+template <typename Shares, int kChunks, int kWarpgroups, int kVectors>
+struct TeamShared {
+  static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
+  static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
+  static constexpr uint32_t kBasis = 0;
+  static constexpr uint32_t kTiles = kSteps * kPanelBytes;
+  static constexpr uint32_t kExchanges = kTiles + kWarpgroups * kTileBytes;
+  static constexpr uint32_t kVectorBytes = kChunks * kChunkColumns * uint32_t(sizeof(float));
+  static constexpr uint32_t kFirstVector = kExchanges + kWarpgroups * Shares::kBytes;
+  static constexpr uint32_t kBarriers = kFirstVector + kVectors * kVectorBytes;
+  static constexpr uint32_t kBasisLoaded = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers));
+  static constexpr uint32_t kOther = kBasisLoaded + uint32_t(sizeof(uint64_t));  // what else a kernel keeps begins here
+  static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
+};
+
+// P and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
+// are.
+template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
+struct Team {
+  using Shares = Exchange<S, P, kCluster, kKinds>;
+  static constexpr int32_t kWarpgroups = kTeams, kThreads = kTeams * kWarpgroupThreads;
+  using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors>;
+  static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
+  static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
+
+  uint32_t shared;
+  int32_t warpgroup, lane, quarter;
+  bool leader;
+  int32_t width, blocks;
+  int32_t first_column;   // of this block of the cluster
+  int32_t own_column;     // the first of this thread
+  int32_t columns_left;   // from there
+  int32_t first_of_warp;  // the first of this thread's rows in a tile. Of 16 a warp takes two that are four apart side by side: their pieces
+                          // are in different banks.
+  int32_t first_block;    // of the rank, of those that this thread turns
+  int64_t count, tiles, stride, tile;
+  uint64_t basis;
+  Shares exchange;
+
+  __device__ __forceinline__ Team(unsigned char* shared_memory, int32_t width, int32_t rank, int64_t count)
+      : shared(shared_address(shared_memory)),
+        // Told to be the same in a warp: the compiler overlaps products only where it knows that control flow is.
+        warpgroup(__shfl_sync(0xffffffffu, int32_t(threadIdx.x) / kWarpgroupThreads, 0)),
+        lane(threadIdx.x % 32),
+        quarter(lane % 4),
+        leader(threadIdx.x % kWarpgroupThreads == 0),
+        width(width),
+        blocks(rank / 2),
+        first_column(int32_t(cluster_rank()) * kChunks * kChunkColumns),
+        own_column(first_column + quarter * 8),
+        columns_left(width - own_column),
+        first_of_warp(threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 8 + lane / 4 % 2 * 4),
+        first_block(int32_t(cluster_rank()) * (Shares::kOwnColumns / 2) + quarter * 4),
+        count(count),
+        tiles((count + kTileRows - 1) / kTileRows),
+        stride(int64_t(cluster_count()) * kWarpgroups),
+        tile(int64_t(cluster_index()) * kWarpgroups + warpgroup),
+        basis(narrow_operand(shared + Layout::kBasis, Layout::kPanelBytes)),
+        exchange{shared + Layout::kExchanges + warpgroup * Shares::kBytes, shared + Layout::kTiles + warpgroup * Layout::kTileBytes,
+                 shared + Layout::kBarriers + warpgroup * uint32_t(sizeof(Barriers)), cluster_rank(),
+                 int32_t(threadIdx.x) % kWarpgroupThreads, int32_t(threadIdx.x) % kWarpgroupThreads / 32, lane} {}
+
+  __device__ __forceinline__ uint32_t loaded() const { return exchange.barrier(offsetof(Barriers, loaded)); }
+  __device__ __forceinline__ bool is_first() const { return tile < stride; }
+
+  // For the next tile. What follows from these numbers is then made where it is used: kept over the tiles, it would push rows out of the
+  // registers, into a first-level cache that has no room.
+  __device__ __forceinline__ void forget_addresses() {
+    asm volatile("" : "+r"(shared), "+r"(exchange.memory), "+r"(exchange.tile), "+r"(exchange.barriers), "+r"(exchange.rank), "+r"(exchange.thread));
+    asm volatile("" : "+r"(first_of_warp), "+r"(quarter), "+r"(own_column), "+r"(first_block), "+r"(width), "+r"(blocks));
+  }
+
+  // Barriers, this block's part of Q, and the first load. Afterwards end_of_beginning().
+  __device__ __forceinline__ void begin(const CUtensorMap& basis_map, const CUtensorMap& rows_map) const {
+    const uint32_t basis_loaded = shared + Layout::kBasisLoaded;
+    if (leader) {
+      for (const uint32_t barrier : {loaded(), exchange.projected(), exchange.mapped(), exchange.summed()}) barrier_init(barrier, 1);
+      barrier_init(exchange.free(), (kCluster - 1) * kWarps);  // from every warp of the others
+      if (warpgroup == 0) barrier_init(basis_loaded, 1);
+      barrier_init_fence();
+    }
+    cluster_sync();
+    if (leader && warpgroup == 0) {
+      arrive_expecting(basis_loaded, kSteps * Layout::kPanelBytes);
+      for (int32_t panel = 0; panel < kSteps; ++panel) {
+        for (int32_t c = 0; c < kChunks; ++c) {
+          load_box(shared + Layout::kBasis + panel * Layout::kPanelBytes + c * kChunkColumns * kPanelRowBytes, basis_map,
+                   (int32_t(cluster_rank()) * Shares::kOwnColumns + panel * kPanelColumns) % kRank, first_column + c * kChunkColumns,
+                   basis_loaded);
+        }
+      }
+    }
+    load(rows_map, tile);
+  }
+
+  // This block's part of a vector [D], or of none.
+  __device__ __forceinline__ void keep_vector(Vector which, const float* values) const {
+    for (int32_t j = threadIdx.x; j < kChunks * kChunkColumns; j += blockDim.x) {
+      const int32_t column = first_column + j;
+      store_shared(vector_place(which) + j * 4, values != nullptr && column < width ? values[column] : 0.f);
+    }
+  }
+
+  __device__ __forceinline__ void end_of_beginning() const {
+    __syncthreads();
+    wait_phase(shared + Layout::kBasisLoaded, 0);
+  }
+
+  __device__ __forceinline__ void load(const CUtensorMap& rows_map, int64_t which) const {
+    if (!leader || which >= tiles) return;
+    arrive_expecting(loaded(), Layout::kTileBytes);
+    for (int32_t c = 0; c < kChunks; ++c) {
+      load_box(exchange.tile + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded());
+    }
+  }
+
+  // Over a tile that every thread has read.
+  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, int64_t which) const {
+    reads_before_copy_fence();
+    warpgroup_sync(warpgroup);
+    load(rows_map, which);
+  }
+
+  // body(half, piece, eight neighbours in four pairs): what this thread holds of a chunk of the tile.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_piece(int32_t c, const Body& body) const {
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      const int32_t row = first_of_warp + half * 8;
+#pragma unroll
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        uint32_t pairs[4];
+        load_shared(exchange.tile + c * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16), pairs);
+        body(half, piece, pairs);
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t vector_place(Vector which) const {
+    return shared + Layout::kFirstVector + uint32_t(which) * Layout::kVectorBytes;
+  }
+
+  // Eight neighbours of a vector.
+  __device__ __forceinline__ void load_vector(Vector which, int32_t c, int32_t piece, float (&values)[8]) const {
+    const uint32_t place = vector_place(which) + (c * kChunkColumns + piece * 32 + quarter * 8) * 4;
+#pragma unroll
+    for (int32_t i = 0; i < 2; ++i) {
+      const float4 four = load_shared(place + i * 16);
+      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+    }
+  }
+
+  // A thread's first row, and the line of one of its two as far as it is there: one past the last is read as the last.
+  __device__ __forceinline__ int64_t row(int32_t half) const { return tile * kTileRows + first_of_warp + half * 8; }
+  __device__ __forceinline__ int64_t readable_row(int32_t half) const { return row(half) < count ? row(half) : count - 1; }
+
+  // Four pairs of a row that begins at `line`, into memory.
+  __device__ __forceinline__ void store_piece(S* line, int32_t half, int32_t c, int32_t piece, const uint32_t (&pairs)[4]) const {
+    const int32_t column = c * kChunkColumns + piece * 32;
+    store_line_inside(line + own_column + column, pairs, column < columns_left && row(half) < count);
+  }
+
+  // A chunk of the tile, as operands of a product.
+  __device__ __forceinline__ void load_chunk(int32_t c, uint32_t (&rows)[16]) const {
+    for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&pairs)[4]) {
+#pragma unroll
+      for (int32_t i = 0; i < 4; ++i) rows[8 * piece + 2 * i + half] = pairs[i];
+    });
+  }
+
+  // The tile into registers, as change() makes its pairs, and its projection on this block's columns. The product runs on: projection_done().
+  template <typename Change>
+  __device__ __forceinline__ void project_tile(uint32_t (&rows)[kChunks][16], float (&part)[64], const Change& change) const {
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      load_chunk(c, rows[c]);
+#pragma unroll
+      for (int32_t i = 0; i < 16; ++i) rows[c][i] = change(rows[c][i]);
+      pin(rows[c]);
+      products_begin();
+      project_chunk(part, c, rows[c]);
+      products_commit();
+    }
+  }
+
+  __device__ __forceinline__ void projection_done(uint32_t (&rows)[kChunks][16], float (&part)[64]) const {
+    products_wait();
+    pin(part);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) pin(rows[c]);
+  }
+
+  // part += rows of a chunk, in registers, times Q.
+  __device__ __forceinline__ void project_chunk(float (&part)[64], int32_t c, const uint32_t (&rows)[16]) const {
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) project<S>(part, &rows[4 * i], basis + operand_offset((c * 4 + i) * 16 * kPanelRowBytes));
+  }
+
+  // sums += Q k in the columns of a chunk.
+  __device__ __forceinline__ void rebuild_chunk(float (&sums)[32], int32_t c, const uint32_t (&k)[kSteps][4]) const {
+#pragma unroll
+    for (int32_t i = 0; i < kSteps; ++i) {
+      rebuild<S>(sums, k[i], basis + operand_offset(c * kChunkColumns * kPanelRowBytes + i * Layout::kPanelBytes));
+    }
+  }
+
+  // body(c, Q k in the columns of chunk c); with two buffers, while the next chunk is multiplied.
+  template <int kBuffers, typename Body>
+  __device__ __forceinline__ void for_each_product(const uint32_t (&k)[kSteps][4], const Body& body) const {
+    float sums[kBuffers][32];
+    const auto start = [&](int32_t c) {
+#pragma unroll
+      for (int32_t i = 0; i < 32; ++i) sums[c % kBuffers][i] = 0.f;
+      pin(sums[c % kBuffers]);
+      products_begin();
+      rebuild_chunk(sums[c % kBuffers], c, k);
+      products_commit();
+    };
+    if (kBuffers == 2) start(0);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      if (c + kBuffers - 1 < kChunks) start(c + kBuffers - 1);
+      products_wait(kBuffers == 2 && c + 1 < kChunks ? 1 : 0);
+      pin(sums[c % kBuffers]);
+      body(c, sums[c % kBuffers]);
+    }
+  }
+
+  // |w|^2 and w.shift of both rows, over the columns of a chunk.
+  __device__ __forceinline__ void add_squares(const float (&w)[32], int32_t c, float (&sums)[4]) const {
+#pragma unroll
+    for (int32_t piece = 0; piece < 2; ++piece) {
+      float shift[8];
+      load_vector(kShift, c, piece, shift);
+#pragma unroll
+      for (int32_t i = 0; i < 8; ++i) {
+        const float* values = &w[16 * piece + i / 2 * 4 + i % 2];
+        sums[0] = fmaf(values[0], values[0], sums[0]);
+        sums[1] = fmaf(values[0], shift[i], sums[1]);
+        sums[2] = fmaf(values[2], values[2], sums[2]);
+        sums[3] = fmaf(values[2], shift[i], sums[3]);
+      }
+    }
+  }
+
+  // A chunk of e = Norm(w/|w| + shift) into rows [N, D].
+  __device__ __forceinline__ void store_unit_rows(const float (&w)[32], int32_t c, const Scales (&scales)[2], S* out) const {
+#pragma unroll
+    for (int32_t piece = 0; piece < 2; ++piece) {
+      float shift[8];
+      load_vector(kShift, c, piece, shift);
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        const float factor = scales[half].inverse * scales[half].outer, shift_factor = scales[half].outer;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+          const float* values = &w[16 * piece + 4 * i + 2 * half];
+          pairs[i] = pack<S>(fmaf(values[0], factor, shift[2 * i] * shift_factor),
+                             fmaf(values[1], factor, shift[2 * i + 1] * shift_factor));
+        }
+        store_piece(out + row(half) * width, half, c, piece, pairs);
+      }
+    }
+  }
+};
+
+}  // namespace aniso::sm90
