@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aniso_ext.align.prior import PhaseGraph, PhasePrior, ScoreNetwork
+from aniso_ext.align.prior.frozen import FrozenScore
 from aniso_ext.align.prior.wrapped_normal import log_density, sample, score, wrap
 from aniso_ext.errors import InputError
 from aniso_ext.stats import PhaseMoments
@@ -234,6 +235,40 @@ def test_network_reads_noise_radii_and_every_phase() -> None:
         network(phi, radii, 2 * scale) * torch.sqrt((4 * scale**2 + 1) / (scale**2 + 1)),
     ):
         assert (changed - base).abs().min() > 1e-6
+
+
+def frozen_and_learned(
+    network: ScoreNetwork, frozen: FrozenScore, dtype: torch.dtype, autocast: bool = False
+) -> list[list[torch.Tensor]]:
+    """Scores of both forms and their derivatives to phases and radii, along one direction."""
+    generator = torch.Generator().manual_seed(2)
+    phi = (6 * torch.rand(200, 3, generator=generator, dtype=torch.float64) - 3).to(dtype).requires_grad_()
+    radii = torch.randn(200, 3, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    scale = 0.03 + torch.rand(200, 1, generator=generator, dtype=torch.float64).to(dtype)
+    grad = torch.randn(200, 3, generator=generator, dtype=torch.float64).to(dtype)
+    found = []
+    for form in (network, frozen):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            score = form(phi, radii, scale)
+        found.append([score.detach(), *torch.autograd.grad(score, (phi, radii), grad)])
+    return found
+
+
+def test_the_frozen_network_has_the_scores_and_derivatives_of_the_network() -> None:
+    network = random_network()
+    learned, frozen = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
+    for one, other in zip(frozen, learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_the_frozen_network_in_bfloat16_is_as_exact_as_autocast() -> None:
+    exact = frozen_and_learned(random_network(), FrozenScore(random_network(), torch.float64), torch.float64)[0]
+    network = random_network().float()
+    autocast, frozen = frozen_and_learned(network, FrozenScore(network, torch.bfloat16), torch.float32, autocast=True)
+    for mine, theirs, wanted in zip(frozen, autocast, exact, strict=True):
+        error, allowed = (mine - wanted).norm(), (theirs - wanted).norm()
+        # what the norms hand on is rounded to 8 bits once more in each block
+        assert error < 2 * allowed < 0.1 * wanted.norm()
 
 
 def test_network_starts_at_a_score_of_zero() -> None:

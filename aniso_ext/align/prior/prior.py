@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from aniso_ext.align.prior.frozen import FrozenScore
 from aniso_ext.align.prior.graph import PhaseGraph
 from aniso_ext.align.prior.network import BLOCKS, WIDTH, ScoreNetwork
 from aniso_ext.align.prior.wrapped_normal import LARGEST_SCALE, SMALLEST_SCALE, score, wrap
@@ -18,6 +19,8 @@ PREFIX = "prior."
 STANDARDISED_LIMIT = 5.0
 """Standardised log radii are clamped to this: the logarithm of a vanishing radius is no number to condition on."""
 _SMALLEST_STD = 1e-6
+Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Score at noisy phases, standardised log radii and scales."""
 _STATISTICS = ("resultant", "log_radius_mean", "log_radius_std")
 
 
@@ -78,15 +81,23 @@ class PhasePrior(nn.Module):
         """M."""
         return self.graph.blocks
 
-    def score(self, phi: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    def score(
+        self,
+        phi: torch.Tensor,
+        log_rho: torch.Tensor,
+        scale: torch.Tensor | float,
+        *,
+        network: Network | None = None,
+    ) -> torch.Tensor:
         """s_phi: the score [n, M] at noisy phases ``phi`` [n, M] with noise ``scale`` (a number, [n] or [n, 1]).
 
-        Differentiable in the phases and the log radii; 2 pi-periodic in the phases.
+        Differentiable in the phases and the log radii; 2 pi-periodic in the phases. ``network`` stands for the prior's
+        own, as its :meth:`frozen` form.
         """
         self._check(phi, log_rho)
         scales = torch.as_tensor(scale, dtype=phi.dtype, device=phi.device)
         scales = scales.reshape(-1, 1).expand(len(phi), 1)
-        predicted: torch.Tensor = self.network(phi, self.standardised(log_rho), scales)
+        predicted: torch.Tensor = (network or self.network)(phi, self.standardised(log_rho), scales)
         return predicted
 
     def loss(
@@ -125,19 +136,29 @@ class PhasePrior(nn.Module):
         return (low + position * (high - low)).exp(), global_normal(rows, self.phases, generator).to(dtype)
 
     def row_losses(
-        self, theta: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor, noise: torch.Tensor
+        self,
+        theta: torch.Tensor,
+        log_rho: torch.Tensor,
+        scale: torch.Tensor,
+        noise: torch.Tensor,
+        *,
+        network: Network | None = None,
     ) -> torch.Tensor:
         """The objective of each row under noise of :meth:`draw`, [n]: a row's depends on that row alone."""
         self._check(theta, log_rho)
         shift = scale * noise
         noisy = wrap(self.graph.mean_map(theta) + shift)
-        error = self.score(noisy, log_rho, scale) - score(wrap(shift), scale)
+        error = self.score(noisy, log_rho, scale, network=network) - score(wrap(shift), scale)
         return (scale * error).square().sum(dim=-1)
 
     def standardised(self, log_rho: torch.Tensor) -> torch.Tensor:
         """(log rho - mean)/std per block, clamped to [-5, 5]; differentiable inside."""
         mean, std = self.log_radius_mean.to(log_rho.dtype), self.log_radius_std.to(log_rho.dtype)
         return ((log_rho - mean) / std).clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
+
+    def frozen(self, dtype: torch.dtype) -> FrozenScore:
+        """The network as it is now, in that dtype, for derivatives to phases and radii alone."""
+        return FrozenScore(self.network, dtype)
 
     def freeze(self) -> PhasePrior:
         """Fix the weights (Stage II differentiates through the prior, never with respect to it)."""
