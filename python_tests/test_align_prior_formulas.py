@@ -239,22 +239,31 @@ def test_network_reads_noise_radii_and_every_phase() -> None:
 
 def frozen_and_learned(
     network: ScoreNetwork, frozen: FrozenScore, dtype: torch.dtype, autocast: bool = False
-) -> list[list[torch.Tensor]]:
-    """Scores of both forms and their derivatives to phases and radii, along one direction."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(u, v) and their derivatives to sines, cosines and radii along one direction: network, then frozen network."""
     generator = torch.Generator().manual_seed(2)
-    phi = (6 * torch.rand(200, 3, generator=generator, dtype=torch.float64) - 3).to(dtype).requires_grad_()
-    radii = torch.randn(200, 3, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    phi = 6 * torch.rand(200, 3, generator=generator, dtype=torch.float64) - 3
+    radii = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    inputs = torch.cat((phi.sin(), phi.cos(), radii), dim=1).to(dtype).requires_grad_()
     scale = 0.03 + torch.rand(200, 1, generator=generator, dtype=torch.float64).to(dtype)
-    grad = torch.randn(200, 3, generator=generator, dtype=torch.float64).to(dtype)
-    found = []
-    for form in (network, frozen):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            score = form(phi, radii, scale)
-        found.append([score.detach(), *torch.autograd.grad(score, (phi, radii), grad)])
-    return found
+    grad = torch.randn(200, 6, generator=generator, dtype=torch.float64).to(dtype)
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        network.output.register_forward_hook(lambda module, given, out: outputs.append(out)),
+        network.input.register_forward_pre_hook(lambda module, given: (inputs,)),
+    ]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        network(phi.to(dtype), radii.to(dtype), scale)
+    for hook in hooks:
+        hook.remove()
+    learned = [outputs[0].detach(), *torch.autograd.grad(outputs[0], inputs, grad.to(outputs[0].dtype))]
+    with torch.no_grad():
+        condition = frozen.condition(scale)
+        uv, kept = frozen.forward(inputs.to(frozen.dtype), condition)
+        return learned, [uv, frozen.backward(grad.to(uv.dtype), condition, kept)]
 
 
-def test_the_frozen_network_has_the_scores_and_derivatives_of_the_network() -> None:
+def test_the_frozen_network_has_the_values_and_derivatives_of_the_network() -> None:
     network = random_network()
     learned, frozen = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
     for one, other in zip(frozen, learned, strict=True):
@@ -262,8 +271,9 @@ def test_the_frozen_network_has_the_scores_and_derivatives_of_the_network() -> N
 
 
 def test_the_frozen_network_in_bfloat16_is_as_exact_as_autocast() -> None:
-    exact = frozen_and_learned(random_network(), FrozenScore(random_network(), torch.float64), torch.float64)[0]
-    network = random_network().float()
+    network = random_network()
+    exact, _ = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
+    network = network.float()
     autocast, frozen = frozen_and_learned(network, FrozenScore(network, torch.bfloat16), torch.float32, autocast=True)
     for mine, theirs, wanted in zip(frozen, autocast, exact, strict=True):
         error, allowed = (mine - wanted).norm(), (theirs - wanted).norm()

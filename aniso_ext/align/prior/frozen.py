@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, silu
 
 from aniso_ext.align.prior.network import ScoreNetwork, scale_features
+
+Kept = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Of each norm: its input, mean and inverse deviation, and the input of the activation that follows."""
 
 
 class _Affine(NamedTuple):
@@ -37,7 +40,7 @@ class FrozenScore:
 
     Stage II differentiates the score to phases and radii alone. Autograd would keep what the gradients of the weights
     need, and autocast would widen every activation for the norms and narrow it again; here a block keeps its input and
-    the input of its activation.
+    the input of its activation. No autograd: both passes are written out.
 
     Args:
         network: whose weights are copied.
@@ -45,10 +48,11 @@ class FrozenScore:
 
     Example:
         >>> import torch
-        >>> network = ScoreNetwork(3, width=16, blocks=1)
-        >>> frozen = FrozenScore(network, torch.float32)
-        >>> frozen(torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2, 1), 0.5)).shape
-        torch.Size([2, 3])
+        >>> frozen = FrozenScore(ScoreNetwork(3, width=16, blocks=1), torch.float32)
+        >>> condition = frozen.condition(torch.full((2, 1), 0.5))
+        >>> uv, kept = frozen.forward(torch.zeros(2, 9), condition)
+        >>> uv.shape, frozen.backward(torch.ones(2, 6), condition, kept).shape
+        (torch.Size([2, 6]), torch.Size([2, 9]))
     """
 
     def __init__(self, network: ScoreNetwork, dtype: torch.dtype) -> None:
@@ -67,45 +71,33 @@ class FrozenScore:
             film = _Affine(block.film.weight.detach().to(dtype), bias.to(dtype))
             self.blocks.append(_Block(film, narrow(block.first), narrow(block.second), block.norm.eps))
 
-    def __call__(self, phi: torch.Tensor, radii: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """As of the network; differentiable in ``phi`` and ``radii``, once."""
-        sin, cos = phi.sin(), phi.cos()
-        with torch.autocast(phi.device.type, enabled=False):
-            condition = silu(linear(scale_features(scale).to(self.dtype), *self.scale_input))
-            inputs = torch.cat((sin, cos, radii), dim=-1).to(self.dtype)
-            u, v = _Trunk.apply(inputs, condition, self).to(phi.dtype).chunk(2, dim=-1)
-        return (v * cos - u * sin) * torch.rsqrt(scale.square() + self.spread.square())
+    def condition(self, scale: torch.Tensor) -> torch.Tensor:
+        """What the blocks are modulated by, [n, 64] for s [n, 1]."""
+        return silu(self.scale_input(scale_features(scale).to(self.dtype)))
 
-
-class _Trunk(torch.autograd.Function):
-    """From inputs [n, 3M] and condition [n, 64] to (u, v) [n, 2M]; no gradient to the condition."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, condition: torch.Tensor, frozen: FrozenScore) -> torch.Tensor:
-        hidden = frozen.input(inputs)
-        kept: list[tuple[torch.Tensor, ...]] = []
-        for block in frozen.blocks:
+    def forward(self, inputs: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        """(u, v) [n, 2M] of [sin phi, cos phi, radii] [n, 3M], and what the backward pass needs."""
+        hidden = self.input(inputs)
+        kept: Kept = []
+        for block in self.blocks:
             normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], None, None, block.eps)
             gain, shift = block.film(condition).chunk(2, dim=-1)
             inner = block.first(torch.addcmul(shift, normed, gain))
             kept.append((hidden, mean, scale, inner))
             hidden = block.second(gelu(inner)).add_(hidden)
-        normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], *frozen.output_norm, frozen.norm_eps)
+        normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], *self.output_norm, self.norm_eps)
         kept.append((hidden, mean, scale, normed))
-        ctx.frozen, ctx.condition, ctx.kept = frozen, condition, kept
-        return frozen.output(gelu(normed))
+        return self.output(gelu(normed)), kept
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        frozen, kept = ctx.frozen, ctx.kept
-        back = _through_gelu(grad @ frozen.output.weight, kept[-1][3])
-        back = _through_norm(back, kept.pop(), frozen.output_norm)
-        for block in reversed(frozen.blocks):
+    def backward(self, grad: torch.Tensor, condition: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """The gradient to the inputs, from that to (u, v); uses up what was kept."""
+        back = _through_gelu(grad @ self.output.weight, kept[-1][3])
+        back = _through_norm(back, kept.pop(), self.output_norm)
+        for block in reversed(self.blocks):
             inner = _through_gelu(back @ block.second.weight, kept[-1][3])
-            inner = (inner @ block.first.weight).mul_(block.gain(ctx.condition))
+            inner = (inner @ block.first.weight).mul_(block.gain(condition))
             back += _through_norm(inner, kept.pop(), (None, None))
-        return back @ frozen.input.weight, None, None
+        return back @ self.input.weight
 
 
 def _through_gelu(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ PREFIX = "prior."
 STANDARDISED_LIMIT = 5.0
 """Standardised log radii are clamped to this: the logarithm of a vanishing radius is no number to condition on."""
 _SMALLEST_STD = 1e-6
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Score at noisy phases, standardised log radii and scales."""
 _STATISTICS = ("resultant", "log_radius_mean", "log_radius_std")
 
 
@@ -81,23 +79,15 @@ class PhasePrior(nn.Module):
         """M."""
         return self.graph.blocks
 
-    def score(
-        self,
-        phi: torch.Tensor,
-        log_rho: torch.Tensor,
-        scale: torch.Tensor | float,
-        *,
-        network: Network | None = None,
-    ) -> torch.Tensor:
+    def score(self, phi: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
         """s_phi: the score [n, M] at noisy phases ``phi`` [n, M] with noise ``scale`` (a number, [n] or [n, 1]).
 
-        Differentiable in the phases and the log radii; 2 pi-periodic in the phases. ``network`` stands for the prior's
-        own, as its :meth:`frozen` form.
+        Differentiable in the phases and the log radii; 2 pi-periodic in the phases.
         """
         self._check(phi, log_rho)
         scales = torch.as_tensor(scale, dtype=phi.dtype, device=phi.device)
         scales = scales.reshape(-1, 1).expand(len(phi), 1)
-        predicted: torch.Tensor = (network or self.network)(phi, self.standardised(log_rho), scales)
+        predicted: torch.Tensor = self.network(phi, self.standardised(log_rho), scales)
         return predicted
 
     def loss(
@@ -136,19 +126,13 @@ class PhasePrior(nn.Module):
         return (low + position * (high - low)).exp(), global_normal(rows, self.phases, generator).to(dtype)
 
     def row_losses(
-        self,
-        theta: torch.Tensor,
-        log_rho: torch.Tensor,
-        scale: torch.Tensor,
-        noise: torch.Tensor,
-        *,
-        network: Network | None = None,
+        self, theta: torch.Tensor, log_rho: torch.Tensor, scale: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """The objective of each row under noise of :meth:`draw`, [n]: a row's depends on that row alone."""
         self._check(theta, log_rho)
         shift = scale * noise
         noisy = wrap(self.graph.mean_map(theta) + shift)
-        error = self.score(noisy, log_rho, scale, network=network) - score(wrap(shift), scale)
+        error = self.score(noisy, log_rho, scale) - score(wrap(shift), scale)
         return (scale * error).square().sum(dim=-1)
 
     def standardised(self, log_rho: torch.Tensor) -> torch.Tensor:
@@ -157,7 +141,7 @@ class PhasePrior(nn.Module):
         return ((log_rho - mean) / std).clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
 
     def frozen(self, dtype: torch.dtype) -> FrozenScore:
-        """The network as it is now, in that dtype, for derivatives to phases and radii alone."""
+        """The network as it is now, in that dtype, for derivatives to its inputs alone."""
         return FrozenScore(self.network, dtype)
 
     def freeze(self) -> PhasePrior:

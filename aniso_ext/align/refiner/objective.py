@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from aniso_ext.align.refiner.losses import (
     complement_directions,
     complement_objective,
     phase_consistency,
-    polar_update,
     sorted_distance,
 )
 from aniso_ext.align.refiner.network import Refiner
 from aniso_ext.align.refiner.options import RefinementOptions
 from aniso_ext.align.refiner.passes import Passes, product
+from aniso_ext.align.refiner.polar import PolarLosses
 from aniso_ext.ops import Frame, encode
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 16_384
 """Rows of a matrix product of the refiner: more of them make it no faster."""
 POLAR_ROWS = 8192
-"""Rows whose phases and radii are differentiated at a time: autograd holds about 20 KB of a row of 64 blocks."""
+"""Rows whose phases and radii are differentiated at a time: the prior's network holds 2 KB of a row in each block."""
 HALF = (torch.float16, torch.bfloat16)
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -68,6 +68,7 @@ class Objective:
         chunk_rows: rows of the refiner's products.
         polar_rows: rows of the losses of phases and radii at a time.
         written_out: whether gradients are computed with the loss or left to autograd, whatever device and rows are.
+        compiled: whether torch.compile fuses the losses of phases and radii where autograd has no part in them.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class Objective:
         chunk_rows: int = CHUNK_ROWS,
         polar_rows: int = POLAR_ROWS,
         written_out: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         self.frame, self.prior, self.options, self.backend = frame, prior, options, backend
-        self.trace, self.literal, self.written_out = trace, literal, written_out
+        self.trace, self.literal, self.written_out, self.compiled = trace, literal, written_out, compiled
         self.chunk_rows, self.polar_rows = chunk_rows, min(chunk_rows, polar_rows)
         self._adjacency = (prior.graph.amplitude > 0).to(device=frame.device, dtype=torch.float32)
+        self._edges = float(self._adjacency.sum()) / 2
         self._basis = frame.basis.float()
         self._frozen: dict[torch.dtype, FrozenScore] = {}
 
@@ -155,22 +158,29 @@ class Objective:
         """Sum of the terms under their weights; 0 of none."""
         return sum(getattr(self.options, f"{name}_weight") * value for name, value in terms.items())
 
-    def score(
-        self, update: PolarUpdate, scale: torch.Tensor, noise: torch.Tensor, network: FrozenScore | None = None
-    ) -> torch.Tensor:
+    def score(self, update: PolarUpdate, scale: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """L_II per block."""
-        rows = self.prior.row_losses(update.theta, update.log_radius, scale, noise, network=network)
-        return rows.mean() / self.prior.phases
+        return self.prior.row_losses(update.theta, update.log_radius, scale, noise).mean() / self.prior.phases
 
     def consistency(self, update: PolarUpdate) -> torch.Tensor:
         """L_Phi."""
         return phase_consistency(update.turn, update.radius0, self._adjacency, literal=self.literal)
 
-    def frozen(self, dtype: torch.dtype) -> FrozenScore:
-        """The prior's network in that dtype."""
+    def polar_losses(self, bounds: Bounds, dtype: torch.dtype, rows: int) -> tuple[PolarLosses, dict[str, float]]:
+        """L_II and L_Phi for a batch of that many rows, and the factors that make means of their sums."""
         if dtype not in self._frozen:
             self._frozen[dtype] = self.prior.frozen(dtype)
-        return self._frozen[dtype]
+        options = self.options
+        pairs = max(1.0, self._edges) if self.literal else 1.0
+        shares = {"consistency": 1 / (rows * pairs), "score": 1 / (rows * self.prior.phases)}
+        weights = {
+            f"{name}_weight": getattr(options, f"{name}_weight") * share if getattr(options, f"{name}_weight") else None
+            for name, share in shares.items()
+        }
+        losses = PolarLosses(
+            self.prior, self._adjacency, bounds, frozen=self._frozen[dtype], compiled=self.compiled, **weights
+        )
+        return losses, shares
 
     def _to_autograd(self, source: torch.Tensor) -> bool:
         if self.written_out is not None:
@@ -231,30 +241,21 @@ class _Deltas:
 
     def _polar(self, deltas: torch.Tensor, wanted: bool) -> dict[str, torch.Tensor]:
         """Terms of phases and radii, means over all rows."""
+        draws = self.draws
+        losses, shares = self.objective.polar_losses(self.bounds, self.dtype, self.rows)
         sums: dict[str, torch.Tensor] = {}
-        for piece in self._pieces():
-            with torch.set_grad_enabled(wanted):
-                angles = deltas[piece, : self.rank].to(torch.float32, copy=True).requires_grad_(wanted)
-                update, terms = self._polar_piece(angles, piece)
-                terms = {name: value * (len(angles) / self.rows) for name, value in terms.items()}
-                if wanted and terms:
-                    deltas[piece, : self.rank] = torch.autograd.grad(self.objective.weighted(terms), angles)[0]
-                elif wanted:
-                    deltas[piece, : self.rank] = 0
-            _add(sums, terms | {"units": _units(update).sum(dim=0)})
-        self.parts["concentration"] = (sums.pop("units") / self.rows).abs().mean()
-        return sums
-
-    def _polar_piece(self, angles: torch.Tensor, piece: slice) -> tuple[PolarUpdate, dict[str, torch.Tensor]]:
-        objective, draws = self.objective, self.draws
-        terms: dict[str, torch.Tensor] = {}
-        update = polar_update(self.polar[piece].float(), angles, self.bounds)
-        if objective.options.consistency_weight:
-            terms["consistency"] = objective.consistency(update)
-        if draws.scale is not None and draws.noise is not None:
-            network = objective.frozen(self.dtype)
-            terms["score"] = objective.score(update, draws.scale[piece], draws.noise[piece], network)
-        return update, terms
+        size = self.objective.polar_rows
+        for piece in (slice(first, first + size) for first in range(0, self.rows, size)):
+            noisy = None if draws.scale is None or draws.noise is None else (draws.scale[piece], draws.noise[piece])
+            found = losses(self.polar[piece], deltas[piece, : self.rank], noisy, wanted)
+            if found.gradient is not None:
+                deltas[piece, : self.rank] = found.gradient
+            for name in ("consistency", "score", "units"):
+                value = getattr(found, name)
+                if value is not None:
+                    sums[name] = sums[name] + value if name in sums else value
+        self.parts["concentration"] = (sums.pop("units") / self.rows).norm(dim=0).mean()
+        return {name: value * shares[name] for name, value in sums.items()}
 
     def _complement(self, deltas: torch.Tensor, wanted: bool) -> dict[str, torch.Tensor]:
         """The V-side objective: with m = a_v tanh dv, its gradient is (1 - tanh^2 dv) a_v (pull W^T + 2 c m)."""
@@ -278,10 +279,6 @@ class _Deltas:
             torch.ops.aten.tanh_backward.grad_input(moves, bent, grad_input=moves)
         return {"complement": dimensions * distance + energy * length.square()}
 
-    def _pieces(self) -> Iterator[slice]:
-        size = self.objective.polar_rows
-        return (slice(first, min(first + size, self.rows)) for first in range(0, self.rows, size))
-
 
 class _Differentiated(torch.autograd.Function):
     """A loss whose gradients to the parameters are there."""
@@ -304,11 +301,6 @@ def _along(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     high = directions.to(rows.dtype)
     low = (directions - high).to(rows.dtype)
     return product(rows, high, torch.float32).add_(product(rows, low, torch.float32))
-
-
-def _add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor]) -> None:
-    for name, value in terms.items():
-        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
 
 
 def _units(update: PolarUpdate) -> torch.Tensor:
