@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aniso_ext import ops
+from aniso_ext.align.prior.wrapped_normal import score, wrap
 from aniso_ext.align.refiner import Bounds, Refiner, effective_bound, similarity_guarantee
 from aniso_ext.align.refiner.bounds import BoundSurvey, CollapseWatch
 from aniso_ext.align.refiner.losses import (
@@ -23,6 +24,7 @@ from aniso_ext.align.refiner.losses import (
     sorted_distance,
 )
 from aniso_ext.align.refiner.passes import Passes
+from aniso_ext.align.refiner.polar import wrapped_score
 from aniso_ext.errors import InputError
 
 WIDTH, BLOCKS, KNOTS = 20, 4, 16
@@ -394,6 +396,17 @@ def test_sliced_wasserstein_is_the_sorted_difference() -> None:
     assert float(sliced_wasserstein(torch.from_numpy(source), torch.from_numpy(source[::-1].copy()))) == 0
     with pytest.raises(InputError, match="needs samples of one size"):
         sliced_wasserstein(torch.zeros(3, 2), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.2, 0.7, 1.5])
+def test_the_score_relative_to_the_nearest_image_is_the_score(scale: float) -> None:
+    shift = torch.linspace(-9, 9, 2001, dtype=torch.float64)[:, None]
+    scales = torch.full((2001, 1), scale, dtype=torch.float64)
+    expected = score(wrap(shift), scales)
+    assert float((wrapped_score(shift, scales) - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+    single = wrapped_score(shift.float(), scales.float()).double()
+    # the rounding of an angle of 9, twice, times the steepest slope: pi^2/s^4 where two images weigh alike
+    assert float((single - expected).abs().max()) <= 18 * 2.0**-23 * (1 / scale**2 + math.pi**2 / scale**4)
 
 
 def test_the_sorted_distance_brings_its_gradient() -> None:

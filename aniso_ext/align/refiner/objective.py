@@ -31,6 +31,8 @@ CHUNK_ROWS = 16_384
 """Rows of a matrix product of the refiner: more of them make it no faster."""
 POLAR_ROWS = 8192
 """Rows whose phases and radii are differentiated at a time: the prior's network holds 2 KB of a row in each block."""
+AUTOGRAD_ROWS = 4096
+"""Rows that are left to autograd on the CPU: of more, what it keeps fills the memory of a small machine."""
 HALF = (torch.float16, torch.bfloat16)
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -53,7 +55,7 @@ class Objective:
     None of them reads the rebuilt row (METHOD D15), so a step needs ``encode`` and the polar form of the update;
     ``decode`` comes in when rows are transformed.
 
-    On the CPU, up to ``chunk_rows`` rows are left to autograd. Otherwise the gradient is computed with the loss: that
+    On the CPU, few rows are left to autograd. Otherwise the gradient is computed with the loss: that
     to the deltas by :class:`_Deltas`, in their place, that to the parameters by
     :class:`~aniso_ext.align.refiner.passes.Passes`. Under autocast products are in its dtype, and half-precision rows
     are encoded as they are, as the refined map does it.
@@ -149,7 +151,8 @@ class Objective:
         """All that is random in the loss of a batch."""
         directions = scale = noise = None
         if self.options.complement_weight and not self.literal and self.trace > 0:
-            directions = complement_directions(self._basis, self.options.projections, generator)
+            with torch.autocast(self._basis.device.type, enabled=False):
+                directions = complement_directions(self._basis, self.options.projections, generator)
         if self.options.score_weight:
             scale, noise = self.prior.draw(rows, generator)
         return Draws(directions, scale, noise)
@@ -185,7 +188,7 @@ class Objective:
     def _to_autograd(self, source: torch.Tensor) -> bool:
         if self.written_out is not None:
             return not self.written_out
-        return source.device.type == "cpu" and len(source) <= self.chunk_rows
+        return source.device.type == "cpu" and len(source) <= min(self.chunk_rows, AUTOGRAD_ROWS)
 
     def _written_out(
         self, refiner: Refiner, take: Callable[[], Batch], generator: torch.Generator, *, wanted: bool

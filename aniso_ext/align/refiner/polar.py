@@ -7,6 +7,7 @@ periodic, so that none is wrapped.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aniso_ext.align.prior.prior import STANDARDISED_LIMIT
-from aniso_ext.align.prior.wrapped_normal import score, wrap
 from aniso_ext.align.refiner.bounds import Bounds
 from aniso_ext.align.refiner.losses import WEIGHT_FLOOR
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aniso_ext.align.prior.frozen import FrozenScore
 
 Tensors = tuple[torch.Tensor, ...]
+_TURN = 2 * math.pi
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,21 @@ def _error(
     u, v = uv.float().chunk(2, dim=1)
     cos, sin = phi.cos(), phi.sin()
     size = torch.rsqrt(scale * scale + spread * spread)
-    error = scale * ((v * cos - u * sin) * size - score(wrap(scale * noise), scale))
+    error = scale * ((v * cos - u * sin) * size - wrapped_score(scale * noise, scale))
     grad = 2 * weight * scale * size * error
     return (error * error).sum(), torch.cat((-grad * sin, grad * cos), dim=1), -grad * (v * sin + u * cos)
+
+
+def wrapped_score(shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """:func:`aniso_ext.align.prior.wrapped_normal.score` at any distance, as images enter it relative to the nearest.
+
+    -(d + 2 pi (w - w')/(1 + w + w'))/s^2, d in [-pi, pi], w = exp(-2 pi (pi + d)/s^2), w' = exp(-2 pi (pi - d)/s^2).
+    """
+    nearest = shift - _TURN * torch.round(shift / _TURN)
+    squared = scale * scale
+    rate = _TURN / squared
+    above, below = (-(math.pi + nearest) * rate).exp(), (-(math.pi - nearest) * rate).exp()
+    return -(nearest + _TURN * (above - below) / (1 + above + below)) / squared
 
 
 def _back(
