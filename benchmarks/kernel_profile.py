@@ -21,6 +21,7 @@ def kernels_of(step: Callable[[], None], title: str, device: torch.device, steps
         (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total, event.count, event.key)
         for event in seen.key_averages()
     ]
+    spent = [item for item in spent if item[0] > 0]  # calls of the host have no time on the device
     total = sum(time for time, _, _ in spent)
     count = sum(number for _, number, _ in spent)
     lines = [f"{title}: {total / steps:.0f} us in {count / steps:.0f} kernels a step"]

@@ -57,8 +57,8 @@ class Objective:
 
     On the CPU, few rows are left to autograd. Otherwise the gradient is computed with the loss: that
     to the deltas by :class:`_Deltas`, in their place, that to the parameters by
-    :class:`~aniso_ext.align.refiner.passes.Passes`. Under autocast products are in its dtype, and half-precision rows
-    are encoded as they are, as the refined map does it.
+    :class:`~aniso_ext.align.refiner.passes.Passes`. Under autocast products are in its dtype, and float16 rows are
+    encoded as they are, as the refined map does it.
 
     Args:
         frame: of the device of the batches.
@@ -200,7 +200,8 @@ class Objective:
         dtype = torch.get_autocast_dtype(kind) if narrow else refiner.input_mean.dtype
         draws = self.draw(len(source), generator)
         with torch.autocast(kind, enabled=False):
-            rows = source if narrow and source.dtype in HALF else source.float()
+            # a state in bfloat16 would double what autocast loses of the gradients
+            rows = source if narrow and source.dtype == torch.float16 else source.float()
             with torch.no_grad():
                 state = encode(rows, self.frame, backend=self.backend)
             del source, rows
