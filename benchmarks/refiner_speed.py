@@ -354,7 +354,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step and their times")
     parser.add_argument("--chunk-rows", type=int, help="of our objective: rows of the refiner's products at a time")
     parser.add_argument("--polar-rows", type=int, help="of our objective: rows of L_II and L_Phi at a time")
-    parser.add_argument("--compiled", action="store_true", default=None, help="of our objective: fuse L_II and L_Phi")
+    parser.add_argument("--compiled", action="store_true", default=None, help="of our objective: with torch.compile")
     for name in ("rows", "width", "rank", "map-rows", "rounds", "steps"):
         parser.add_argument(f"--{name}", type=int, help=f"default on CUDA {getattr(ON_CUDA, name.replace('-', '_'))}")
     arguments = parser.parse_args()

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aniso_ext.align.prior import PhaseGraph, PhasePrior, ScoreNetwork
-from aniso_ext.align.prior.frozen import FrozenScore
+from aniso_ext.align.prior.frozen import (
+    FrozenScore,
+    _modulated,
+    _unmodulated,
+    fused_modulated,
+    fused_unmodulated,
+)
 from aniso_ext.align.prior.wrapped_normal import log_density, sample, score, wrap
 from aniso_ext.errors import InputError
 from aniso_ext.stats import PhaseMoments
@@ -268,6 +274,17 @@ def test_the_frozen_network_has_the_values_and_derivatives_of_the_network() -> N
     learned, frozen = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
     for one, other in zip(frozen, learned, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_compiler_may_fuse_is_what_runs_without_one() -> None:
+    torch.manual_seed(4)
+    hidden, back, grad, gain = (torch.randn(50, 32, dtype=torch.float64) for _ in range(4))
+    film = torch.cat((gain, torch.randn(50, 32, dtype=torch.float64)), dim=1)
+    expected, mean, scale = _modulated(hidden, film, 1e-5)
+    torch.testing.assert_close(fused_modulated(hidden, film, 1e-5), (expected, mean, scale), rtol=1e-12, atol=1e-12)
+    fused = fused_unmodulated(back, grad, gain, hidden, mean, scale)
+    plain = _unmodulated(back.clone(), grad.clone(), gain, hidden, mean, scale)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_the_frozen_network_in_bfloat16_is_as_exact_as_autocast() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class FrozenScore:
     Args:
         network: whose weights are copied.
         dtype: of products and activations; norms and sums in them are float32 or wider.
+        compiled: whether torch.compile fuses norms and modulation.
 
     Example:
         >>> import torch
@@ -55,11 +57,13 @@ class FrozenScore:
         (torch.Size([2, 6]), torch.Size([2, 9]))
     """
 
-    def __init__(self, network: ScoreNetwork, dtype: torch.dtype) -> None:
+    def __init__(self, network: ScoreNetwork, dtype: torch.dtype, *, compiled: bool = False) -> None:
         def narrow(layer: Any) -> _Affine:
             return _Affine(layer.weight.detach().to(dtype), layer.bias.detach().to(dtype))
 
         self.dtype = dtype
+        parts: tuple[Any, Any] = _fused() if compiled else (_modulated, _unmodulated)
+        self._modulate, self._unmodulate = parts
         self.spread = network.spread
         self.scale_input, self.input, self.output = map(narrow, (network.scale_input, network.input, network.output))
         self.output_norm, self.norm_eps = narrow(network.output_norm), network.output_norm.eps
@@ -80,9 +84,8 @@ class FrozenScore:
         hidden = self.input(inputs)
         kept: Kept = []
         for block in self.blocks:
-            normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], None, None, block.eps)
-            gain, shift = block.film(condition).chunk(2, dim=-1)
-            inner = block.first(torch.addcmul(shift, normed, gain))
+            modulated, mean, scale = self._modulate(hidden, block.film(condition), block.eps)
+            inner = block.first(modulated)
             kept.append((hidden, mean, scale, inner))
             hidden = block.second(gelu(inner)).add_(hidden)
         normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], *self.output_norm, self.norm_eps)
@@ -95,9 +98,58 @@ class FrozenScore:
         back = _through_norm(back, kept.pop(), self.output_norm)
         for block in reversed(self.blocks):
             inner = _through_gelu(back @ block.second.weight, kept[-1][3])
-            inner = (inner @ block.first.weight).mul_(block.gain(condition))
-            back += _through_norm(inner, kept.pop(), (None, None))
+            inner = inner @ block.first.weight
+            back = self._unmodulate(back, inner, block.gain(condition), *kept.pop()[:3])
         return back @ self.input.weight
+
+
+def _modulated(hidden: torch.Tensor, film: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    """norm(h) gain + shift, and mean and inverse deviation of the norm."""
+    normed, mean, scale = torch.native_layer_norm(hidden, hidden.shape[1:], None, None, eps)
+    gain, shift = film.chunk(2, dim=-1)
+    return torch.addcmul(shift, normed, gain), mean, scale
+
+
+def _unmodulated(
+    back: torch.Tensor,
+    grad: torch.Tensor,
+    gain: torch.Tensor,
+    hidden: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """``back`` and what comes to h through its modulated norm, whose gradient is ``grad``; both are used up."""
+    return back.add_(_through_norm(grad.mul_(gain), (hidden, mean, scale, grad), (None, None)))
+
+
+@functools.cache
+def _fused() -> tuple[Any, Any]:
+    return torch.compile(fused_modulated, dynamic=False), torch.compile(fused_unmodulated, dynamic=False)
+
+
+def fused_modulated(hidden: torch.Tensor, film: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    """The same in operators that a compiler makes one kernel of; sums are float32 or wider."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    mean = wide.mean(dim=1, keepdim=True)
+    centred = wide - mean
+    scale = torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
+    gain, shift = film.to(wide.dtype).chunk(2, dim=-1)
+    return (centred * scale * gain + shift).to(hidden.dtype), mean, scale
+
+
+def fused_unmodulated(
+    back: torch.Tensor,
+    grad: torch.Tensor,
+    gain: torch.Tensor,
+    hidden: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """The same in operators that a compiler makes one kernel of."""
+    normed = (hidden.to(mean.dtype) - mean) * scale
+    slope = grad.to(mean.dtype) * gain.to(mean.dtype)
+    moved = slope - slope.mean(dim=1, keepdim=True) - normed * (slope * normed).mean(dim=1, keepdim=True)
+    return (back.to(mean.dtype) + moved * scale).to(back.dtype)
 
 
 def _through_gelu(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

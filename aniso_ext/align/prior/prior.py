@@ -140,9 +140,9 @@ class PhasePrior(nn.Module):
         mean, std = self.log_radius_mean.to(log_rho.dtype), self.log_radius_std.to(log_rho.dtype)
         return ((log_rho - mean) / std).clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
 
-    def frozen(self, dtype: torch.dtype) -> FrozenScore:
+    def frozen(self, dtype: torch.dtype, *, compiled: bool = False) -> FrozenScore:
         """The network as it is now, in that dtype, for derivatives to its inputs alone."""
-        return FrozenScore(self.network, dtype)
+        return FrozenScore(self.network, dtype, compiled=compiled)
 
     def freeze(self) -> PhasePrior:
         """Fix the weights (Stage II differentiates through the prior, never with respect to it)."""

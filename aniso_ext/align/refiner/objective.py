@@ -70,7 +70,7 @@ class Objective:
         chunk_rows: rows of the refiner's products.
         polar_rows: rows of the losses of phases and radii at a time.
         written_out: whether gradients are computed with the loss or left to autograd, whatever device and rows are.
-        compiled: whether torch.compile fuses the losses of phases and radii where autograd has no part in them.
+        compiled: whether torch.compile fuses L_II, L_Phi, norms and activations where autograd has no part in them.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Objective:
     def polar_losses(self, bounds: Bounds, dtype: torch.dtype, rows: int) -> tuple[PolarLosses, dict[str, float]]:
         """L_II and L_Phi for a batch of that many rows, and the factors that make means of their sums."""
         if dtype not in self._frozen:
-            self._frozen[dtype] = self.prior.frozen(dtype)
+            self._frozen[dtype] = self.prior.frozen(dtype, compiled=self.compiled)
         options = self.options
         pairs = max(1.0, self._edges) if self.literal else 1.0
         shares = {"consistency": 1 / (rows * pairs), "score": 1 / (rows * self.prior.phases)}
@@ -207,7 +207,7 @@ class Objective:
             del source, rows
             losses = _Deltas(self, refiner.bounds, dtype, state, target, draws)
             del target
-            passes = Passes(refiner, dtype, self.chunk_rows)
+            passes = Passes(refiner, dtype, self.chunk_rows, compiled=self.compiled)
             standardised = passes.standardised(state)
             del state  # what the losses need of it they have
             deltas, kept = passes.forward(standardised)

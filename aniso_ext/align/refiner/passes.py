@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,14 @@ class Passes:
         refiner: float32 or wider.
         dtype: of products and activations.
         chunk_rows: rows of a product.
+        compiled: whether torch.compile fuses activations with their sum.
     """
 
-    def __init__(self, refiner: Refiner, dtype: torch.dtype, chunk_rows: int) -> None:
+    def __init__(self, refiner: Refiner, dtype: torch.dtype, chunk_rows: int, *, compiled: bool = False) -> None:
         self.refiner, self.dtype, self.chunk_rows = refiner, dtype, chunk_rows
         self.layers = [refiner.first, *refiner.hidden, refiner.last]
         self._narrow: dict[int, torch.Tensor] = {}
+        self._add_activation = _fused() if compiled else _add_activation
 
     def standardised(self, state: torch.Tensor) -> torch.Tensor:
         """(state - mean)/std in the dtype of the passes, computed at least in that of mean and std."""
@@ -61,7 +64,7 @@ class Passes:
             hidden, places, out = rows[piece], [place[piece] for place in inputs], deltas[piece]
             for layer, place in enumerate(places):
                 self._apply(layer, hidden, place, several)
-                hidden = _activated(places[: layer + 1], hidden if layer else None)
+                hidden = self._add_activation(hidden, place) if layer else gelu(place)
             self._apply(len(places), hidden, out, several)
         self._narrow.clear()
         return deltas, Kept(rows, inputs, None if several or not inputs else hidden)
@@ -86,7 +89,7 @@ class Passes:
                 weight = self._weight(layer, several)
                 upstream = back @ weight if upstream is None else upstream.addmm_(back, weight)
                 del weight
-                hidden = _activated(inputs) if hidden is None else hidden
+                hidden = self._activated(inputs) if hidden is None else hidden
                 gradients[:0] = self._gradients(layer, back, hidden, several)
                 hidden = None
                 # the inputs of this activation are needed no more: the gradient to them takes their place
@@ -101,6 +104,13 @@ class Passes:
                     total += part
         self._narrow.clear()
         return found
+
+    def _activated(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The hidden rows after the activations of these inputs."""
+        hidden = gelu(inputs[0])
+        for value in inputs[1:]:
+            hidden = self._add_activation(hidden, value)
+        return hidden
 
     def _pieces(self, rows: torch.Tensor) -> Iterator[slice]:
         return (slice(first, first + self.chunk_rows) for first in range(0, len(rows), self.chunk_rows))
@@ -133,12 +143,11 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     return left.to(dtype) @ right.to(dtype)
 
 
-def _activated(inputs: Sequence[torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
-    """The hidden rows after the activations of these inputs; ``before``, those without the last, is added to."""
-    if before is not None:
-        before += gelu(inputs[-1])
-        return before
-    hidden = gelu(inputs[0])
-    for value in inputs[1:]:
-        hidden += gelu(value)
-    return hidden
+def _add_activation(hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """hidden + gelu(inputs), in its place."""
+    return hidden.add_(gelu(inputs))
+
+
+@functools.cache
+def _fused() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.compile(_add_activation, dynamic=False)
