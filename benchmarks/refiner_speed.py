@@ -2,6 +2,7 @@
 
     python benchmarks/refiner_speed.py                  # CUDA where there is one, else a few small rows on the CPU
     python benchmarks/refiner_speed.py --parts step --batches 1024 16384
+    python benchmarks/refiner_speed.py --parts step --batches 16384 --variants ours eager --profile
 
 fit        AnisoAlign().fit on --rows x --width float16 rows of each side with default options: seconds in all, of each
            stage, and steps done (a stage may stop early).
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_profile import kernels_of
 
 import aniso_ext as aniso
 from aniso_ext.align.fitting import FrameOptions, fit_frame
@@ -57,11 +59,12 @@ CHUNK = 65_536
 SMALL_ROWS = 20_000
 """Rows that the frame of the step and of the map is fitted on: neither depends on how many there were."""
 PARTS = ("fit", "step", "transform")
+STEPS = ("ours", "ours, kernel by kernel", "eager", "compiled", "compiled, reduce-overhead")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run; ``steps`` is None for the default schedules."""
+    """Of a run; ``steps`` is None for the default schedules, ``objective`` are options of our objective."""
 
     rows: int
     width: int
@@ -70,6 +73,9 @@ class Sizes:
     map_rows: int
     rounds: int
     steps: int | None
+    variants: tuple[str, ...] = STEPS
+    profile: bool = False
+    objective: tuple[tuple[str, Any], ...] = ()
 
     def training(self, default: TrainingOptions) -> TrainingOptions:
         return default if self.steps is None else replace(default, steps=self.steps)
@@ -194,18 +200,20 @@ def time_steps(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     ready = fitted(sizes, device)
     for number, batch in enumerate(sizes.batches):
         if device.type != "cuda":
-            yield from time_batch(ready, batch, "float32", device, sizes.rounds)
+            yield from time_batch(ready, batch, "float32", device, sizes)
             continue
         # a stream other than the default one can be recorded: one stream, one set of workspaces for all
         stream = torch.cuda.Stream(device)
         for precision in ("bfloat16 autocast", "float32") if number == 0 else ("bfloat16 autocast",):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                lines = time_batch(ready, batch, precision, device, sizes.rounds)
+                lines = time_batch(ready, batch, precision, device, sizes)
             yield from lines
 
 
-def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def time_batch(
+    ready: Fitted, batch: int, precision: str, device: torch.device, sizes: Sizes
+) -> list[dict[str, Any]]:
     """Every variant of a step at one size of batch."""
     shared = {"rows": batch, "D": ready.frame.width, "R": ready.frame.rank, "precision": precision}
     options = TrainingOptions(batch_rows=batch, autocast=precision != "float32")
@@ -213,10 +221,10 @@ def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, 
     settled(refiner_run(ready, options, "eager"), device)  # makes workspaces and cached operands
     runs: dict[str, Callable[[], None]] = {}
     more: dict[str, dict[str, Any]] = {}
-    for name in STEPS if device.type == "cuda" else STEPS[:-1]:
+    for name in (name for name in sizes.variants if device.type == "cuda" or name != STEPS[-1]):
         before = held(device)
         try:
-            loop = refiner_run(ready, options, name)
+            loop = refiner_run(ready, options, name, **dict(sizes.objective))
             peak = settled(loop, device)
         except (RuntimeError, AssertionError) as error:
             print(f"step {name} at {batch} rows does not run: {' '.join(str(error).split())[:200]}", file=sys.stderr)
@@ -225,19 +233,19 @@ def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, 
         if name == "ours" and device.type == "cuda" and not loop.runner.recorded:
             more[name]["note"] = "not recorded"
         runs[name] = functools.partial(one_step, loop)
-    times = interleaved({name: ignoring(step) for name, step in runs.items()}, device, rounds)
-    ours = times["ours"].median
+    if sizes.profile:
+        for name, step in runs.items():
+            print(kernels_of(step, f"{name}, {batch} rows, {precision}", device))
+    times = interleaved({name: ignoring(step) for name, step in runs.items()}, device, sizes.rounds)
+    ours = times["ours"].median if "ours" in times else None
     return [
-        row("step", name, measured, **shared, **more[name], over_ours=measured.median / ours)
+        row("step", name, measured, **shared, **more[name], over_ours=None if ours is None else measured.median / ours)
         for name, measured in times.items()
     ]
 
 
-STEPS = ("ours", "ours, kernel by kernel", "eager", "compiled", "compiled, reduce-overhead")
-
-
-def refiner_run(ready: Fitted, options: TrainingOptions, variant: str) -> TrainingRun:
-    """The loop of Stage II on a network of its own."""
+def refiner_run(ready: Fitted, options: TrainingOptions, variant: str, **more: Any) -> TrainingRun:
+    """The loop of Stage II on a network of its own; ``more`` are options of our objective."""
     ours = variant.startswith("ours")
     objective = Objective(
         ready.frame,
@@ -246,6 +254,7 @@ def refiner_run(ready: Fitted, options: TrainingOptions, variant: str) -> Traini
         trace=ready.trace,
         literal=False,
         backend="auto" if ours else "reference",
+        **(more if ours else {}),
     )
     loss = objective if ours else stock(objective, variant)
     run = TrainingRun(copy.deepcopy(ready.refiner), loss, ready.rows, options, variant, loss, {}, None, None)
@@ -341,12 +350,20 @@ def main() -> int:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>_refiner_speed.csv")
     parser.add_argument("--batches", type=int, nargs="+", help=f"rows of a step, default on CUDA {ON_CUDA.batches}")
+    parser.add_argument("--variants", nargs="+", choices=STEPS, help="of a step, default all")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step and their times")
+    parser.add_argument("--chunk-rows", type=int, help="of our objective: rows of the refiner's products at a time")
+    parser.add_argument("--polar-rows", type=int, help="of our objective: rows of L_II and L_Phi at a time")
+    parser.add_argument("--compiled", action="store_true", default=None, help="of our objective: with torch.compile")
     for name in ("rows", "width", "rank", "map-rows", "rounds", "steps"):
         parser.add_argument(f"--{name}", type=int, help=f"default on CUDA {getattr(ON_CUDA, name.replace('-', '_'))}")
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = ON_CUDA if device.type == "cuda" else ON_CPU
-    named = {name: getattr(arguments, name) for name in vars(sizes) if getattr(arguments, name) is not None}
+    named = {name: value for name in vars(sizes) if (value := getattr(arguments, name, None)) is not None}
+    switches = {name: getattr(arguments, name) for name in ("chunk_rows", "polar_rows", "compiled")}
+    named["objective"] = tuple((name, value) for name, value in switches.items() if value is not None)
+    named |= {name: tuple(value) for name, value in named.items() if isinstance(value, list)}
     sizes = replace(sizes, **named)
     measured: list[dict[str, Any]] = []
     parts: dict[str, Callable[[Sizes, torch.device], Iterable[dict[str, Any]]]] = {

@@ -11,6 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aniso_ext.align.prior import PhaseGraph, PhasePrior, ScoreNetwork
+from aniso_ext.align.prior.frozen import (
+    FrozenScore,
+    _modulated,
+    _unmodulated,
+    fused_modulated,
+    fused_unmodulated,
+)
 from aniso_ext.align.prior.wrapped_normal import log_density, sample, score, wrap
 from aniso_ext.errors import InputError
 from aniso_ext.stats import PhaseMoments
@@ -234,6 +241,61 @@ def test_network_reads_noise_radii_and_every_phase() -> None:
         network(phi, radii, 2 * scale) * torch.sqrt((4 * scale**2 + 1) / (scale**2 + 1)),
     ):
         assert (changed - base).abs().min() > 1e-6
+
+
+def frozen_and_learned(
+    network: ScoreNetwork, frozen: FrozenScore, dtype: torch.dtype, autocast: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(u, v) and their derivatives to sines, cosines and radii along one direction: network, then frozen network."""
+    generator = torch.Generator().manual_seed(2)
+    phi = 6 * torch.rand(200, 3, generator=generator, dtype=torch.float64) - 3
+    radii = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    inputs = torch.cat((phi.sin(), phi.cos(), radii), dim=1).to(dtype).requires_grad_()
+    scale = 0.03 + torch.rand(200, 1, generator=generator, dtype=torch.float64).to(dtype)
+    grad = torch.randn(200, 6, generator=generator, dtype=torch.float64).to(dtype)
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        network.output.register_forward_hook(lambda module, given, out: outputs.append(out)),
+        network.input.register_forward_pre_hook(lambda module, given: (inputs,)),
+    ]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        network(phi.to(dtype), radii.to(dtype), scale)
+    for hook in hooks:
+        hook.remove()
+    learned = [outputs[0].detach(), *torch.autograd.grad(outputs[0], inputs, grad.to(outputs[0].dtype))]
+    with torch.no_grad():
+        condition = frozen.condition(scale)
+        uv, kept = frozen.forward(inputs.to(frozen.dtype), condition)
+        return learned, [uv, frozen.backward(grad.to(uv.dtype), condition, kept)]
+
+
+def test_the_frozen_network_has_the_values_and_derivatives_of_the_network() -> None:
+    network = random_network()
+    learned, frozen = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
+    for one, other in zip(frozen, learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_compiler_may_fuse_is_what_runs_without_one() -> None:
+    torch.manual_seed(4)
+    hidden, back, grad, gain = (torch.randn(50, 32, dtype=torch.float64) for _ in range(4))
+    film = torch.cat((gain, torch.randn(50, 32, dtype=torch.float64)), dim=1)
+    expected, mean, scale = _modulated(hidden, film, 1e-5)
+    torch.testing.assert_close(fused_modulated(hidden, film, 1e-5), (expected, mean, scale), rtol=1e-12, atol=1e-12)
+    fused = fused_unmodulated(back, grad, gain, hidden, mean, scale)
+    plain = _unmodulated(back.clone(), grad.clone(), gain, hidden, mean, scale)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_frozen_network_in_bfloat16_is_as_exact_as_autocast() -> None:
+    network = random_network()
+    exact, _ = frozen_and_learned(network, FrozenScore(network, torch.float64), torch.float64)
+    network = network.float()
+    autocast, frozen = frozen_and_learned(network, FrozenScore(network, torch.bfloat16), torch.float32, autocast=True)
+    for mine, theirs, wanted in zip(frozen, autocast, exact, strict=True):
+        error, allowed = (mine - wanted).norm(), (theirs - wanted).norm()
+        # what the norms hand on is rounded to 8 bits once more in each block
+        assert error < 2 * allowed < 0.1 * wanted.norm()
 
 
 def test_network_starts_at_a_score_of_zero() -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from aniso_ext.align.prior import PhasePrior
 from aniso_ext.align.refiner import Refiner, fit_refiner
 from aniso_ext.align.refiner.fitting import complement_trace, state_moments
 from aniso_ext.align.refiner.objective import Objective
+from aniso_ext.align.refiner.passes import Passes
 from aniso_ext.align.rows import open_rows
 from aniso_ext.align.training import TrainingRows, UnpairedRows
 from aniso_ext.align.training.loop import TrainingRun
@@ -205,20 +207,20 @@ def test_objective_is_the_weighted_sum_of_its_parts(literal: bool, fitted: aniso
     assert float(parts["score"]) == pytest.approx(score, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 13, 32])
+@pytest.mark.parametrize(("chunk_rows", "polar_rows"), [(1, 1), (13, 64), (32, 7), (64, 64), (100, 20)])
 @pytest.mark.parametrize(
     "weights", [{}, {"score_weight": 0}, {"consistency_weight": 0}, {"complement_weight": 0}, "literal"]
 )
-def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
-    chunk_rows: int, weights: Any, fitted: aniso.AnisoAlign
+def test_gradients_that_come_with_the_loss_are_those_of_autograd(
+    chunk_rows: int, polar_rows: int, weights: Any, fitted: aniso.AnisoAlign
 ) -> None:
     literal = weights == "literal"
     options = RefinementOptions(**({"consistency_weight": 3.0} | ({} if literal else weights)))
     batch = torch.from_numpy(SOURCE[:64]).float(), torch.from_numpy(TARGET[:64]).float()
     found = []
-    for rows in (64, chunk_rows):
+    for sizes in ({}, {"chunk_rows": chunk_rows, "polar_rows": polar_rows, "written_out": True}):
         objective = Objective(
-            fitted.frame_, fitted.prior_, options, trace=0.5, literal=literal, backend="auto", chunk_rows=rows
+            fitted.frame_, fitted.prior_, options, trace=0.5, literal=literal, backend="auto", **sizes
         )
         refiner = copy.deepcopy(fitted.refiner_).requires_grad_(True)
         total, parts = objective(refiner, batch, torch.Generator().manual_seed(0))
@@ -236,17 +238,75 @@ def test_chunks_of_rows_give_the_loss_and_the_gradient_of_all(
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [64, 20], ids=["at once", "in chunks"])
+def test_narrow_gradients_are_as_exact_as_those_of_autocast(
+    chunk_rows: int, dtype: torch.dtype, refined: aniso.AnisoAlign
+) -> None:
+    rows = torch.from_numpy(SOURCE[:64]).to(dtype), torch.from_numpy(TARGET[:64]).to(dtype)
+    found = {}
+    for name, autocast, written_out in (("exact", False, False), ("autocast", True, False), ("written", True, True)):
+        objective = Objective(
+            refined.frame_,
+            refined.prior_,
+            RefinementOptions(),
+            trace=0.5,
+            literal=False,
+            backend="auto",
+            chunk_rows=chunk_rows,
+            written_out=written_out,
+        )
+        refiner = copy.deepcopy(refined.refiner_).requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            generator = torch.Generator().manual_seed(0)
+            total, _, gradients = objective.with_gradients(refiner, lambda: rows, generator)
+        if gradients is None:
+            gradients = list(torch.autograd.grad(total, list(refiner.parameters())))
+        else:
+            narrow = torch.bfloat16 if chunk_rows == 64 else torch.float32
+            assert {value.dtype for value in gradients if value.dim() == 2} == {narrow}
+        found[name] = [total.detach(), *gradients]
+    for mine, theirs, wanted in zip(found["written"], found["autocast"], found["exact"], strict=True):
+        error, allowed = (float((one.float() - wanted).norm()) for one in (mine, theirs))
+        # the state is rounded, too: twice what autocast loses, and a unit of bfloat16 where that is nothing
+        assert error <= max(2 * allowed, 2.0**-8 * float(wanted.norm()))
+
+
+def test_a_batch_is_given_back_before_the_passes(refined: aniso.AnisoAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def take() -> tuple[torch.Tensor, torch.Tensor]:
+        batch = torch.from_numpy(SOURCE[:64]).float(), torch.from_numpy(TARGET[:64]).float()
+        held.extend(map(weakref.ref, batch))
+        return batch
+
+    forward = Passes.forward
+
+    def checked(passes: Passes, rows: torch.Tensor) -> Any:
+        assert [reference() for reference in held] == [None, None]
+        return forward(passes, rows)
+
+    monkeypatch.setattr(Passes, "forward", checked)
+    objective = Objective(
+        refined.frame_, refined.prior_, RefinementOptions(), trace=0.5, literal=False, backend="auto", written_out=True
+    )
+    refiner = copy.deepcopy(refined.refiner_).requires_grad_(True)
+    assert objective.with_gradients(refiner, take, torch.Generator().manual_seed(0))[2] and len(held) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk_rows", [128, 48], ids=["at once", "in chunks"])
-def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, fitted: aniso.AnisoAlign) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, autocast: bool, fitted: aniso.AnisoAlign) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda")
     frame, prior = fitted.frame_.with_output_mean(None).to(device=device), copy.deepcopy(fitted.prior_).to(device)
-    options = TrainingOptions(steps=50, batch_rows=128, learning_rate=5e-3, warmup_steps=5, autocast=False)
+    options = TrainingOptions(steps=50, batch_rows=128, learning_rate=5e-3, warmup_steps=5, autocast=autocast)
+    stored = np.float16 if autocast else np.float32
     rows = UnpairedRows(
-        TrainingRows.sample(open_rows(SOURCE, "source"), device=device),
-        TrainingRows.sample(open_rows(TARGET, "target"), device=device),
+        TrainingRows.sample(open_rows(SOURCE.astype(stored), "source"), device=device),
+        TrainingRows.sample(open_rows(TARGET.astype(stored), "target"), device=device),
     )
     objective = Objective(
         frame, prior, RefinementOptions(), trace=0.5, literal=False, backend="auto", chunk_rows=chunk_rows
@@ -264,7 +324,7 @@ def test_steps_recorded_on_a_gpu_are_the_steps(chunk_rows: int, fitted: aniso.An
         assert run.runner.recorded == records
     # the same kernels on the same numbers; where libraries choose others, rounding that 50 steps may carry on
     for recorded, plain in zip(*losses, strict=True):
-        assert recorded == pytest.approx(plain, rel=1e-4, abs=1e-6)
+        assert recorded == pytest.approx(plain, rel=2.0**-8 if autocast else 1e-4, abs=1e-6)
 
 
 def test_statistics_of_the_states_and_of_the_complement() -> None:

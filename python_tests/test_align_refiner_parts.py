@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aniso_ext import ops
+from aniso_ext.align.prior.wrapped_normal import score, wrap
 from aniso_ext.align.refiner import Bounds, Refiner, effective_bound, similarity_guarantee
 from aniso_ext.align.refiner.bounds import BoundSurvey, CollapseWatch
 from aniso_ext.align.refiner.losses import (
@@ -20,7 +21,10 @@ from aniso_ext.align.refiner.losses import (
     complement_objective,
     phase_consistency,
     sliced_wasserstein,
+    sorted_distance,
 )
+from aniso_ext.align.refiner.passes import Passes
+from aniso_ext.align.refiner.polar import wrapped_score
 from aniso_ext.errors import InputError
 
 WIDTH, BLOCKS, KNOTS = 20, 4, 16
@@ -147,17 +151,19 @@ def test_first_weights_are_a_function_of_the_seed_and_leave_the_global_state_alo
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_layers_that_compute_activations_anew_have_the_gradients_of_those_that_keep_them(layers: int) -> None:
+@pytest.mark.parametrize("chunk_rows", [4, 9], ids=["in chunks", "at once"])
+def test_passes_that_are_written_out_have_the_gradients_of_autograd(layers: int, chunk_rows: int) -> None:
     refiner = Refiner(RANK // 2, WIDTH, hidden=12, layers=layers, bounds=Bounds(0.1, 0.1, 0.1)).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in refiner.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).double() / 3
     state = torch.randn(9, 3 * RANK // 2 + WIDTH, generator=generator).double()
     grad = torch.randn(9, RANK + WIDTH, generator=generator).double()
-    found = []
-    for deltas in (refiner(state), refiner(state, chunk_rows=4)):
-        found.append((deltas, torch.autograd.grad(deltas, list(refiner.parameters()), grad)))
-    (kept, expected), (anew, gradients) = found
+    kept = refiner(state)
+    expected = torch.autograd.grad(kept, list(refiner.parameters()), grad)
+    passes = Passes(refiner, torch.float64, chunk_rows)
+    anew, between = passes.forward(passes.standardised(state))
+    gradients = passes.backward(between, grad)
     torch.testing.assert_close(anew, kept, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
@@ -390,6 +396,27 @@ def test_sliced_wasserstein_is_the_sorted_difference() -> None:
     assert float(sliced_wasserstein(torch.from_numpy(source), torch.from_numpy(source[::-1].copy()))) == 0
     with pytest.raises(InputError, match="needs samples of one size"):
         sliced_wasserstein(torch.zeros(3, 2), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.2, 0.7, 1.5])
+def test_the_score_relative_to_the_nearest_image_is_the_score(scale: float) -> None:
+    shift = torch.linspace(-9, 9, 2001, dtype=torch.float64)[:, None]
+    scales = torch.full((2001, 1), scale, dtype=torch.float64)
+    expected = score(wrap(shift), scales)
+    assert float((wrapped_score(shift, scales) - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+    single = wrapped_score(shift.float(), scales.float()).double()
+    # the rounding of an angle of 9, twice, times the steepest slope: pi^2/s^4 where two images weigh alike
+    assert float((single - expected).abs().max()) <= 18 * 2.0**-23 * (1 / scale**2 + math.pi**2 / scale**4)
+
+
+def test_the_sorted_distance_brings_its_gradient() -> None:
+    rng = np.random.default_rng(24)
+    source = torch.from_numpy(rng.standard_normal((30, 4))).requires_grad_()
+    target = torch.from_numpy(2 * rng.standard_normal((30, 4)) + 1)
+    expected = sliced_wasserstein(source, target)
+    distance, pull = sorted_distance(source.detach(), target)
+    torch.testing.assert_close(distance, expected.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(pull, torch.autograd.grad(expected, source)[0], rtol=1e-14, atol=1e-16)
 
 
 @ORDERS

@@ -127,6 +127,67 @@ def test_what_cannot_be_recorded_runs_as_before_and_says_why() -> None:
     assert torch.equal(weights(plain.module), weights(refused.module))
 
 
+class Narrow:
+    """The loss of the denoiser, whose gradients come along in bfloat16."""
+
+    def __call__(self, module: Denoiser, batch: torch.Tensor, generator: torch.Generator) -> Any:
+        return denoise(module, batch, generator)
+
+    def with_gradients(self, module: Denoiser, take: Callable[[], torch.Tensor], generator: torch.Generator) -> Any:
+        loss, parts = denoise(module, take(), generator)
+        trained = [value for value in module.parameters() if value.requires_grad]
+        return loss.detach(), parts, [grad.bfloat16() for grad in torch.autograd.grad(loss, trained)]
+
+
+def rounded(module: Denoiser, batch: torch.Tensor, generator: torch.Generator) -> Any:
+    """The same loss for autograd, with gradients that are rounded to bfloat16 on their way."""
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    copies = {name: value + 0 for name, value in trained.items()}
+    for value in copies.values():
+        if value.requires_grad:
+            value.register_hook(lambda grad: grad.bfloat16().float())
+
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, copies, (rows,))
+
+    return denoise(call, batch, generator)
+
+
+def test_narrow_gradients_step_as_wide_ones_do() -> None:
+    plain, narrow = Run(None, loss=rounded), Run(None, loss=Narrow())
+    first, second = plain.finish(), narrow.finish()
+    # only the norm that clips them is summed in another order
+    assert (weights(plain.module) - weights(narrow.module)).abs().max() < RATE_ROUNDING
+    assert second.after == pytest.approx(first.after, rel=1e-5)
+    assert (weights(plain.module) - weights(Denoiser())).abs().max() > 1000 * RATE_ROUNDING
+    steps = {float(state["step"]) for state in narrow.optimizer.state.values()}
+    assert steps == {OPTIONS.steps} and all(value.grad is None for value in narrow.module.parameters())
+
+
+def test_no_more_than_the_largest_gradient_is_widened_at_a_time() -> None:
+    body = Run(None).runner.body
+    sizes = [parameter.numel() for parameter in body.parameters]
+    groups = body._groups()
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    assert all(sum(sizes[index] for index in group) <= max(sizes) for group in groups)
+    assert len(groups) < len(sizes)
+
+
+def test_batches_gathered_in_the_step_are_the_batches() -> None:
+    class Plain:
+        """Rows that are gathered by the host's call alone."""
+
+        def __init__(self) -> None:
+            rows = rows_of()
+            self.fingerprint, self.batch, self.held_out_batches = rows.fingerprint, rows.batch, rows.held_out_batches
+
+    plain, gathered = Run(None, Plain()), Run(replays_of)
+    assert plain.runner.body._gather is None and gathered.runner.body._gather is not None
+    gathered.runner.recorder = None
+    plain.finish(), gathered.finish()
+    assert torch.equal(weights(plain.module), weights(gathered.module))
+
+
 def test_the_cpu_records_nothing() -> None:
     assert recorder_for(torch.device("cpu")) is None
 

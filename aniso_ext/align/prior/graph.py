@@ -39,7 +39,7 @@ class PhaseGraph:
     Attributes:
         coupling_real, coupling_imag: C, Hermitian [M, M] float64, zero where there is no edge and on the diagonal.
         anchor: psi [M]; alpha: [M], the blocks' shares of the mean squared radius.
-        tau: the step.
+        tau: the step, [1]; ``step`` is the same as a number.
 
     Raises:
         InputError: a shape or value does not fit; the message names the field.
@@ -57,7 +57,7 @@ class PhaseGraph:
     anchor: torch.Tensor
     alpha: torch.Tensor
     tau: torch.Tensor
-    _step: float = field(init=False, repr=False)
+    step: float = field(init=False, repr=False)
     _operands: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class PhaseGraph:
                 raise InputError(
                     f"PhaseGraph.{name} must have shape {list(wanted)}, got {list(getattr(self, name).shape)}"
                 )
-        object.__setattr__(self, "_step", float(self.tau))
+        object.__setattr__(self, "step", float(self.tau))
         skew = max(
             float((self.coupling_real - self.coupling_real.T).abs().max()),
             float((self.coupling_imag + self.coupling_imag.T).abs().max()),
@@ -164,7 +164,7 @@ class PhaseGraph:
     def drift(self, theta: torch.Tensor) -> torch.Tensor:
         """grad Psi(theta), [n, M] for phases [n, M] of any floating dtype and device; differentiable."""
         self._check(theta)
-        weight, bias = self._matrices(theta)
+        weight, bias = self.matrices(theta)
         cos, sin = theta.cos(), theta.sin()
         with torch.autocast(theta.device.type, enabled=False):
             pull = torch.addmm(bias, torch.cat((cos, sin), dim=-1), weight)
@@ -174,14 +174,14 @@ class PhaseGraph:
     def potential(self, theta: torch.Tensor) -> torch.Tensor:
         """Psi(theta), [n]; its gradient is :meth:`drift`."""
         self._check(theta)
-        weight, bias = self._matrices(theta)
+        weight, bias = self.matrices(theta)
         direction = torch.cat((theta.cos(), theta.sin()), dim=-1)
         with torch.autocast(theta.device.type, enabled=False):
             return -(direction * bias).sum(-1) - 0.5 * (direction * (direction @ weight)).sum(-1)
 
     def mean_map(self, theta: torch.Tensor) -> torch.Tensor:
         """mu(theta) = wrap(theta - tau grad Psi(theta)), [n, M] in [-pi, pi)."""
-        return wrap(theta - self._step * self.drift(theta))
+        return wrap(theta - self.step * self.drift(theta))
 
     def inverse_mean_map(self, phi: torch.Tensor, *, iterations: int = 60) -> torch.Tensor:
         """theta with mu(theta) = phi: the fixed point of theta <- phi + tau grad Psi(theta).
@@ -190,7 +190,7 @@ class PhaseGraph:
         """
         theta = phi
         for _ in range(iterations):
-            theta = phi + self._step * self.drift(theta)
+            theta = phi + self.step * self.drift(theta)
         return wrap(theta)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -216,8 +216,11 @@ class PhaseGraph:
         if theta.dim() != 2 or theta.shape[1] != self.blocks or not theta.is_floating_point():
             raise InputError(f"phases must be floating [n, {self.blocks}], got {theta.dtype} {list(theta.shape)}")
 
-    def _matrices(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[2M, 2M] and [2M] that give the real and imaginary pull alpha e^{i psi} + C e^{i phi} from [cos, sin]."""
+    def matrices(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[2M, 2M] and [2M] that give the real and imaginary pull alpha e^{i psi} + C e^{i phi} from [cos, sin].
+
+        They have device and dtype of ``theta``.
+        """
         key = (theta.device, theta.dtype)
         if key not in self._operands:
             rows = (

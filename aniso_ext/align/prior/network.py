@@ -57,7 +57,7 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, phi: torch.Tensor, radii: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         sin, cos = phi.sin(), phi.cos()
-        condition = nn.functional.silu(self.scale_input(_scale_features(scale)))
+        condition = nn.functional.silu(self.scale_input(scale_features(scale)))
         hidden = self.input(torch.cat((sin, cos, radii), dim=-1))
         for block in self.blocks:
             hidden = block(hidden, condition)
@@ -84,7 +84,7 @@ class _Block(nn.Module):
         return moved
 
 
-def _scale_features(scale: torch.Tensor) -> torch.Tensor:
+def scale_features(scale: torch.Tensor) -> torch.Tensor:
     """Position of log s in its range, in [-1, 1], and its first Fourier features: [n, 9] for s [n, 1]."""
     position = (scale.log() - _LOG_MIDDLE) / _LOG_HALF_SPAN
     angles = position * (math.pi * torch.arange(1, _FREQUENCIES + 1, dtype=scale.dtype, device=scale.device) / 2)

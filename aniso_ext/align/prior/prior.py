@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from aniso_ext.align.prior.frozen import FrozenScore
 from aniso_ext.align.prior.graph import PhaseGraph
 from aniso_ext.align.prior.network import BLOCKS, WIDTH, ScoreNetwork
 from aniso_ext.align.prior.wrapped_normal import LARGEST_SCALE, SMALLEST_SCALE, score, wrap
@@ -138,6 +139,10 @@ class PhasePrior(nn.Module):
         """(log rho - mean)/std per block, clamped to [-5, 5]; differentiable inside."""
         mean, std = self.log_radius_mean.to(log_rho.dtype), self.log_radius_std.to(log_rho.dtype)
         return ((log_rho - mean) / std).clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
+
+    def frozen(self, dtype: torch.dtype, *, compiled: bool = False) -> FrozenScore:
+        """The network as it is now, in that dtype, for derivatives to its inputs alone."""
+        return FrozenScore(self.network, dtype, compiled=compiled)
 
     def freeze(self) -> PhasePrior:
         """Fix the weights (Stage II differentiates through the prior, never with respect to it)."""

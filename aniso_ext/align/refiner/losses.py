@@ -130,6 +130,14 @@ def sliced_wasserstein(source: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return (source.sort(dim=0).values - target.sort(dim=0).values).square().mean()
 
 
+def sorted_distance(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sliced_wasserstein` of samples [n, P], and its gradient to ``source`` [n, P]."""
+    values, order = source.T.contiguous().sort(dim=1)
+    gaps = values.sub_(target.T.contiguous().sort(dim=1).values)
+    distance = gaps.square().mean()
+    return distance, torch.empty_like(gaps).scatter_(1, order, gaps.mul_(2 / gaps.numel())).T
+
+
 def complement_objective(
     update: Update, target: torch.Tensor, directions: torch.Tensor, trace: float, *, penalty: float = 0.1
 ) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -78,20 +77,9 @@ class Refiner(nn.Module):
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where(std > LEAST_STD, std, 1))
 
-    def forward(self, state: torch.Tensor, *, chunk_rows: int | None = None) -> torch.Tensor:
-        """Deltas [n, 2M + D] of states [n, 3M + D].
-
-        With ``chunk_rows`` the layers see that many rows at a time, and the backward pass computes activations anew: it
-        takes longer and needs less memory. Its gradient goes to the parameters alone.
-        """
-        rows = (state - self.input_mean).div_(self.input_std)
-        if chunk_rows is None:
-            return _layers(rows, self)
-        kind = rows.device.type
-        if torch.is_autocast_enabled(kind):
-            rows = rows.to(torch.get_autocast_dtype(kind))
-        deltas: torch.Tensor = _Recomputed.apply(rows, chunk_rows, *self.parameters())
-        return deltas
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """Deltas [n, 2M + D] of states [n, 3M + D]."""
+        return _layers((state - self.input_mean).div_(self.input_std), self)
 
     def fold(self, basis: torch.Tensor, *, dtype: torch.dtype | None = None) -> FoldedRefiner:
         """The same map for inference: standardisation folded into the first layer, a projection into the last.
@@ -137,57 +125,6 @@ class Refiner(nn.Module):
             raise InputError(f"{PREFIX}input_std must be positive")
         refiner.load_state_dict(parts)
         return refiner.requires_grad_(False).eval()
-
-
-class _Recomputed(torch.autograd.Function):
-    """The layers in the dtype of the rows; the inputs of the activations are all that is kept between the passes."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, chunk_rows: int, *parameters: torch.Tensor) -> torch.Tensor:
-        narrow = [parameter.detach().to(rows.dtype) for parameter in parameters]
-        weights, biases = narrow[::2], narrow[1::2]
-        inputs = [rows.new_empty(len(rows), len(weight)) for weight in weights[:-1]]
-        deltas = rows.new_empty(len(rows), len(weights[-1]))
-        with torch.autocast(rows.device.type, enabled=False):
-            for chunk, out, *kept in zip(*(item.split(chunk_rows) for item in (rows, deltas, *inputs)), strict=True):
-                hidden = chunk
-                for layer, place in enumerate(kept):
-                    torch.addmm(biases[layer], hidden, weights[layer].T, out=place)
-                    hidden = _hidden(kept[: layer + 1])
-                torch.addmm(biases[-1], hidden, weights[-1].T, out=out)
-        ctx.chunk_rows = chunk_rows
-        ctx.shapes = [(parameter.shape, parameter.dtype) for parameter in parameters]
-        ctx.save_for_backward(rows, *inputs, *weights[1:])
-        return deltas
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, *rest = ctx.saved_tensors
-        inputs, weights = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        found = [rows.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.shapes]
-        for chunk, back, *kept in zip(*(item.split(ctx.chunk_rows) for item in (rows, grad, *inputs)), strict=True):
-            upstream = torch.zeros_like(kept[0])
-            for layer in range(len(kept), 0, -1):
-                _add_gradients(found, layer, back, _hidden(kept[:layer]))
-                upstream.addmm_(back, weights[layer - 1])
-                back = torch.ops.aten.gelu_backward(upstream, kept[layer - 1])
-            _add_gradients(found, 0, back, chunk)
-        return None, None, *found
-
-
-def _hidden(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The hidden rows after the activations of these inputs."""
-    hidden = gelu(inputs[0])
-    for value in inputs[1:]:
-        hidden += gelu(value)
-    return hidden
-
-
-def _add_gradients(found: list[torch.Tensor], layer: int, grad: torch.Tensor, rows: torch.Tensor) -> None:
-    """Those of the weight and the bias of a layer from its rows and the gradient of what it made of them."""
-    found[2 * layer] += grad.T @ rows
-    found[2 * layer + 1] += grad.sum(dim=0, dtype=found[2 * layer + 1].dtype)
 
 
 class FoldedRefiner(nn.Module):

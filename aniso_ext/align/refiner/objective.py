@@ -1,8 +1,8 @@
-"""The loss of Stage II on a pair of unpaired batches, in memory that does not grow with all it computes."""
+"""The loss of Stage II on a pair of unpaired batches, and its gradient in less memory than autograd takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,26 @@ from aniso_ext.align.refiner.losses import (
     complement_directions,
     complement_objective,
     phase_consistency,
-    polar_update,
-    sliced_wasserstein,
+    sorted_distance,
 )
 from aniso_ext.align.refiner.network import Refiner
 from aniso_ext.align.refiner.options import RefinementOptions
+from aniso_ext.align.refiner.passes import Passes, product
+from aniso_ext.align.refiner.polar import PolarLosses
 from aniso_ext.ops import Frame, encode
 
 if TYPE_CHECKING:
     from aniso_ext.align.prior import PhasePrior
+    from aniso_ext.align.prior.frozen import FrozenScore
 
-CHUNK_ROWS = 4096
-"""Rows of a larger batch whose losses are computed at a time: enough for a GPU to be busy with them."""
+CHUNK_ROWS = 16_384
+"""Rows of a matrix product of the refiner: more of them make it no faster."""
+POLAR_ROWS = 8192
+"""Rows whose phases and radii are differentiated at a time: the prior's network holds 2 KB of a row in each block."""
+AUTOGRAD_ROWS = 4096
+"""Rows that are left to autograd on the CPU: of more, what it keeps fills the memory of a small machine."""
+HALF = (torch.float16, torch.bfloat16)
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,10 @@ class Objective:
     None of them reads the rebuilt row (METHOD D15), so a step needs ``encode`` and the polar form of the update;
     ``decode`` comes in when rows are transformed.
 
-    The losses of more than ``chunk_rows`` rows are computed some rows at a time, together with their gradient to the
-    deltas, which is all that is kept of them. The V-side distance sorts all rows: it is taken from their coordinates
-    first, and its gradient to these is handed to the chunks. The refiner goes by the same chunks.
+    On the CPU, few rows are left to autograd. Otherwise the gradient is computed with the loss: that
+    to the deltas by :class:`_Deltas`, in their place, that to the parameters by
+    :class:`~aniso_ext.align.refiner.passes.Passes`. Under autocast products are in its dtype, and float16 rows are
+    encoded as they are, as the refined map does it.
 
     Args:
         frame: of the device of the batches.
@@ -58,7 +67,10 @@ class Objective:
         trace: tr S_t,V.
         literal: the printed form: 1/|E| in L_Phi (D14), nothing on V (D15), projection before tanh (D11).
         backend: of ``encode``.
-        chunk_rows: rows at a time.
+        chunk_rows: rows of the refiner's products.
+        polar_rows: rows of the losses of phases and radii at a time.
+        written_out: whether gradients are computed with the loss or left to autograd, whatever device and rows are.
+        compiled: whether torch.compile fuses L_II, L_Phi, norms and activations where autograd has no part in them.
     """
 
     def __init__(
@@ -71,31 +83,53 @@ class Objective:
         literal: bool,
         backend: str,
         chunk_rows: int = CHUNK_ROWS,
+        polar_rows: int = POLAR_ROWS,
+        written_out: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         self.frame, self.prior, self.options, self.backend = frame, prior, options, backend
-        self.trace, self.literal, self.chunk_rows = trace, literal, chunk_rows
+        self.trace, self.literal, self.written_out, self.compiled = trace, literal, written_out, compiled
+        self.chunk_rows, self.polar_rows = chunk_rows, min(chunk_rows, polar_rows)
         self._adjacency = (prior.graph.amplitude > 0).to(device=frame.device, dtype=torch.float32)
+        self._edges = float(self._adjacency.sum()) / 2
         self._basis = frame.basis.float()
+        self._frozen: dict[torch.dtype, FrozenScore] = {}
 
     def __call__(
-        self, refiner: Refiner, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
+        self, refiner: Refiner, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, a mean over rows, and its parts by name; ``concentration`` is the mean |E e^{i theta^}| (D16)."""
         source, target = batch
-        draws = self.draw(len(source), generator)
-        if len(source) <= self.chunk_rows:
-            return self.at_once(refiner, source, target, draws)
-        state = self._state(source)
-        chunks = _Chunks(self, refiner.bounds, state, target, draws)
-        deltas = refiner(state, chunk_rows=self.chunk_rows)
-        del state  # what the chunks need of it they have
-        return chunks.loss(deltas)
+        if self._to_autograd(source):
+            return self.at_once(refiner, source, target, self.draw(len(source), generator))
+        if not torch.is_grad_enabled():
+            return self._written_out(refiner, lambda: batch, generator, wanted=False)[:2]
+        total, parts, gradients = self._written_out(refiner, lambda: batch, generator, wanted=True)
+        return _Differentiated.apply(total, gradients, *refiner.parameters()), parts
+
+    def with_gradients(
+        self, refiner: Refiner, take: Callable[[], Batch], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor] | None]:
+        """The loss, its parts, and its gradients to the parameters of the refiner in their order.
+
+        None in place of the gradients leaves them to autograd. Those of weights are as narrow as autocast makes them.
+
+        Args:
+            take: makes the batch, which is given back as soon as it has been read.
+        """
+        batch = take()
+        if self._to_autograd(batch[0]):
+            return *self(refiner, batch, generator), None
+        given = [batch]
+        del batch
+        return self._written_out(refiner, given.pop, generator, wanted=True)
 
     def at_once(
         self, refiner: Refiner, source: torch.Tensor, target: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its parts, of all rows together."""
-        state = self._state(source)
+        """The loss and its parts, of all rows together, for autograd."""
+        with torch.no_grad():
+            state = encode(source.float(), self.frame, backend=self.backend)
         deltas = refiner(state).float()
         terms: dict[str, torch.Tensor] = {}
         # distances are differences of nearly equal numbers: products in bfloat16 would leave nothing of them
@@ -113,15 +147,12 @@ class Objective:
         total = deltas.sum() * 0 + self.weighted(terms)
         return total, {**terms, "concentration": _units(update).mean(dim=0).abs().mean()}
 
-    @torch.no_grad()
-    def _state(self, source: torch.Tensor) -> torch.Tensor:
-        return encode(source.float(), self.frame, backend=self.backend)
-
     def draw(self, rows: int, generator: torch.Generator) -> Draws:
         """All that is random in the loss of a batch."""
         directions = scale = noise = None
         if self.options.complement_weight and not self.literal and self.trace > 0:
-            directions = complement_directions(self._basis, self.options.projections, generator)
+            with torch.autocast(self._basis.device.type, enabled=False):
+                directions = complement_directions(self._basis, self.options.projections, generator)
         if self.options.score_weight:
             scale, noise = self.prior.draw(rows, generator)
         return Draws(directions, scale, noise)
@@ -138,114 +169,142 @@ class Objective:
         """L_Phi."""
         return phase_consistency(update.turn, update.radius0, self._adjacency, literal=self.literal)
 
+    def polar_losses(self, bounds: Bounds, dtype: torch.dtype, rows: int) -> tuple[PolarLosses, dict[str, float]]:
+        """L_II and L_Phi for a batch of that many rows, and the factors that make means of their sums."""
+        if dtype not in self._frozen:
+            self._frozen[dtype] = self.prior.frozen(dtype, compiled=self.compiled)
+        options = self.options
+        pairs = max(1.0, self._edges) if self.literal else 1.0
+        shares = {"consistency": 1 / (rows * pairs), "score": 1 / (rows * self.prior.phases)}
+        weights = {
+            f"{name}_weight": getattr(options, f"{name}_weight") * share if getattr(options, f"{name}_weight") else None
+            for name, share in shares.items()
+        }
+        losses = PolarLosses(
+            self.prior, self._adjacency, bounds, frozen=self._frozen[dtype], compiled=self.compiled, **weights
+        )
+        return losses, shares
 
-class _Chunks:
-    """One evaluation of an objective, some rows at a time."""
+    def _to_autograd(self, source: torch.Tensor) -> bool:
+        if self.written_out is not None:
+            return not self.written_out
+        return source.device.type == "cpu" and len(source) <= min(self.chunk_rows, AUTOGRAD_ROWS)
+
+    def _written_out(
+        self, refiner: Refiner, take: Callable[[], Batch], generator: torch.Generator, *, wanted: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The loss, its parts and, if wanted, the gradients of the parameters."""
+        source, target = take()
+        kind = source.device.type
+        narrow = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if narrow else refiner.input_mean.dtype
+        draws = self.draw(len(source), generator)
+        with torch.autocast(kind, enabled=False):
+            # a state in bfloat16 would double what autocast loses of the gradients
+            rows = source if narrow and source.dtype == torch.float16 else source.float()
+            with torch.no_grad():
+                state = encode(rows, self.frame, backend=self.backend)
+            del source, rows
+            losses = _Deltas(self, refiner.bounds, dtype, state, target, draws)
+            del target
+            passes = Passes(refiner, dtype, self.chunk_rows, compiled=self.compiled)
+            standardised = passes.standardised(state)
+            del state  # what the losses need of it they have
+            deltas, kept = passes.forward(standardised)
+            total = losses.differentiate(deltas, wanted)
+            return total, losses.parts, passes.backward(kept, deltas) if wanted else []
+
+
+class _Deltas:
+    """The losses of a batch as functions of the deltas [n, 2M + D]."""
 
     def __init__(
-        self, objective: Objective, bounds: Bounds, state: torch.Tensor, target: torch.Tensor, draws: Draws
+        self,
+        objective: Objective,
+        bounds: Bounds,
+        dtype: torch.dtype,
+        state: torch.Tensor,
+        target: torch.Tensor,
+        draws: Draws,
     ) -> None:
-        self.objective, self.bounds, self.draws = objective, bounds, draws
+        self.objective, self.bounds, self.dtype, self.draws = objective, bounds, dtype, draws
         self.rows, self.rank = len(state), objective.frame.rank
         self.polar = state[:, : 3 * self.rank // 2].clone()
         self.parts: dict[str, torch.Tensor] = {}
         self.start = self.goal = None
         if draws.directions is not None:
-            with torch.autocast(state.device.type, enabled=False):
-                self.start = state[:, 3 * self.rank // 2 :] @ draws.directions
-                self.goal = torch.cat([target[piece].float() @ draws.directions for piece in self._pieces()])
+            self.start = _along(state[:, 3 * self.rank // 2 :], draws.directions)
+            self.goal = _along(target, draws.directions)
 
-    def loss(self, deltas: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As of the objective, of deltas [n, 2M + D]."""
-        wanted = torch.is_grad_enabled() and deltas.requires_grad
-        total: torch.Tensor = _WithGradient.apply(deltas, self, wanted)
-        return total, self.parts
-
-    def evaluate(self, deltas: torch.Tensor, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loss and, if wanted, its gradient, in the dtype of the deltas; fills ``parts``."""
-        gradient = torch.zeros_like(deltas) if wanted else None
-        terms = self._polar(deltas, gradient) | self._complement(deltas, gradient)
-        total = deltas.new_zeros((), dtype=torch.float32) + self.objective.weighted(terms)
+    @torch.no_grad()
+    def differentiate(self, deltas: torch.Tensor, wanted: bool) -> torch.Tensor:
+        """The loss; fills ``parts`` and, if wanted, puts the gradient in the place of the deltas."""
+        terms = self._polar(deltas, wanted) | self._complement(deltas, wanted)
         self.parts |= terms
-        return total, gradient
+        return deltas.new_zeros((), dtype=torch.float32) + self.objective.weighted(terms)
 
-    def _polar(self, deltas: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _polar(self, deltas: torch.Tensor, wanted: bool) -> dict[str, torch.Tensor]:
         """Terms of phases and radii, means over all rows."""
+        draws = self.draws
+        losses, shares = self.objective.polar_losses(self.bounds, self.dtype, self.rows)
         sums: dict[str, torch.Tensor] = {}
-        for piece in self._pieces():
-            with torch.set_grad_enabled(gradient is not None):
-                angles = deltas[piece, : self.rank].float().requires_grad_(gradient is not None)
-                update, terms = self._polar_piece(angles, piece)
-                terms = {name: value * (len(angles) / self.rows) for name, value in terms.items()}
-                if gradient is not None and terms:
-                    (gradient[piece, : self.rank],) = torch.autograd.grad(self.objective.weighted(terms), angles)
-            _add(sums, terms | {"units": _units(update).sum(dim=0)})
-        self.parts["concentration"] = (sums.pop("units") / self.rows).abs().mean()
-        return sums
+        size = self.objective.polar_rows
+        for piece in (slice(first, first + size) for first in range(0, self.rows, size)):
+            noisy = None if draws.scale is None or draws.noise is None else (draws.scale[piece], draws.noise[piece])
+            found = losses(self.polar[piece], deltas[piece, : self.rank], noisy, wanted)
+            if found.gradient is not None:
+                deltas[piece, : self.rank] = found.gradient
+            for name in ("consistency", "score", "units"):
+                value = getattr(found, name)
+                if value is not None:
+                    sums[name] = sums[name] + value if name in sums else value
+        self.parts["concentration"] = (sums.pop("units") / self.rows).norm(dim=0).mean()
+        return {name: value * shares[name] for name, value in sums.items()}
 
-    def _polar_piece(self, angles: torch.Tensor, piece: slice) -> tuple[PolarUpdate, dict[str, torch.Tensor]]:
-        objective, draws = self.objective, self.draws
-        terms: dict[str, torch.Tensor] = {}
-        with torch.autocast(angles.device.type, enabled=False):
-            update = polar_update(self.polar[piece], angles, self.bounds)
-            if objective.options.consistency_weight:
-                terms["consistency"] = objective.consistency(update)
-        if draws.scale is not None and draws.noise is not None:
-            terms["score"] = objective.score(update, draws.scale[piece], draws.noise[piece])
-        return update, terms
-
-    def _complement(self, deltas: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The V-side objective of all rows: the distance of their coordinates, then the gradient to what makes them."""
+    def _complement(self, deltas: torch.Tensor, wanted: bool) -> dict[str, torch.Tensor]:
+        """The V-side objective: with m = a_v tanh dv, its gradient is (1 - tanh^2 dv) a_v (pull W^T + 2 c m)."""
         directions, start, goal = self.draws.directions, self.start, self.goal
+        moves = deltas[:, self.rank :]
         if directions is None or start is None or goal is None:
+            if wanted:
+                moves.zero_()
             return {}
-        options, trace = self.objective.options, self.objective.trace
-        with torch.autocast(deltas.device.type, enabled=False):
-            dv = (deltas[piece, self.rank :] for piece in self._pieces())
-            moved = start + torch.cat([self._moves(rows) @ directions for rows in dv])
-            with torch.set_grad_enabled(gradient is not None):
-                moved.requires_grad_(gradient is not None)
-                distance = (len(directions) - self.rank) * sliced_wasserstein(moved, goal) / trace
-                pull = None if gradient is None else torch.autograd.grad(distance, moved)[0]
-            value = distance.detach()
-            for piece in self._pieces():
-                with torch.set_grad_enabled(gradient is not None):
-                    leaf = deltas[piece, self.rank :].float().requires_grad_(gradient is not None)
-                    moves = self._moves(leaf)
-                    energy = moves.square().sum() * (options.complement_penalty / (self.rows * trace))
-                    if gradient is not None and pull is not None:
-                        part = energy + ((moves @ directions) * pull[piece]).sum()
-                        (gradient[piece, self.rank :],) = torch.autograd.grad(options.complement_weight * part, leaf)
-                value = value + energy.detach()
-        return {"complement": value}
-
-    def _moves(self, dv: torch.Tensor) -> torch.Tensor:
-        """a_v tanh dv of some rows; the literal form, which projects dv first, has no such objective."""
-        return self.bounds.a_v * dv.float().tanh()
-
-    def _pieces(self) -> Iterator[slice]:
-        size = self.objective.chunk_rows
-        return (slice(first, min(first + size, self.rows)) for first in range(0, self.rows, size))
+        options, a_v = self.objective.options, self.bounds.a_v
+        bent = moves.tanh()
+        distance, pull = sorted_distance(start.add_(_along(bent, directions), alpha=a_v), goal)
+        dimensions = (len(directions) - self.rank) / self.objective.trace
+        energy = options.complement_penalty * a_v**2 / (self.rows * self.objective.trace)
+        length = torch.linalg.vector_norm(bent, dtype=torch.float32)
+        if wanted:
+            weight = options.complement_weight * a_v
+            pull *= weight * dimensions
+            torch.mm(pull.to(moves.dtype), directions.T.to(moves.dtype), out=moves)
+            moves.add_(bent, alpha=2 * options.complement_weight * energy)
+            torch.ops.aten.tanh_backward.grad_input(moves, bent, grad_input=moves)
+        return {"complement": dimensions * distance + energy * length.square()}
 
 
-class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is computed with it."""
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients to the parameters are there."""
 
     @staticmethod
-    def forward(ctx: Any, deltas: torch.Tensor, chunks: _Chunks, wanted: bool) -> torch.Tensor:
-        total, ctx.gradient = chunks.evaluate(deltas.detach(), wanted)
-        return total
+    def forward(ctx: Any, total: torch.Tensor, gradients: list[torch.Tensor], *parameters: Any) -> torch.Tensor:
+        ctx.gradients = gradients
+        return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it is as large as the deltas
-        return gradient.mul_(grad), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(gradient * grad for gradient in ctx.gradients)
 
 
-def _add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor]) -> None:
-    for name, value in terms.items():
-        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+def _along(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Coordinates [n, P], float32, of rows along directions [D, P], which narrow rows meet as a sum of two pieces."""
+    if rows.dtype not in HALF:
+        return rows.float() @ directions
+    high = directions.to(rows.dtype)
+    low = (directions - high).to(rows.dtype)
+    return product(rows, high, torch.float32).add_(product(rows, low, torch.float32))
 
 
 def _units(update: PolarUpdate) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -32,7 +32,8 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 class Batches(Protocol):
     """What :func:`train` draws from; :class:`~aniso_ext.align.training.TrainingRows` is one.
 
-    A batch is a tensor of rows, or a tuple of tensors of which the first counts the rows.
+    A batch is a tensor of rows, or a tuple of tensors of which the first counts the rows. Batches that are also
+    :class:`Indexed` are gathered as part of the step.
     """
 
     fingerprint: str
@@ -42,6 +43,17 @@ class Batches(Protocol):
 
     def held_out_batches(self, batch_rows: int) -> Iterator[Any]:
         """This process's share of the rows that are never trained on."""
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """Batches out of rows that lie on the device: ``batch(...)`` is ``gather(positions(...))``."""
+
+    def positions(self, step: int, batch_rows: int, seed: int) -> Any:
+        """Where the rows of a batch lie: a small tensor or a tuple of them, a function of (seed, step)."""
+
+    def gather(self, positions: Any) -> Any:
+        """The batch of these positions."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ def train(
         module: on the device of the batches; only its parameters are trained and saved.
         loss: gives the mean over the batch's rows and named scalar parts to report; draws from the generator (on the
             device of the module) and from nothing else. On a GPU it is recorded as part of a CUDA graph after a few
-            steps: it must not wait for the device, and what it computes on the host it computes once.
+            steps: it must not wait for the device, and what it computes on the host it computes once. It may bring its
+            gradients along (:class:`aniso_ext.align.training.steps.Differentiated`).
         batches: what to draw from.
         options: schedule and optimiser.
         name: of the stage, in files and errors.
@@ -178,6 +191,7 @@ class TrainingRun:
             list(self.average.values()),
             self.optimizer,
             autocast=self.options.autocast,
+            gather=self.batches.gather if isinstance(self.batches, Indexed) else None,
         )
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -216,7 +230,8 @@ class TrainingRun:
     def advance(self) -> None:
         """One optimiser step."""
         options, step = self.options, self.step
-        batch = self.batches.batch(step, options.batch_rows, options.seed)
+        draw = self.batches.positions if isinstance(self.batches, Indexed) else self.batches.batch
+        batch = draw(step, options.batch_rows, options.seed)
         key = (options.seed, _STEP, step)
         values = self.runner(batch, key, options.rate(step), 1 - options.decay(step))
         self.step += 1

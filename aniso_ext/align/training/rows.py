@@ -144,9 +144,17 @@ class TrainingRows:
 
     def batch(self, step: int, batch_rows: int, seed: int) -> torch.Tensor:
         """This process's share [batch_rows / processes, D] of the global batch of a step."""
+        return self.gather(self.positions(step, batch_rows, seed))
+
+    def positions(self, step: int, batch_rows: int, seed: int) -> torch.Tensor:
+        """Where the rows of that batch lie among ``train``."""
         check_batch_rows(batch_rows)
         first, last = share_of(batch_rows)
-        return self.train[self._positions(step * batch_rows + first, step * batch_rows + last, seed)]
+        return self._positions(step * batch_rows + first, step * batch_rows + last, seed)
+
+    def gather(self, positions: torch.Tensor) -> torch.Tensor:
+        """The rows at these positions."""
+        return self.train[positions]
 
     def held_out_batches(self, batch_rows: int) -> Iterator[torch.Tensor]:
         """This process's share of the held-out rows, in order."""
@@ -188,7 +196,15 @@ class UnpairedRows:
 
     def batch(self, step: int, batch_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's shares of the global batch of a step."""
-        return self.source.batch(step, batch_rows, seed), self.target.batch(step, batch_rows, seed)
+        return self.gather(self.positions(step, batch_rows, seed))
+
+    def positions(self, step: int, batch_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the rows of that batch lie among the rows of each side."""
+        return self.source.positions(step, batch_rows, seed), self.target.positions(step, batch_rows, seed)
+
+    def gather(self, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows at these positions."""
+        return self.source.gather(positions[0]), self.target.gather(positions[1])
 
     def held_out_batches(self, batch_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Shares of equally many held-out rows of both sides."""

@@ -19,6 +19,18 @@ WARM_UP_STEPS = 3
 Number = float | torch.Tensor
 
 
+class Differentiated(Protocol):
+    """A loss that may bring its gradients along; as a function it is a loss like any other."""
+
+    def with_gradients(
+        self, module: Any, take: Callable[[], Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], list[torch.Tensor] | None]:
+        """The loss, its parts, and its gradients to what is trained, in order; None leaves them to autograd.
+
+        ``take`` makes the batch: nobody else holds it. Gradients may be narrower than what they belong to.
+        """
+
+
 class OptimiserStep:
     """Loss, gradients, clipping, AdamW and averaged weights of one step, kernel by kernel.
 
@@ -26,11 +38,13 @@ class OptimiserStep:
     device.
 
     Args:
-        module, loss: as for :func:`aniso_ext.align.training.train`.
+        module, loss: as for :func:`aniso_ext.align.training.train`; a loss that is :class:`Differentiated` is asked for
+            its gradients.
         parameters: what is trained.
         averages: of the parameters, in their order.
         optimizer: over the parameters.
         autocast: bfloat16 products, on CUDA.
+        gather: makes the batch of what the step is called with; None where that is the batch.
     """
 
     def __init__(
@@ -42,28 +56,29 @@ class OptimiserStep:
         optimizer: torch.optim.Optimizer,
         *,
         autocast: bool,
+        gather: Callable[[Any], Any] | None = None,
     ) -> None:
         self.module, self.loss, self.optimizer = module, loss, optimizer
         self.parameters: list[torch.Tensor] = list(parameters)
         self.averages = list(averages)
         self.device = self.parameters[0].device
         self._autocast = autocast and self.device.type == "cuda"
+        self._gather = gather
 
     def __call__(
         self, batch: Any, generator: torch.Generator, rate: Number, weight: Number
     ) -> dict[str, torch.Tensor]:
         """The loss of the step and its parts; ``rate`` is that of AdamW, ``weight`` that of the new average."""
         self.forget_gradients()
-        with self.autocast():
-            value, parts = self.loss(self.module, batch, generator)
-        value.backward()
-        values = {"loss": value.detach().clone(), **{key: part.detach().clone() for key, part in parts.items()}}
-        del value, parts  # what they hold is not needed by the optimiser
-        average([*(item.grad for item in self.parameters if item.grad is not None), *values.values()])
-        nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        values, narrow = self._differentiate(batch, generator)
+        if narrow:
+            self._update_in_groups(narrow)
+        else:
+            average([*(item.grad for item in self.parameters if item.grad is not None), *values.values()])
+            nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+            self.optimizer.step()
         with torch.no_grad():
             if isinstance(weight, torch.Tensor):
                 for mean, parameter in zip(self.averages, self.parameters, strict=True):
@@ -71,6 +86,59 @@ class OptimiserStep:
             else:
                 torch._foreach_lerp_(self.averages, self.parameters, weight)
         return values
+
+    def _differentiate(
+        self, batch: Any, generator: torch.Generator
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Values of the loss; gradients lie with the parameters, or are returned where they are narrower than these."""
+
+        def take() -> Any:
+            return batch if self._gather is None else self._gather(batch)
+
+        gradients: list[torch.Tensor] | None = None
+        with self.autocast():
+            if hasattr(self.loss, "with_gradients"):
+                value, parts, gradients = self.loss.with_gradients(self.module, take, generator)
+            else:
+                value, parts = self.loss(self.module, take(), generator)
+        if gradients is None:
+            value.backward()
+        # copies: what the loss and its parts hold is not needed by the optimiser
+        values = {"loss": value.detach().clone(), **{key: part.detach().clone() for key, part in parts.items()}}
+        if gradients is None:
+            return values, []
+        pairs = list(zip(self.parameters, gradients, strict=True))
+        if world()[1] == 1 and any(parameter.dtype != gradient.dtype for parameter, gradient in pairs):
+            return values, gradients
+        for parameter, gradient in pairs:
+            parameter.grad = gradient.to(parameter.dtype)
+        return values, []
+
+    def _update_in_groups(self, gradients: list[torch.Tensor]) -> None:
+        """Clip and step with narrow gradients, which are widened a few at a time and given back; empties the list."""
+        norm = torch.stack([torch.linalg.vector_norm(item, dtype=torch.float32) for item in gradients]).norm()
+        # of one dimension, so that the product with it is as wide as it is
+        scale = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1).reshape(1)
+        waiting = dict(enumerate(gradients))
+        gradients.clear()
+        for indices in self._groups():
+            for index in indices:
+                self.parameters[index].grad = waiting.pop(index) * scale
+            self.optimizer.step()
+            self.forget_gradients()
+
+    def _groups(self) -> list[list[int]]:
+        """Parameters that step together: the largest one alone, as many of the others as are no larger than it."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        groups: list[list[int]] = []
+        room = 0
+        for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if sizes[index] > room:
+                groups.append([])
+                room = max(sizes)
+            groups[-1].append(index)
+            room -= sizes[index]
+        return groups
 
     def forget_gradients(self) -> None:
         """Give their memory back before the next forward pass."""
