@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from aniso_ext import diagnostics
-from aniso_ext.diagnostics.candidates import HalfRows
+from aniso_ext.diagnostics.candidates import RoundedRows
 from aniso_ext.diagnostics.searches import by_halves, nearest, search_union
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -86,7 +86,7 @@ def all_neighbours(sides: tuple[torch.Tensor, ...], k: int, half: bool) -> None:
 
 def product_seconds(rows: torch.Tensor, device: torch.device) -> float:
     """The float16 products of all searches: y with y, and x and z with both; 5 N^2 scores."""
-    half = HalfRows(rows).half
+    half = RoundedRows(rows).rounded
     size = max(128, 2**31 // half.shape[0] // 128 * 128)
     block = half[:size]
     scores = block @ half.T
