@@ -170,16 +170,10 @@ def alignment(
     count = opened[0].count if chosen is None else len(chosen)
     queries = query_count(count, max_queries)
     settings = Settings(k, None if exact_psi else n_random_pairs, seed, resamples, by_halves(place))
-    y: Matrix
-    x: Matrix
-    z: Matrix
-    if queries < count:
-        y, x, z = (Stream(rows, chosen, place) for rows in opened)
-        report = measure(y, x, z, replace(settings, queries=queries))
-    else:
-        y, x, z = (load(rows, chosen, place) for rows in opened)
-        report = measure(y, x, z, settings)
-    report = replace(report, n_available=opened[0].count)
+    sampled = queries < count
+    sides: list[Matrix] = [Stream(rows, chosen, place) if sampled else load(rows, chosen, place) for rows in opened]
+    settings = replace(settings, queries=queries if sampled else None)
+    report = replace(measure(sides[0], sides[1], sides[2], settings), n_available=opened[0].count)
     emit(report.warnings)
     return report
 
