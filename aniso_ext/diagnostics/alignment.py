@@ -86,7 +86,7 @@ class AlignmentReport(Report):
         return report_table(f"alignment of {self.n} pairs{chosen}{searched}, width {self.width}", shown, self.warnings)
 
     def _error_note(self, name: str) -> str:
-        return f" (sampling: s.e. {self.query_errors[name]:.1g})" if name in self.query_errors else ""
+        return f"; s.e. {self.query_errors[name]:.1g} of the sample" if name in self.query_errors else ""
 
 
 def alignment(

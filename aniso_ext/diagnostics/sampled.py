@@ -162,6 +162,8 @@ def _answer(search: Search, queries: Queries, found: Sequence[tuple[Stream, Cand
     for part in torch.arange(scores.shape[0], device=scores.device).split(size):
         search.consider(part, scores[part], columns[part], limit[part])
     left = search.take_undecided()
+    if left.numel() == 0:
+        return
     floor = search.floor(left, scores[left])
     clouds = [(cloud, start) for (cloud, _), start in zip(found, starts, strict=True)]
     while left.numel():

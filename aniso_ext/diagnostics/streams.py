@@ -11,7 +11,7 @@ import torch
 
 from aniso_ext.diagnostics.rows import BATCH_ROWS, Rows
 
-READ_ELEMENTS = 2**27
+READ_ELEMENTS = 2**25
 """Numbers that are read at a time, one read ahead of what is used; more where larger pieces are asked for."""
 READERS = 4
 
