@@ -136,20 +136,29 @@ def sampled_neighbours(
 
 def _search(cloud: Stream, asked: Sequence[Queries], length: int, dtype: torch.dtype) -> list[Candidates]:
     """The best columns of the cloud for all queries of each kind, in one pass over it."""
-    sizes = SIZES[cloud.device.type]
     lists = [Lists(queries.own.numel(), length, cloud.device) for queries in asked]
     start = 0
-    for rows in cloud.split(max(1, sizes.tile // cloud.shape[1])):
-        tile = RoundedRows(rows, dtype)
-        size = max(1, sizes.scores // tile.rounded.shape[0])
-        size = size if size < 128 else size // 128 * 128
-        for queries, best in zip(asked, lists, strict=True):
-            for part in torch.arange(queries.own.numel(), device=cloud.device).split(size):
-                scores = rounded_scores(queries.rows, part, tile)
-                queries.leave_out(scores, part, cloud, start)
-                best.merge(part, best_columns(scores, queries.rows, part, tile, length), start)
-        start += tile.count
+    for rows in cloud.split(max(1, SIZES[cloud.device.type].tile // cloud.shape[1])):
+        _search_tile(RoundedRows(rows, dtype), cloud, start, asked, lists)
+        start += rows.shape[0]
     return [best.found() for best in lists]
+
+
+def _search_tile(
+    tile: RoundedRows, cloud: Stream, start: int, asked: Sequence[Queries], lists: Sequence[Lists]
+) -> None:
+    """Merge the best columns of a tile, the rows of a cloud from ``start`` on, into the lists."""
+
+    def candidates(queries: Queries, part: torch.Tensor, length: int) -> Candidates:
+        scores = rounded_scores(queries.rows, part, tile)
+        queries.leave_out(scores, part, cloud, start)
+        return best_columns(scores, queries.rows, part, tile, length)
+
+    size = max(1, SIZES[cloud.device.type].scores // tile.rounded.shape[0])
+    size = size if size < 128 else size // 128 * 128
+    for queries, best in zip(asked, lists, strict=True):
+        for part in torch.arange(queries.own.numel(), device=cloud.device).split(size):
+            best.merge(part, candidates(queries, part, best.length), start)
 
 
 def _answer(search: Search, queries: Queries, found: Sequence[tuple[Stream, Candidates]]) -> None:
