@@ -71,6 +71,15 @@ def test_every_row_as_a_query_is_the_full_search_to_the_bit(monkeypatch, world: 
     assert all(error == 0 for error in found.query_errors.values())
 
 
+def test_copies_that_a_merged_list_has_no_room_for_are_settled(monkeypatch) -> None:
+    """Tiles of 12 rows are listed whole, so that only the merging of lists leaves copies out."""
+    monkeypatch.setitem(sampled.SIZES, "cpu", replace(SMALL, tile=200))
+    sides, k = WORLDS["half of the rows are one"]
+    full = diagnostics.alignment(*sides, k=k, exact_psi=True, device="cpu")
+    found = measure(*passing(sides), Settings(k, None, queries=300))
+    assert numbers(found) == numbers(full) and full.omega_tied >= 0.5
+
+
 def test_as_many_queries_as_pairs_are_the_full_report_to_the_bit() -> None:
     sides = three_sides()
     options: dict[str, Any] = {"k": 7, "bootstrap": 40, "n_random_pairs": 5_000}
@@ -141,8 +150,10 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 def owed_by_all() -> tuple[dict[str, Owed], int]:
-    y, x, z = three_sides(n=600, width=8)
+    """Source and output neighbours, and outputs whose own targets are among their neighbours."""
+    y, _, z = three_sides(n=600, width=8)
     k, n = 12, 600
+    x = unit(z + 0.02 * np.random.default_rng(0).normal(size=z.shape))
     units = UnitRows.of(torch.from_numpy(np.concatenate([x, z])))
     around = LabelShare(slice(0, 2 * n), k, n, n)
     run(units.part(slice(n, 2 * n)), units, [around], own=n)
