@@ -268,8 +268,9 @@ def _warnings(k: int, ties: torch.Tensor, pairs: PairSums) -> tuple[str, ...]:
         )
     if tied > TIED_SHARE * searched:
         found.append(
-            f"{tied} of {searched} source rows have ties, such as copies of rows, at their neighbour {k}: omega "
-            "resolves ties alike before and after; an arbitrary order would read lower"
+            f"{tied} of {searched} {'sampled ' if searched < count else ''}source rows have ties, such as copies of "
+            f"rows, at their neighbour {k}: omega resolves ties alike before and after; an arbitrary order would read "
+            "lower"
         )
     for name in pairs.zero:
         if zero := pairs.zero[name]:
