@@ -167,7 +167,7 @@ def sampled_searches(
     """Neighbours among sources, and the seconds of all searches."""
     y, x, z = (Stream(open_rows("rows", side), None, device) for side in sides)
     chosen = choose_queries(x.shape[0], queries, 0)
-    match = (x.take(chosen).double() * z.take(chosen).double()).sum(dim=1)
+    match = (unit_rows(x.take(chosen).double()) * unit_rows(z.take(chosen).double())).sum(dim=1)
     found = []
     spent = seconds(lambda: found.append(sampled_neighbours(y, x, z, chosen, k, match, half=by_halves(device))), device)
     return found[0][0], spent

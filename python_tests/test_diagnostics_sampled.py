@@ -21,6 +21,7 @@ from aniso_ext.cli.main import app
 from aniso_ext.diagnostics import sampled, streams
 from aniso_ext.diagnostics.alignment import AlignmentReport, measure
 from aniso_ext.diagnostics.alignment_intervals import Settings
+from aniso_ext.diagnostics.choice import score
 from aniso_ext.diagnostics.neighbours import LabelShare, UnitRows, run
 from aniso_ext.diagnostics.rows import open_rows
 from aniso_ext.diagnostics.sampled import Sizes, choose_queries, query_count
@@ -237,6 +238,21 @@ def test_the_sample_is_said_wherever_the_numbers_are() -> None:
     frame = report.to_pandas()
     assert frame["queries"][0] == 50 and frame["omega_query_error"][0] == report.query_errors["omega"]
     assert report.intervals["omega"].low < report.omega - report.query_errors["omega"]
+
+
+def test_without_intervals_a_verdict_knows_what_the_sample_leaves() -> None:
+    """Twenty queries tell no method from another whose score is a few hundredths away; all queries do."""
+    y, x, z = three_sides()
+    methods = {"one": z, "other": unit(z + 0.05 * np.random.default_rng(1).normal(size=z.shape))}
+    outcomes = {}
+    for queries in (None, 20):
+        options = diagnostics.StudyOptions(k=7, bootstrap=0, oracle=False, rows=False, max_queries=queries)
+        found = diagnostics.study(y, x, methods=methods, options=options)
+        scores = {name: score(found.methods[name]) for name in methods}
+        outcomes[queries] = found.verdict["method"].outcome, scores
+    (full, exact), (few, rough) = outcomes[None], outcomes[20]
+    assert exact["one"].value - exact["other"].value > 0.02 and full == "favoured"
+    assert few == "tied" and rough["one"].high - rough["one"].low > 0.05 > exact["one"].high - exact["one"].low
 
 
 @pytest.fixture

@@ -100,10 +100,7 @@ class Queries:
     own: torch.Tensor
 
     def leave_out(self, scores: torch.Tensor, asked: torch.Tensor, cloud: Stream, start: int) -> None:
-        """Set the scores [b, c] of ``asked`` queries with themselves, among rows of a cloud from ``start`` on, to -inf.
-
-        That is below any other.
-        """
+        """Set scores [b, c] of ``asked`` queries with themselves, among rows of a cloud from ``start`` on, to -inf."""
         if cloud is self.home:
             places = self.own[asked] - start
             inside = ((places >= 0) & (places < scores.shape[1])).nonzero()[:, 0]
@@ -191,7 +188,7 @@ def _reaching(
 ) -> tuple[int, Entries]:
     """All columns that score at least ``floor`` [u] with the queries ``left`` [u], or the first so many of these.
 
-    More queries are not served than have their columns in the memory for them; one always is.
+    As many queries are served as there is memory for their columns, at least one.
     """
     sizes = SIZES[left.device.type]
     exact, served = queries.rows.exact(left), left.numel()
