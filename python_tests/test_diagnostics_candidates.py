@@ -100,10 +100,10 @@ def test_products_that_break_their_bound_are_noticed(monkeypatch) -> None:
     y, _ = paired_rows(n=500)
     rows = torch.from_numpy(y)
     expected = nearest(rows, 6)
-    honest = candidates.HalfRows(rows)
-    monkeypatch.setattr(candidates.HalfRows, "__init__", lambda self, rows: self.__dict__.update(honest.__dict__))
-    noise = 0.2 * torch.from_numpy(np.random.default_rng(0).normal(size=honest.half.shape)).half()
-    honest.half = honest.half + noise
+    honest = candidates.RoundedRows(rows)
+    monkeypatch.setattr(candidates.RoundedRows, "__init__", lambda self, rows: self.__dict__.update(honest.__dict__))
+    noise = 0.2 * torch.from_numpy(np.random.default_rng(0).normal(size=honest.rounded.shape)).half()
+    honest.rounded = honest.rounded + noise
     assert torch.equal(nearest(rows, 6, half=True).indices, expected.indices)
 
 
@@ -111,8 +111,8 @@ def test_bound_holds_for_products_in_half_precision() -> None:
     """Also for rows with all their weight on few coordinates, whose roundings do not average out."""
     rng = np.random.default_rng(1)
     rows = unit(rng.normal(size=(400, 96)) * np.geomspace(1, 1e-6, 96))
-    half = candidates.HalfRows(torch.from_numpy(rows))
-    scores = (half.half @ half.half.T)[:400, :400].double().numpy()
+    half = candidates.RoundedRows(torch.from_numpy(rows))
+    scores = (half.rounded @ half.rounded.T)[:400, :400].double().numpy()
     error = half.error(torch.arange(400), half).numpy()[:, None]
     assert (np.abs(scores - rows @ rows.T) <= error).all() and error.max() < 2e-3
 
@@ -123,7 +123,7 @@ def test_no_more_scores_than_a_block_exist(monkeypatch) -> None:
     monkeypatch.setattr(candidates, "BLOCK_ELEMENTS", 50_000)
 
     def recorded(queries, rows, corpus, columns):
-        sizes.append(rows.numel() * corpus.half.shape[0])
+        sizes.append(rows.numel() * corpus.rounded.shape[0])
         return honest(queries, rows, corpus, columns)
 
     monkeypatch.setattr(candidates, "_exact_scores", recorded)

@@ -61,6 +61,16 @@ def diagnose(
         int,
         typer.Option("--max-pairs", min=2, metavar="N", help="Pairs to judge stand-ins on, drawn if there are more."),
     ] = 10_000,
+    max_queries: Annotated[
+        int | None,
+        typer.Option(
+            "--max-queries",
+            min=2,
+            metavar="N",
+            help="Pairs, drawn if there are more, whose neighbours are searched among all that are judged.",
+            show_default="all up to 1,000,000, beyond that 10^12 / pairs",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of all draws.")] = 0,
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", min=0, metavar="N", help="Resamples behind each interval; 0 for none.")
@@ -107,7 +117,9 @@ def diagnose(
 
     from aniso_ext.diagnostics import StudyOptions
 
-    options = StudyOptions(k=k, max_pairs=max_pairs, seed=seed, bootstrap=bootstrap, device=device, oracle=oracle)
+    options = StudyOptions(
+        k=k, max_pairs=max_pairs, seed=seed, bootstrap=bootstrap, device=device, oracle=oracle, max_queries=max_queries
+    )
     chosen = Chosen(source, target, [*aligners, *(more or [])], transformed or [])
     study = chosen.measure(options, _command(chosen, options, out, figures))
     drawn = figures and _can_draw()
@@ -217,6 +229,7 @@ def _command(chosen: Chosen, options: StudyOptions, out: Path, figures: bool) ->
         words += ["--transformed", str(path)]
     words += ["--k", str(options.k), "--max-pairs", str(options.max_pairs), "--seed", str(options.seed)]
     words += ["--bootstrap", str(options.bootstrap)]
+    words += ["--max-queries", str(options.max_queries)] if options.max_queries is not None else []
     words += ["--device", options.device] if options.device is not None else []
     words += [] if options.oracle else ["--no-oracle"]
     words += [] if figures else ["--no-figures"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aniso_ext.diagnostics import spectra
-from aniso_ext.diagnostics.alignment_intervals import PairSums, Settings, alignment_intervals
+from aniso_ext.diagnostics.alignment_intervals import PairSums, Settings, alignment_intervals, query_errors
 from aniso_ext.diagnostics.consistency import exact_psi as correlate_all_pairs
 from aniso_ext.diagnostics.consistency import phi_bound, sampled_psi
 from aniso_ext.diagnostics.intervals import Interval
@@ -17,7 +17,9 @@ from aniso_ext.diagnostics.mixing import binary_entropy, mixing_expectation
 from aniso_ext.diagnostics.neighbours import Nearest, overlaps
 from aniso_ext.diagnostics.report import Report, Table, checked_bootstrap, emit, report_table
 from aniso_ext.diagnostics.rows import choose_device, choose_rows, load, open_paired
-from aniso_ext.diagnostics.searches import RECALL_DEPTH, by_halves, nearest, search_union
+from aniso_ext.diagnostics.sampled import choose_queries, query_count, sampled_neighbours
+from aniso_ext.diagnostics.searches import RECALL_DEPTH, Union, by_halves, nearest, search_union
+from aniso_ext.diagnostics.streams import Matrix, Stream
 from aniso_ext.errors import InputError
 
 ROWS_PER_DIMENSION = 4
@@ -53,6 +55,13 @@ class AlignmentReport(Report):
     spectrum: tuple[float, ...]
     intervals: dict[str, Interval] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    queries: int = 0
+    """Pairs whose neighbours were searched, among those of all pairs; 0 is taken for all ``n``."""
+    query_errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors of the numbers that are means over sampled queries; empty where all pairs are."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", self.queries or self.n)
 
     def _table(self) -> Table:
         lines = [
@@ -68,9 +77,16 @@ class AlignmentReport(Report):
             ("R@10", self.recall_at_10, "z_i finds x_i among ten"),
         ]
         names = ("delta_mu", "phi", "psi", "omega", "m_z", "m_x", "a_r", "paired_cosine", "recall_at_1", "recall_at_10")
-        shown = [(*line, self.intervals.get(name)) for line, name in zip(lines, names, strict=True)]
+        shown = [
+            (label, value, note + self._error_note(name), self.intervals.get(name))
+            for (label, value, note), name in zip(lines, names, strict=True)
+        ]
         chosen = "" if self.n == self.n_available else f" sampled from {self.n_available}"
-        return report_table(f"alignment of {self.n} pairs{chosen}, width {self.width}", shown, self.warnings)
+        searched = "" if self.queries == self.n else f", neighbours of {self.queries} sampled ones"
+        return report_table(f"alignment of {self.n} pairs{chosen}{searched}, width {self.width}", shown, self.warnings)
+
+    def _error_note(self, name: str) -> str:
+        return f"; s.e. {self.query_errors[name]:.1g} of the sample" if name in self.query_errors else ""
 
 
 def alignment(
@@ -85,6 +101,7 @@ def alignment(
     seed: int = 0,
     bootstrap: int = 0,
     device: torch.device | str | None = None,
+    max_queries: int | None = None,
 ) -> AlignmentReport:
     """Measure a transform z = T(y) on held-out pairs (METHOD section 1).
 
@@ -106,8 +123,8 @@ def alignment(
             or paths; row i of all three belongs to pair i.
         k: neighbours of omega and mixing.
         max_pairs: above this many pairs, a uniform sample drawn with ``seed`` is measured; None takes all. Time grows
-            with the square of the pairs, memory linearly: about 24 D bytes a pair and set on the CPU; on a GPU 2 D
-            bytes beside the rows in their own dtype, and about 8 GB of work space.
+            with the square of the pairs (but see ``max_queries``), memory linearly: about 24 D bytes a pair and set on
+            the CPU; on a GPU 2 D bytes beside the rows in their own dtype, and about 8 GB of work space.
         n_random_pairs: pairs behind psi.
         exact_psi: psi over all pairs i != j instead: no sampling error, and at D below a few thousand also faster.
         seed: of the sample, of the random pairs and of the resampling.
@@ -116,6 +133,11 @@ def alignment(
             a number is resampled (docs/diagnostics.md says how for each number).
         device: "cpu" or "cuda"; None is the device of CUDA inputs, else a GPU if there is one, else the CPU. Neighbours
             are exact on both.
+        max_queries: above this many pairs, neighbours are searched of a uniform sample of them, drawn with ``seed``,
+            still among all pairs: omega, mixing and recall are then means over the sample, unbiased, with standard
+            errors in ``report.query_errors`` and ``report.queries`` of them. None is all pairs up to 1M and 10^12 / n
+            beyond, which takes the time of 1M; n or more is all. With a sample, rows stay where they are (in memory, or
+            in their files) and pass by in tiles.
 
     Raises:
         InputError: rows, widths, dtypes or options do not fit, n <= k, or a non-finite row.
@@ -141,25 +163,33 @@ def alignment(
     if not exact_psi and n_random_pairs < 2:
         raise InputError(f"n_random_pairs must be at least 2, got {n_random_pairs}: or pass exact_psi=True")
     resamples = checked_bootstrap(bootstrap)
+    query_count(1, max_queries)
     opened = open_paired(minimum=max(3, k + 1), source=source, target=target, transformed=transformed)
     place = choose_device(device, source, target, transformed)
     chosen = choose_rows(opened[0].count, max_pairs, seed)
-    y, x, z = (load(rows, chosen, place) for rows in opened)
+    count = opened[0].count if chosen is None else len(chosen)
+    queries = query_count(count, max_queries)
     settings = Settings(k, None if exact_psi else n_random_pairs, seed, resamples, by_halves(place))
-    report = replace(measure(y, x, z, settings), n_available=opened[0].count)
+    sampled = queries < count
+    sides: list[Matrix] = [Stream(rows, chosen, place) if sampled else load(rows, chosen, place) for rows in opened]
+    settings = replace(settings, queries=queries if sampled else None)
+    report = replace(measure(sides[0], sides[1], sides[2], settings), n_available=opened[0].count)
     emit(report.warnings)
     return report
 
 
 def measure(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
+    y: Matrix,
+    x: Matrix,
+    z: Matrix,
     settings: Settings,
     *,
     source_neighbours: Nearest | None = None,
 ) -> AlignmentReport:
-    """The report of rows [n, D] in memory; ``source_neighbours`` saves a repeated search."""
+    """The report of rows [n, D] in memory; ``source_neighbours`` saves a repeated search.
+
+    Where the settings name a number of queries, rows are streams.
+    """
     count, width = x.shape
     k = settings.k
     if settings.psi_pairs is None:
@@ -167,9 +197,7 @@ def measure(
     else:
         psi, psi_pairs = sampled_psi(y, z, settings.psi_pairs, settings.seed), settings.psi_pairs
     pairs = PairSums.of(y, x, z)
-    if source_neighbours is None:
-        source_neighbours = nearest(y, k, half=settings.half)
-    around = search_union(x, z, k, pairs.cosines, half=settings.half)
+    queries, source_neighbours, around = _neighbours((y, x, z), pairs.cosines, settings, source_neighbours)
     expectation = mixing_expectation(count, k)
     spectrum = spectra.eigenvalues(pairs.second_moment)
     report = AlignmentReport(
@@ -195,12 +223,29 @@ def measure(
         recall_at_1=float(around.retrieval.recalls(1).mean()),
         recall_at_10=float(around.retrieval.recalls(RECALL_DEPTH).mean()),
         spectrum=tuple(spectrum.tolist()),
-        warnings=_warnings(k, int(source_neighbours.tied.sum()), pairs),
+        warnings=_warnings(k, source_neighbours.tied, pairs),
+        queries=source_neighbours.tied.numel(),
+        query_errors={} if queries is None else query_errors((source_neighbours, around), expectation, count),
     )
     if settings.bootstrap == 0:
         return report
-    intervals = alignment_intervals(report, (y, x, z), pairs, (source_neighbours, around), settings)
+    intervals = alignment_intervals(report, (y, x, z), pairs, (source_neighbours, around), settings, queries)
     return replace(report, intervals=intervals)
+
+
+def _neighbours(
+    sides: tuple[Matrix, Matrix, Matrix], cosines: torch.Tensor, settings: Settings, known: Nearest | None
+) -> tuple[torch.Tensor | None, Nearest, Union]:
+    """The pairs that are queries (None: all), neighbours among sources, and what lies around outputs and targets."""
+    y, x, z = sides
+    k, half = settings.k, settings.half
+    if settings.queries is None:
+        assert isinstance(y, torch.Tensor) and isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor)
+        found = nearest(y, k, half=half) if known is None else known
+        return None, found, search_union(x, z, k, cosines, half=half)
+    assert isinstance(y, Stream) and isinstance(x, Stream) and isinstance(z, Stream)
+    queries = choose_queries(x.shape[0], settings.queries, settings.seed).to(x.device)
+    return queries, *sampled_neighbours(y, x, z, queries, k, cosines[queries], half=half)
 
 
 def _mixing(share: torch.Tensor, expectation: float) -> float:
@@ -208,7 +253,8 @@ def _mixing(share: torch.Tensor, expectation: float) -> float:
     return float(binary_entropy(share).mean()) / expectation if expectation > 0 else math.nan
 
 
-def _warnings(k: int, tied: int, pairs: PairSums) -> tuple[str, ...]:
+def _warnings(k: int, ties: torch.Tensor, pairs: PairSums) -> tuple[str, ...]:
+    searched, tied = ties.numel(), int(ties.sum())
     count, width = pairs.cosines.numel(), pairs.target_mean.numel()
     found = []
     if count < ROWS_PER_DIMENSION * width:
@@ -220,10 +266,11 @@ def _warnings(k: int, tied: int, pairs: PairSums) -> tuple[str, ...]:
         found.append(
             f"k = {k} neighbours are many for {count} pairs: unrelated spaces would share omega = {k / (count - 1):.2f}"
         )
-    if tied > TIED_SHARE * count:
+    if tied > TIED_SHARE * searched:
         found.append(
-            f"{tied} of {count} source rows have ties, such as copies of rows, at their neighbour {k}: omega "
-            "resolves ties alike before and after; an arbitrary order would read lower"
+            f"{tied} of {searched} {'sampled ' if searched < count else ''}source rows have ties, such as copies of "
+            f"rows, at their neighbour {k}: omega resolves ties alike before and after; an arbitrary order would read "
+            "lower"
         )
     for name in pairs.zero:
         if zero := pairs.zero[name]:

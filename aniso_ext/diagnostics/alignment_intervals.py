@@ -20,11 +20,12 @@ from aniso_ext.diagnostics.intervals import (
     widened,
 )
 from aniso_ext.diagnostics.neighbours import Nearest
-from aniso_ext.diagnostics.rows import pieces
-from aniso_ext.diagnostics.searches import RECALL_DEPTH, Union, mixing_influence, overlap_influence
+from aniso_ext.diagnostics.rows import BATCH_ROWS, pieces
+from aniso_ext.diagnostics.searches import RECALL_DEPTH, Owed, Union, mixing_owed, overlap_owed
 
 if TYPE_CHECKING:
     from aniso_ext.diagnostics.alignment import AlignmentReport
+    from aniso_ext.diagnostics.streams import Matrix
 
 UNIT_TOLERANCE = 1e-2
 ENERGIES = 4
@@ -35,8 +36,8 @@ PRODUCTS = 5
 class Settings:
     """How the numbers are taken.
 
-    Neighbours, random pairs of psi (None: all pairs, exact), seed, resamples behind the intervals (0: none), and
-    whether candidates for neighbours are found in float16.
+    Neighbours, random pairs of psi (None: all pairs, exact), seed, resamples behind the intervals (0: none), whether
+    candidates for neighbours are found in float16, and the number of pairs whose neighbours are searched (None: all).
     """
 
     k: int = 20
@@ -44,6 +45,7 @@ class Settings:
     seed: int = 0
     bootstrap: int = 0
     half: bool = False
+    queries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PairSums:
     stray: dict[str, int]
 
     @classmethod
-    def of(cls, y: torch.Tensor, x: torch.Tensor, z: torch.Tensor) -> PairSums:
+    def of(cls, y: Matrix, x: Matrix, z: Matrix) -> PairSums:
         count, width = x.shape
         sums = torch.zeros(3, width, dtype=torch.float64, device=x.device)
         moments = torch.zeros(2, width, width, dtype=torch.float64, device=x.device)
@@ -97,22 +99,29 @@ class PairSums:
 
 def alignment_intervals(
     report: AlignmentReport,
-    sides: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    sides: tuple[Matrix, Matrix, Matrix],
     pairs: PairSums,
     found: tuple[Nearest, Union],
     settings: Settings,
+    queries: torch.Tensor | None,
 ) -> dict[str, Interval]:
-    """Intervals of every number that depends on the pairs, for rows ``sides`` = (y, x, z) and what was found there."""
-    shares = _shares(report, pairs, *found)
+    """Intervals of every number that depends on the pairs, for rows ``sides`` = (y, x, z) and what was found there.
+
+    ``queries`` are the pairs whose neighbours were searched, None for all.
+    """
+    near = _near(found, report.mixing_expectation)
+    shares = {"phi": pairs.products, "paired_cosine": pairs.cosines}
+    if queries is None:
+        shares |= {name: one.influence() if isinstance(one, Owed) else one for name, one in near.items()}
     parts = _contributions(sides, pairs, torch.stack(list(shares.values()), dim=1))
     means, drawn = resampled_means(parts, report.n, resamples=settings.bootstrap, seed=settings.seed)
     sizes = (len(shares), PRODUCTS, ENERGIES, report.width, report.width, report.width)
     products = means.split(sizes)[1]
     values, drawn_products, energies, m_y, m_x, m_z = drawn.split(sizes, dim=1)
-    intervals = {
-        name: percentile_interval(column, *_range(name, pairs))
-        for name, column in zip(shares, values.unbind(dim=1), strict=True)
-    }
+    columns = dict(zip(shares, values.unbind(dim=1), strict=True))
+    if queries is not None:
+        columns |= _of_queries(near, queries, report.n, settings)
+    intervals = {name: percentile_interval(column, *_range(name, pairs)) for name, column in columns.items()}
     return defined(
         report,
         {
@@ -127,20 +136,52 @@ def alignment_intervals(
     )
 
 
-def _shares(
-    report: AlignmentReport, pairs: PairSums, source_neighbours: Nearest, around: Union
-) -> dict[str, torch.Tensor]:
-    """What each pair adds to the numbers that are means, [n] each."""
+def _near(found: tuple[Nearest, Union], expectation: float) -> dict[str, Owed | torch.Tensor]:
+    """The numbers that are means over neighbourhoods: what they owe to pairs, or values [q] that depend on no other."""
+    source_neighbours, around = found
     return {
-        "phi": pairs.products,
-        "paired_cosine": pairs.cosines,
-        "omega": overlap_influence(source_neighbours, around.outputs),
+        "omega": overlap_owed(source_neighbours, around.outputs),
         "omega_tied": source_neighbours.tied.double(),
-        "m_z": mixing_influence(around.around_outputs) / report.mixing_expectation,
-        "m_x": mixing_influence(around.around_targets) / report.mixing_expectation,
+        "m_z": mixing_owed(around.around_outputs, expectation),
+        "m_x": mixing_owed(around.around_targets, expectation),
         "recall_at_1": around.retrieval.recalls(1),
         "recall_at_10": around.retrieval.recalls(RECALL_DEPTH),
     }
+
+
+def query_errors(found: tuple[Nearest, Union], expectation: float, count: int) -> dict[str, float]:
+    """Standard errors of means over sampled queries as estimates of those over all ``count`` pairs.
+
+    sqrt((1 - q/n) s^2 / q), as of any uniform sample without replacement.
+    """
+    errors = {}
+    for name, one in _near(found, expectation).items():
+        values = one.own if isinstance(one, Owed) else one
+        error = math.sqrt(float(values.var()) * (1 - values.numel() / count) / values.numel())
+        if math.isfinite(error):
+            errors[name] = error
+    return errors
+
+
+def _of_queries(
+    near: dict[str, Owed | torch.Tensor], queries: torch.Tensor, count: int, settings: Settings
+) -> dict[str, torch.Tensor]:
+    """Resampled means [resamples] of what sampled queries found.
+
+    With V the variance of the values and I that of the influences of all pairs, the mean over q of n pairs has the
+    variance (1 - q/n) V / q, of the sample, and I / n, of the pairs. Redrawing the queries gives V / q; what they
+    deviate is therefore stretched by sqrt(1 - q/n + q/n I / V).
+    """
+    values = {name: one.own if isinstance(one, Owed) else one for name, one in near.items()}
+    parts = iter(torch.stack(list(values.values()), dim=1).split(BATCH_ROWS))
+    means, drawn = resampled_means(parts, queries.numel(), resamples=settings.bootstrap, seed=settings.seed)
+    share = queries.numel() / count
+    for column, one in enumerate(near.values()):
+        variance = float(one.own.var(correction=0)) if isinstance(one, Owed) else 0.0
+        if isinstance(one, Owed) and variance > 0:
+            stretch = math.sqrt(1 - share + share * one.influence_variance(queries, count) / variance)
+            drawn[:, column] = means[column] + stretch * (drawn[:, column] - means[column])
+    return dict(zip(values, drawn.unbind(dim=1), strict=True))
 
 
 def _range(name: str, pairs: PairSums) -> tuple[float, float]:
@@ -153,7 +194,7 @@ def _range(name: str, pairs: PairSums) -> tuple[float, float]:
 
 
 def _contributions(
-    sides: tuple[torch.Tensor, torch.Tensor, torch.Tensor], pairs: PairSums, table: torch.Tensor
+    sides: tuple[Matrix, Matrix, Matrix], pairs: PairSums, table: torch.Tensor
 ) -> Iterator[torch.Tensor]:
     """Pieces of [n, m]: the table, the projections of psi, energies of x - z in its leading direction, and the rows."""
     y, x, z = sides

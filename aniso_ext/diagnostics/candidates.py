@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aniso_ext.diagnostics.neighbours import Search, leave_out_self
+from aniso_ext.diagnostics.neighbours import Search, leave_out_self, products
 
 GROUP = 32
 PADDING = 8 * GROUP
@@ -34,18 +34,19 @@ SETTLE_ELEMENTS = 2**28
 CORPUS_ROWS = 2**15
 
 
-class HalfRows:
-    """Directions of rows [n, D] of any floating dtype: rounded to float16 for products, and in float64 where asked.
+class RoundedRows:
+    """Directions of rows [n, D] of any floating dtype: rounded for products, and in float64 where asked.
 
-    ``half`` [n', D'] is padded with zeros so that matrix units and groups divide it; ``rounding`` [n] are the distances
-    of its rows from the directions, ``norms`` [n] their lengths. A zero row has direction 0 and length 1.
+    ``rounded`` [n', D'] in ``dtype`` is padded with zeros so that matrix units and groups divide it; ``rounding`` [n]
+    are the distances of its rows from the directions, ``norms`` [n] their lengths. A zero row has direction 0 and
+    length 1.
     """
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, dtype: torch.dtype = torch.float16) -> None:
         self.rows = rows
         self.count, self.width = rows.shape
         padded = -(-self.count // PADDING) * PADDING, -(-self.width // 8) * 8
-        self.half = torch.zeros(padded, dtype=torch.float16, device=rows.device)
+        self.rounded = torch.zeros(padded, dtype=dtype, device=rows.device)
         self.norms = torch.empty(self.count, dtype=torch.float64, device=rows.device)
         self.rounding = torch.empty_like(self.norms)
         for start in range(0, self.count, CORPUS_ROWS):
@@ -53,18 +54,19 @@ class HalfRows:
             norms = rows[part].double().norm(dim=1)
             self.norms[part] = torch.where(norms > 0, norms, 1)
             exact = self.exact(part)
-            self.half[part, : self.width] = exact.half()
-            self.rounding[part] = (exact - self.half[part, : self.width].double()).norm(dim=1)
+            self.rounded[part, : self.width] = exact.to(dtype)
+            self.rounding[part] = (exact - self.rounded[part, : self.width].double()).norm(dim=1)
         self.worst_rounding = float(self.rounding.max())
 
     def exact(self, index: slice | torch.Tensor) -> torch.Tensor:
         """Directions in float64, [..., D] for an index of any shape."""
         return self.rows[index].double() / self.norms[index].unsqueeze(-1)
 
-    def error(self, rows: torch.Tensor, corpus: HalfRows) -> torch.Tensor:
-        """[b], the bound on the error of float16 scores of these rows with the corpus."""
+    def error(self, rows: torch.Tensor, corpus: RoundedRows) -> torch.Tensor:
+        """[b], the bound on the error of scores of these rows with the corpus, both rounded."""
         own = self.rounding[rows]
-        return own + (1 + own) * corpus.worst_rounding + self.width * 2.0**-23 + 2.0**-11
+        of_score = torch.finfo(self.rounded.dtype).eps / 2
+        return own + (1 + own) * corpus.worst_rounding + self.width * 2.0**-23 + of_score
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,27 @@ class Candidates:
 
 
 def find_candidates(
-    queries: HalfRows, rows: torch.Tensor, corpus: HalfRows, length: int, own: int | None
+    queries: RoundedRows, rows: torch.Tensor, corpus: RoundedRows, length: int, own: int | None
 ) -> Candidates:
-    """The ``length`` best columns of the corpus for some queries, by float16 scores; fewer if there are fewer."""
-    scores = queries.half[rows] @ corpus.half.T
-    scores[:, corpus.count :] = -torch.inf
+    """The ``length`` best columns of the corpus for some queries, by rounded scores; fewer if there are fewer."""
+    scores = rounded_scores(queries, rows, corpus)
     leave_out_self(scores, rows, slice(0, corpus.count), own)
+    return best_columns(scores, queries, rows, corpus, length)
+
+
+def rounded_scores(queries: RoundedRows, rows: torch.Tensor, corpus: RoundedRows) -> torch.Tensor:
+    """[b, n'] in the dtype of the rounding; the padding scores -inf."""
+    wanted = queries.rounded[rows]
+    single = wanted.dtype == torch.float32 and wanted.device.type == "cpu"
+    scores = products(wanted, corpus.rounded) if single else wanted @ corpus.rounded.T
+    scores[:, corpus.count :] = -torch.inf
+    return scores
+
+
+def best_columns(
+    scores: torch.Tensor, queries: RoundedRows, rows: torch.Tensor, corpus: RoundedRows, length: int
+) -> Candidates:
+    """The columns of the ``length`` best of these rounded scores [b, n'], scored again."""
     stride = scores.shape[1] // GROUP
     groups = scores.view(-1, GROUP, stride).amax(dim=1).topk(min(length, stride), dim=1, sorted=False).indices
     members = torch.arange(0, scores.shape[1], stride, device=rows.device).view(1, GROUP, 1)
@@ -98,7 +115,7 @@ def find_candidates(
     return Candidates(exact, columns, limit)
 
 
-def _exact_scores(queries: HalfRows, rows: torch.Tensor, corpus: HalfRows, columns: torch.Tensor) -> torch.Tensor:
+def _exact_scores(queries: RoundedRows, rows: torch.Tensor, corpus: RoundedRows, columns: torch.Tensor) -> torch.Tensor:
     """Float64 scores [b, w] of queries with columns of their own."""
     size = max(1, EXACT_BLOCK_ELEMENTS // (columns.shape[1] * corpus.width))
     return torch.cat(
@@ -110,7 +127,7 @@ def _exact_scores(queries: HalfRows, rows: torch.Tensor, corpus: HalfRows, colum
 
 
 def run_half(
-    queries: HalfRows, corpus: Sequence[HalfRows], searches: Sequence[Search], *, depth: int, own: int | None
+    queries: RoundedRows, corpus: Sequence[RoundedRows], searches: Sequence[Search], *, depth: int, own: int | None
 ) -> None:
     """Answer all searches; their columns are whole clouds of ``corpus``, one after another, and lists ``depth`` long.
 
@@ -134,9 +151,9 @@ def run_half(
 
 
 def _search(
-    queries: HalfRows,
+    queries: RoundedRows,
     wanted: torch.Tensor,
-    corpus: Sequence[HalfRows],
+    corpus: Sequence[RoundedRows],
     starts: Sequence[int],
     searches: Sequence[Search],
     length: int,
@@ -144,7 +161,7 @@ def _search(
 ) -> None:
     """Let the searches consider candidates of the ``wanted`` queries."""
     used = [index for index, start in enumerate(starts) if any(_covers(search, start) for search in searches)]
-    size = max(1, BLOCK_ELEMENTS // max(corpus[index].half.shape[0] for index in used))
+    size = max(1, BLOCK_ELEMENTS // max(corpus[index].rounded.shape[0] for index in used))
     for rows in wanted.split(size if size < 128 else size // 128 * 128):
         if rows.numel() == 0:
             continue
@@ -166,6 +183,6 @@ def _covers(search: Search, start: int) -> bool:
     return bool(search.columns.start <= start < search.columns.stop)
 
 
-def _exact_parts(cloud: HalfRows) -> Iterator[torch.Tensor]:
+def _exact_parts(cloud: RoundedRows) -> Iterator[torch.Tensor]:
     for start in range(0, cloud.count, CORPUS_ROWS):
         yield cloud.exact(slice(start, min(start + CORPUS_ROWS, cloud.count)))

@@ -17,8 +17,8 @@ RECALL_KEPT = 0.9
 RULE = (
     "Score: harmonic mean of preservation (mean of Psi and Omega) and mixing (the lesser of M_Z and M_X, at most "
     "1), its bounds from theirs. Methods whose bounds "
-    f"overlap those of the highest score cannot be told apart; without intervals bounds are ± {MARGIN:g}. Left "
-    "out: methods whose cosine "
+    f"overlap those of the highest score cannot be told apart; without intervals bounds are ± {MARGIN:g}, or "
+    "what a sample of queries leaves if that is more. Left out: methods whose cosine "
     f"is clearly below identity's or whose R@10 is clearly below {100 * RECALL_KEPT:.0f} % of it. A method is "
     "favoured only if identity is not among the best."
 )
@@ -116,7 +116,10 @@ def _lost(methods: Mapping[str, AlignmentReport]) -> list[str]:
 
 
 def _with_margin(one: Range) -> Range:
-    return one if one.measured else Range(one.value, one.value - MARGIN, one.value + MARGIN, False)
+    """Without an interval, bounds of at least the margin."""
+    if one.measured:
+        return one
+    return Range(one.value, min(one.low, one.value - MARGIN), max(one.high, one.value + MARGIN), False)
 
 
 def _mean(parts: Sequence[Range]) -> Range:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from aniso_ext.diagnostics.rows import pieces
 from aniso_ext.diagnostics.spectra import pearson
+
+if TYPE_CHECKING:
+    from aniso_ext.diagnostics.streams import Matrix
 
 PAIRS_AT_A_TIME = 2**16
 
@@ -44,17 +48,30 @@ def random_pairs(count: int, pairs: int, seed: int) -> tuple[torch.Tensor, torch
     return torch.from_numpy(first), torch.from_numpy(second)
 
 
-def sampled_psi(source: torch.Tensor, transformed: torch.Tensor, pairs: int, seed: int) -> float:
+def sampled_psi(source: Matrix, transformed: Matrix, pairs: int, seed: int) -> float:
     """Pearson correlation of y_i.y_j and z_i.z_j over random pairs; products in float32, correlation in float64.
 
     Its standard error is about (1 - psi^2) / sqrt(pairs).
     """
-    first, second = random_pairs(source.shape[0], pairs, seed)
-    if source.device.type == "cpu":
-        partners = second[first.argsort(stable=True)].split(first.bincount(minlength=source.shape[0]).tolist())
-        return pearson(_partner_products(source, partners), _partner_products(transformed, partners))
-    first, second = first.to(source.device), second.to(source.device)
-    return pearson(_pair_products(source, first, second), _pair_products(transformed, first, second))
+    chosen = random_pairs(source.shape[0], pairs, seed)
+    return pearson(*(_products(*_gathered(rows, *chosen)) for rows in (source, transformed)))
+
+
+def _gathered(
+    rows: Matrix, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows in memory with the places of both partners there; of rows that pass by only those that are partners."""
+    if isinstance(rows, torch.Tensor):
+        return rows, first, second
+    used, places = torch.cat((first, second)).unique(return_inverse=True)
+    return rows.take(used), places[: first.numel()], places[first.numel() :]
+
+
+def _products(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    if rows.device.type == "cpu":
+        partners = second[first.argsort(stable=True)].split(first.bincount(minlength=rows.shape[0]).tolist())
+        return _partner_products(rows, partners)
+    return _pair_products(rows, first.to(rows.device), second.to(rows.device))
 
 
 def _partner_products(rows: torch.Tensor, partners: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -85,7 +102,7 @@ class AllPairs:
     count: int
 
     @classmethod
-    def of(cls, source: torch.Tensor, transformed: torch.Tensor) -> AllPairs:
+    def of(cls, source: Matrix, transformed: Matrix) -> AllPairs:
         width = source.shape[1]
         cross, a, b = (torch.zeros(width, width, dtype=torch.float64, device=source.device) for _ in range(3))
         sums = [torch.zeros(width, dtype=torch.float64, device=source.device) for _ in range(2)]
@@ -117,7 +134,7 @@ def pair_correlation(means: torch.Tensor) -> torch.Tensor:
     return torch.where(variances > 0, (cross - a * b) / variances.sqrt(), math.nan)
 
 
-def exact_psi(source: torch.Tensor, transformed: torch.Tensor) -> float:
+def exact_psi(source: Matrix, transformed: Matrix) -> float:
     """The same correlation over all pairs i != j, without sampling."""
     pairs = AllPairs.of(source, transformed)
     squares = [torch.zeros((), dtype=torch.float64, device=source.device) for _ in range(5)]

@@ -37,11 +37,12 @@ class Range(NamedTuple):
 
 
 def range_of(report: GapReport | AlignmentReport, name: str) -> Range:
-    """A number of a report with its interval, if there is one."""
+    """A number of a report with its interval, or else with the bounds that a sample of queries leaves it."""
     value = float(getattr(report, name))
     found = report.intervals.get(name)
     if found is None or math.isnan(value) or math.isnan(found.low) or math.isnan(found.high):
-        return Range(value, value, value, False)
+        error = 1.96 * getattr(report, "query_errors", {}).get(name, 0.0)
+        return Range(value, value - error, value + error, False)
     return Range(value, min(value, found.low), max(value, found.high), True)
 
 

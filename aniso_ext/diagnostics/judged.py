@@ -20,12 +20,16 @@ from aniso_ext.errors import InputError
 
 @dataclass(frozen=True)
 class JudgedRows:
-    """The rows that stand-ins are judged on; ``chosen`` is None when they are all."""
+    """The rows that stand-ins are judged on; ``chosen`` is None when they are all.
+
+    ``in_place`` leaves a set whose rows are all judged where it is, for whoever reads it in pieces.
+    """
 
     given: Any
     total: int
     width: int
     chosen: np.ndarray | None
+    in_place: bool = False
 
     @property
     def count(self) -> int:
@@ -37,13 +41,13 @@ class JudgedRows:
 
     def read(self, value: Any) -> Any:
         """The judged rows of an array, a tensor, a set or a path, as stored."""
-        if isinstance(value, (np.ndarray, torch.Tensor)):
-            return value if self.chosen is None else value[self.chosen]
-        if isinstance(value, (str, PathLike)):
-            from aniso_ext.data import open_embeddings
+        opened = _opened(value)
+        return opened if self.in_place and self.chosen is None else self._in_memory(opened)
 
-            value = open_embeddings(value)
-        return value.read(slice(0, self.total) if self.chosen is None else self.chosen)
+    def _in_memory(self, opened: Any) -> Any:
+        if isinstance(opened, (np.ndarray, torch.Tensor)):
+            return opened if self.chosen is None else opened[self.chosen]
+        return opened.read(slice(0, self.total) if self.chosen is None else self.chosen)
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a set whose rows are not those of the source; what a function makes is seen when it is called."""
@@ -53,7 +57,7 @@ class JudgedRows:
     def stand_ins(self, name: str, value: Any) -> Any:
         """The judged rows of a method: those of a set of all rows, or what a function makes of the source."""
         if callable(value):
-            made = value(self.source)
+            made = value(self._in_memory(_opened(self.given)))
             shape = tuple(getattr(made, "shape", ()))
             if shape != (self.count, self.width):
                 raise InputError(
@@ -63,6 +67,14 @@ class JudgedRows:
             return made
         self.check(name, value)
         return self.read(value)
+
+
+def _opened(value: Any) -> Any:
+    if not isinstance(value, (str, PathLike)):
+        return value
+    from aniso_ext.data import open_embeddings
+
+    return open_embeddings(value)
 
 
 class Clock:

@@ -105,6 +105,10 @@ class Search:
     def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def floor(self, queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """[b], no column that scores less matters to these undecided queries, of which ``scores`` [b, w] are known."""
+        raise NotImplementedError
+
 
 class Nearest(Search):
     """The k nearest columns of each query, ``indices`` [n, k] ascending; ties go to the lower index.
@@ -130,6 +134,9 @@ class Nearest(Search):
 
     def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         return scores.topk(self.k, dim=1).values[:, -1] - TIE > limit
+
+    def floor(self, queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.topk(min(self.k + 1, scores.shape[1]), dim=1).values[:, -1] - 2 * TIE
 
     def settle(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor) -> None:
         if queries.numel() == 0:
@@ -206,6 +213,9 @@ class Retrieval(Search):
     def _decided(self, queries: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
         match = self.match[queries]
         return (limit < match - TIE) | ((scores > match.unsqueeze(1) + TIE).sum(dim=1) >= self.depth)
+
+    def floor(self, queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.match[queries] - 2 * TIE
 
     def settle(self, queries: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor) -> None:
         match = self.match[queries].unsqueeze(1)

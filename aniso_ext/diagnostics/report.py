@@ -82,14 +82,20 @@ def _html_row(cells: Iterable[str], tag: str) -> str:
 
 
 def scalars(report: Report) -> dict[str, Any]:
-    """The plain numbers and texts of a report by field, with the bounds of its intervals behind each."""
+    """The plain numbers and texts of a report by field, with the bounds of its intervals behind each.
+
+    ``name_query_error`` follows where a number is a mean over sampled queries.
+    """
     intervals: dict[str, Interval] = getattr(report, "intervals", {})
+    errors: dict[str, float] = getattr(report, "query_errors", {})
     found: dict[str, Any] = {}
     for name, value in vars(report).items():
         if isinstance(value, (int, float, str)):
             found[name] = value
             if name in intervals:
                 found[f"{name}_low"], found[f"{name}_high"] = intervals[name]
+            if name in errors:
+                found[f"{name}_query_error"] = errors[name]
     return found
 
 

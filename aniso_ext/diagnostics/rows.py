@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from aniso_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from aniso_ext.diagnostics.streams import Matrix
 
 CPU = torch.device("cpu")
 BATCH_ROWS = 8192
@@ -41,8 +44,21 @@ class Rows:
             array = np.asarray(source[rows] if isinstance(source, np.ndarray) else source.read(rows))
             piece = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
         values = piece.to(device).to(piece.dtype if dtype is None else dtype).contiguous()
-        self._check_finite(values, rows)
+        self.check_finite(values, rows)
         return values
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are an array or a tensor, possibly mapped from a file, and not a set that is read."""
+        return isinstance(self._source, (np.ndarray, torch.Tensor))
+
+    def fill(self, rows: slice | np.ndarray, out: torch.Tensor) -> None:
+        """Copy the rows into ``out`` [n, D], of their own dtype and on the CPU, without a look at them."""
+        source = self._source
+        if isinstance(source, torch.Tensor):
+            out.copy_(source[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(source.device)].detach())
+        else:
+            np.copyto(out.numpy(), np.asarray(source[rows] if isinstance(source, np.ndarray) else source.read(rows)))
 
     def batches(self, batch_rows: int = BATCH_ROWS, *, device: torch.device = CPU) -> Iterator[torch.Tensor]:
         """All rows in order as float64, at most ``batch_rows`` at a time."""
@@ -57,10 +73,11 @@ class Rows:
         if device.index is not None and source.device.index != device.index:
             return None
         for start in range(0, self.count, BATCH_ROWS):
-            self._check_finite(source[start : start + BATCH_ROWS], slice(start, self.count))
+            self.check_finite(source[start : start + BATCH_ROWS], slice(start, self.count))
         return source.detach()
 
-    def _check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
+    def check_finite(self, values: torch.Tensor, rows: slice | np.ndarray) -> None:
+        """Raises an :class:`InputError` with the place of the first of these ``values`` that is not finite."""
         bad = (~torch.isfinite(values.double().square().sum(dim=1))).nonzero().flatten()
         if bad.numel():
             first = int(bad[0])
@@ -173,7 +190,7 @@ def load_stored(rows: Rows, chosen: np.ndarray | None, device: torch.device) -> 
     return loaded
 
 
-def pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def pieces(*rows: Matrix) -> Iterator[tuple[torch.Tensor, ...]]:
     """Matching float64 pieces of matrices with the same number of rows."""
     for parts in zip(*(matrix.split(BATCH_ROWS) for matrix in rows), strict=True):
         yield tuple(part.double() for part in parts)

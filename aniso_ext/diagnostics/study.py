@@ -26,6 +26,7 @@ from aniso_ext.diagnostics.projection import ProjectionReport, projection
 from aniso_ext.diagnostics.records import from_plain, read_json, to_plain
 from aniso_ext.diagnostics.report import Report, emit
 from aniso_ext.diagnostics.rows import choose_rows, open_paired
+from aniso_ext.diagnostics.sampled import query_count
 from aniso_ext.diagnostics.verdict import Verdict, verdict
 from aniso_ext.errors import DataError, InputError
 
@@ -50,6 +51,8 @@ class StudyOptions:
         device: torch device of the neighbour searches; None leaves the choice to the functions.
         oracle: walk the paired oracle path, on at most ``oracle_pairs`` pairs.
         rows: project rows, look at phases (with a frame) and at the sizes of corrections, on at most ``row_pairs``.
+        max_queries: pairs whose neighbours are searched, among all that are judged; None is all up to 1M, and 10^12
+            over their number beyond.
     """
 
     k: int = 20
@@ -61,6 +64,7 @@ class StudyOptions:
     oracle_pairs: int = 2_000
     rows: bool = True
     row_pairs: int = 4_000
+    max_queries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, when, with what, and how long each step took."""
+    """What was measured, when, with what, and how long each step took; ``queries`` 0 is taken for all ``judged``."""
 
     rows: int
     judged: int
@@ -90,6 +94,10 @@ class Measured:
     date: str
     versions: dict[str, str]
     seconds: dict[str, float]
+    queries: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", self.queries or self.judged)
 
 
 @dataclass(frozen=True)
@@ -256,7 +264,10 @@ def study(
     _check_names(given, initial, bounds)
     clock = Clock(progress or (lambda text: nullcontext()))
     ys, _xs = open_paired(minimum=max(3, options.k + 1), source=source, target=target)
-    rows = JudgedRows(source, ys.count, ys.width, choose_rows(ys.count, options.max_pairs, options.seed))
+    chosen = choose_rows(ys.count, options.max_pairs, options.seed)
+    judged = ys.count if chosen is None else len(chosen)
+    queries = query_count(judged, options.max_queries)
+    rows = JudgedRows(source, ys.count, ys.width, chosen, in_place=queries < judged)
     for name, value in given.items():
         rows.check(name, value)
     y, x = rows.source, rows.read(target)
@@ -273,7 +284,7 @@ def study(
     reports = {}
     for name, z in {IDENTITY: y, **stand_ins}.items():
         with clock.step("alignment", f"judging {name}"), quietly():
-            found = alignment(y, x, z, k=options.k, max_pairs=None, **shared)
+            found = alignment(y, x, z, k=options.k, max_pairs=None, max_queries=queries, **shared)
         texts = tuple(text.replace("transformed has", f"{name}: the result has", 1) for text in found.warnings)
         reports[name] = replace(found, n_available=ys.count, warnings=texts)
     oracle = None
@@ -290,7 +301,7 @@ def study(
     phases = projected = sizes = None
     if options.rows:
         with clock.step("rows", "looking at the rows"), quietly():
-            phases, projected, sizes = _rows_of(y, x, stand_ins, frame, starts, bounds or {}, options)
+            phases, projected, sizes = _rows_of(ys.width, y, x, stand_ins, frame, starts, bounds or {}, options)
     said: list[str] = [
         text
         for one in (measured_gap, *reports.values(), oracle, phases, projected, sizes)
@@ -306,6 +317,7 @@ def study(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         versions=_versions(),
         seconds={name: round(value, 3) for name, value in clock.seconds.items()},
+        queries=queries,
     )
     if not origin.command:
         origin = replace(origin, command=_python_command(given, options))
@@ -313,6 +325,7 @@ def study(
 
 
 def _rows_of(
+    width: int,
     y: Any,
     x: Any,
     stand_ins: Mapping[str, Any],
@@ -326,7 +339,7 @@ def _rows_of(
     phases = None if frame is None else phase_report(y, x, stand_ins, frame, **chosen)
     plane = (
         projection(y, x, stand_ins, max_rows=min(PLANE_ROWS, options.row_pairs), seed=options.seed)
-        if y.shape[1] > 1
+        if width > 1
         else None
     )
     known = {name: bounds[name] for name in starts if name in bounds}

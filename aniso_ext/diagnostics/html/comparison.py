@@ -140,6 +140,7 @@ def _measured(studies: Mapping[str, Study]) -> Table:
             Cell(study.origin.target),
             Cell(f"{study.measured.rows:,}", study.measured.rows),
             Cell(f"{study.measured.judged:,}", study.measured.judged),
+            Cell(f"{study.measured.queries:,}", study.measured.queries),
             Cell(str(study.measured.options.k), study.measured.options.k),
             Cell(study.measured.date),
         )
@@ -147,6 +148,7 @@ def _measured(studies: Mapping[str, Study]) -> Table:
     )
     columns = (
         Column("study", False), Column("source", False), Column("target", False), Column("pairs"), Column("judged"),
+        Column("queries", hint="Pairs whose neighbours were searched, among all that were judged"),
         Column("k"), Column("date", False),
     )  # fmt: skip
     return Table("What was measured", columns, rows)

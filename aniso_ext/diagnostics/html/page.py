@@ -100,9 +100,10 @@ def opening(study: Study) -> str:
     judged = "all of them" if measured.judged == measured.rows else f"{measured.judged:,} drawn from them"
     methods = len(study.methods) - 1
     count = "no method" if not methods else "one method" if methods == 1 else f"{methods} methods"
-    return (
+    text = (
         f"{measured.rows:,} pairs of width {measured.width:,}; {count} beside the source as it is, judged on {judged}."
     )
+    return f"{text} {tables.sampled_queries(study.methods)}".rstrip()
 
 
 def shown(findings: Sequence[Finding]) -> tuple[dict[str, str], ...]:
@@ -212,6 +213,7 @@ def measured_section(measured: Measured, command: str, methods: dict[str, str]) 
     facts = [
         ("date", measured.date),
         ("pairs", f"{measured.rows:,}, of which stand-ins are judged on {measured.judged:,}"),
+        ("neighbours", f"of {measured.queries:,} pairs among all that are judged"),
         *((name.replace("_", " "), _option(value)) for name, value in options.items()),
         *(
             (f"version of {name}" if name not in ("processor",) else name, value)

@@ -126,7 +126,22 @@ def methods_table(methods: Mapping[str, AlignmentReport]) -> Table:
         "Bold: the best of the stand-ins, and all that cannot be told apart from it by their intervals. identity is "
         "the source as it is."
     )
+    if sampled := sampled_queries(methods):
+        note += f" {sampled}"
     return Table(f"Stand-ins on {first.n:,} pairs{drawn}, k = {first.k}", columns, tuple(rows), note)
+
+
+def sampled_queries(methods: Mapping[str, AlignmentReport]) -> str:
+    """A sentence on the pairs whose neighbours were searched, where these are not all; else nothing."""
+    first = next(iter(methods.values()))
+    if first.queries == first.n:
+        return ""
+    worst = max((error for report in methods.values() for error in report.query_errors.values()), default=0.0)
+    return (
+        f"Omega, M_Z, M_X and R@k are means over {first.queries:,} pairs, drawn at random from the {first.n:,}, whose "
+        f"neighbours are exact among all of them: standard error at most {worst:.1g}"
+        f"{', which the intervals include' if first.intervals else ''}."
+    )
 
 
 def _best(methods: Mapping[str, AlignmentReport], metric: Metric) -> set[str]:
