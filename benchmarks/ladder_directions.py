@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,13 +42,13 @@ from aniso_ext.bench.records import read_table, write_table
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LADDER = RESULTS / "h100_fashion44k_ladder.csv"
+DATA = Path(os.environ.get("ANISO_DATA", REPOSITORY.parent / "shared" / "data"))
 PICTURE = REPOSITORY / "docs" / "figures" / "ladder_directions.png"
 SETS = ("fashion44k", "clip_vitb32_classpairs")
 LEVELS = (0.0, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.06)
 NETWORK_LEVELS = (0.0, 0.01, 0.02, 0.04)
 NETWORK_ARMS = ("identity", "realign", "anisoalign", "images")
 BANDS = ((0, 8), (8, 32), (32, 128), (128, 256), (256, 512))
-ARMS = ("identity", "mean_shift", "realign", "initialisation", "anisoalign", "images")
 Rows = list[dict[str, Any]]
 console = Console(stderr=True)
 
@@ -183,34 +183,30 @@ def closeness(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first * second).sum() / (first.norm() * second.norm()))
 
 
-def standins(problem: Problem, aligners: Path | None) -> dict[str, torch.Tensor]:
-    """Of the training rows, by arm; aligners see the two sides shuffled apart."""
-    aligner = kept_aligner(problem, aligners)
-    found = {"identity": problem.source, "images": problem.target}
-    for method in ("mean_shift", "realign"):
+def standins(problem: Problem, keep: Path | None) -> dict[str, torch.Tensor]:
+    """Of the training rows, by arm; AnisoAlign's from the folder ``keep`` if they are there."""
+    closed = fitted(problem, refine=False)
+    problem.basis = closed.frame_.basis.float()
+    found = {"identity": problem.source}
+    for method in ("mean_shift", "realign", "gaussian_monge"):
         found[method] = fitted(problem, method).transform(problem.source)
-    found["initialisation"] = aligner.transform(problem.source, refine=False)
-    found["anisoalign"] = aligner.transform(problem.source)
-    problem.basis = aligner.frame_.basis.float()
-    return {arm: found[arm] for arm in ARMS}
+    found["initialisation"] = closed.transform(problem.source)
+    place = None if keep is None else keep / f"{problem.name}.npy"
+    if place is not None and place.is_file():
+        found["anisoalign"] = torch.from_numpy(np.load(place, allow_pickle=False))
+    else:
+        found["anisoalign"] = fitted(problem).transform(problem.source)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            np.save(place, found["anisoalign"].numpy())
+    return {**found, "images": problem.target}
 
 
 def fitted(problem: Problem, method: str = "anisoalign", **options: Any) -> Any:
-    """An aligner of the training rows, the two sides shuffled apart."""
+    """An aligner of the training rows, the two sides shuffled apart as in the ladder."""
     random = np.random.default_rng(0)
     sides = (rows.numpy()[random.permutation(len(rows))] for rows in (problem.source, problem.target))
     return aniso.make_aligner(method, **options).fit(*sides)
-
-
-def kept_aligner(problem: Problem, aligners: Path | None) -> Any:
-    """AnisoAlign, from the folder if it is there."""
-    place = None if aligners is None else aligners / problem.name
-    if place is not None and place.is_dir():
-        return aniso.load_aligner(place)
-    aligner = fitted(problem)
-    if place is not None:
-        aligner.save_pretrained(place)
-    return aligner
 
 
 def measured(problem: Problem, rows: torch.Tensor, shape: torch.Tensor, levels: tuple[float, ...] = LEVELS) -> Rows:
@@ -221,9 +217,9 @@ def measured(problem: Problem, rows: torch.Tensor, shape: torch.Tensor, levels: 
     return [{**row, "chosen": index == best} for index, row in enumerate(found)]
 
 
-def analyse(problem: Problem, networks: int, aligners: Path | None) -> Iterator[dict[str, Any]]:
+def analyse(problem: Problem, networks: int, keep: Path | None) -> Iterator[dict[str, Any]]:
     """All lines of one data set."""
-    arms = standins(problem, aligners)
+    arms = standins(problem, keep)
     isotropic = torch.eye(problem.source.shape[1])
     rows, image = arms["anisoalign"], problem.target
 
@@ -323,22 +319,23 @@ def ranks(values: list[float]) -> np.ndarray:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path(
-        os.environ.get("ANISO_DATA", REPOSITORY.parent / "shared" / "data")
-    ),
+    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = DATA,
     only: Annotated[list[str] | None, typer.Option(help="Data set; may be given several times.")] = None,
     networks: Annotated[int, typer.Option(min=0, help="Seeds of the two-layer networks.")] = 2,
-    aligners: Annotated[Path | None, typer.Option(help="Folder that keeps fitted AnisoAligns between runs.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder that keeps AnisoAlign's stand-ins, whose fit takes minutes on a CPU.")
+    ] = None,
     csv: Annotated[Path, typer.Option(help="Where the lines go.")] = RESULTS / "ladder_directions.csv",
     picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = PICTURE,
 ) -> None:
     """Write the CSV and the figure."""
     names = only or list(SETS)
     if missing := [name for name in names if not (data / name / "captions.jsonl").is_file()]:
-        raise typer.BadParameter(f"{data} holds no {missing[0]}/captions.jsonl: name the data folder", param_hint="--data")
+        text = f"{data} holds no {missing[0]}/captions.jsonl: name the data folder"
+        raise typer.BadParameter(text, param_hint="--data")
     found: Rows = []
     for name in names:
-        found.extend(analyse(load_problem(data / name), networks, aligners))
+        found.extend(analyse(load_problem(data / name), networks, keep))
         save(found, csv)
     found.extend(agreement(found))
     save(found, csv)

@@ -122,9 +122,9 @@ def load_problem(folder: Path) -> Problem:
 
     return Problem(
         name=folder.name,
-        source=unit(torch.from_numpy(text[train].astype(np.float32))),
-        target=unit(torch.from_numpy(image[train].astype(np.float32))),
-        test=unit(torch.from_numpy(image[test].astype(np.float32))),
+        source=torch.from_numpy(text[train].astype(np.float32)),
+        target=torch.from_numpy(image[train].astype(np.float32)),
+        test=torch.from_numpy(image[test].astype(np.float32)),
         labels=torch.tensor(combined),
         test_labels=torch.tensor(np.array(test_labels).T),
         words=indicator(train),
@@ -147,7 +147,7 @@ class Moments:
     @classmethod
     def of(cls, problem: Problem, rows: torch.Tensor) -> Moments:
         """Of all rows but the kept ones."""
-        own, answers = rows[KEPT:], problem.answers()[KEPT:]
+        own, answers = rows[KEPT:], problem.answers()[KEPT:].to(rows.dtype)
         mean, answer_mean = own.mean(dim=0), answers.mean(dim=0)
         centred = own - mean
         covariance = centred.T @ centred / len(own)

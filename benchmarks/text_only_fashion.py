@@ -8,7 +8,8 @@ row, such as fashion44k. For every arm and seed a small Llama is trained on titl
 split, with the arm's stand-ins of the *text* embeddings in place of images (`images` is the bound: real ones). It is
 judged on *image* embeddings of the test split: CIDEr-D and BLEU of titles, and the four attributes, written out freely.
 Aligners are fitted on the two sides of the train split, shuffled apart. 2 000 rows of the train split are kept from
-training: their photos choose the level of the noise arm, and with `--noise each` or `residual` that of every method without pairs.
+training: their photos choose the level of the noise arm, and with `--noise each` or `--noise residual` that of every
+method without pairs.
 Results: OUT/ladder.md, .csv, .png, runs.csv of every level of noise, and a folder for each run.
 """
 

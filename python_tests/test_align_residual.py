@@ -13,7 +13,7 @@ from aniso_ext.mllm.arms import choose_arms
 
 
 def test_the_residual_of_isolated_rows_is_that_of_their_pairs() -> None:
-    """Unit rows at right angles, each with two targets near it: its nearest ones are known, in any order of the target."""
+    """Unit rows at right angles, each with two targets near it, so that the nearest ones are known."""
     width, random = 24, np.random.default_rng(0)
     standins = np.linalg.qr(random.standard_normal((width, width)))[0]
     moves = 0.05 * random.standard_normal((width, 2, width)) * np.linspace(1, 3, width)
@@ -47,8 +47,8 @@ def test_noise_has_the_shape_of_the_residual_and_the_energy_of_its_level() -> No
     noisy = Correction(noise_std=level * 1e6, noise_factor=factor)(pole.expand(rows, -1))
     tangent = noisy[:, 1:] / noisy[:, :1]
     found = tangent.T @ tangent / rows
-    # second moments of n normal rows have a standard error of sqrt(s_ii s_jj + s_ij^2) / sqrt(n); 5 of them, and 2 * .03
-    # of the moment for the length, which the noise along the pole changes by up to 5 * .03 a row, on average by .03^2
+    # second moments of n normal rows have a standard error of sqrt(s_ii s_jj + s_ij^2) / sqrt(n): five of them, and what
+    # the noise along the pole does to the length, of the order of level^2
     scale = level**2 * wanted[1:, 1:].diagonal().max().item()
     assert float((found - level**2 * wanted[1:, 1:]).abs().max()) < scale * (5 * 2**0.5 / rows**0.5 + 30 * level**2)
 
@@ -57,7 +57,8 @@ def test_levels_of_residual_noise_are_reported_as_one() -> None:
     arms = choose_arms(["identity", "anisoalign", "c3_paper"], noise="residual")
     assert [arm.name for arm in arms if arm.method != "anisoalign"] == ["identity", "c3_paper"]
     levels = [arm for arm in arms if arm.method == "anisoalign"]
-    assert {arm.tuned for arm in levels} == {"anisoalign-residual"} and {arm.aligner for arm in levels} == {"anisoalign"}
+    assert {arm.tuned for arm in levels} == {"anisoalign-residual"}
+    assert {arm.aligner for arm in levels} == {"anisoalign"}
     assert all(arm.noise_shape == "residual" and arm.noise_std > 0 for arm in levels)
 
 

@@ -19,8 +19,8 @@ class Arm:
         method: aligner that makes stand-ins of the source, by name; None for none.
         options: of the aligner.
         noise_std: Gaussian noise in each coordinate, renormalised.
-        noise_shape: ``isotropic``, or ``residual``: noise of the same energy in the shape of the unpaired residual of the
-            stand-ins, :func:`aniso_ext.align.residual.unpaired_residual`.
+        noise_shape: ``isotropic``, or ``residual``: noise of the same energy in the shape of the unpaired residual of
+            the stand-ins, :func:`aniso_ext.align.residual.unpaired_residual`.
         train_refiner: the language model's loss tunes the refiner.
         tuned: name under which the best of several arms, by their validation scores, is reported.
     """
@@ -74,7 +74,7 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> lis
     Args:
         names: of arms, or ``all`` among them.
         noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one;
-            ``residual`` gives it levels of noise in the shape of its unpaired residual, where it has no noise of its own.
+            ``residual`` gives it levels in the shape of its unpaired residual, where it has no noise of its own.
 
     Raises:
         InputError: an unknown name.
