@@ -1,12 +1,12 @@
 """Which directions of the residual error cost a text-only trained reader of image embeddings its score.
 
     python benchmarks/ladder_directions.py                         # both data sets: the CSV and the figure
-    python benchmarks/ladder_directions.py --networks 0 --only fashion44k
+    python benchmarks/ladder_directions.py --reader linear --only fashion44k      # a piece; the rest of the CSV stays
 
 The ladder of text_only_fashion.py trains a language model on stand-ins of texts and judges it on images. Here a linear
 reader takes its place, which has a closed form: the best linear map, in the mean square, from stand-ins with noise of a
 covariance C to the attributes and to the words of the titles. Noise enters as C alone, so that a variant takes seconds.
-Two-layer networks (``--networks`` seeds) check what holds for a reader that is not linear. Parts:
+Networks of two hidden layers check what holds for a reader that is not linear. Parts:
 
 - ``ladder``: arms with isotropic noise, and their rank correlation with the CSV of the ladder.
 - ``replaced``, ``spoiled``: parts of AnisoAlign's stand-ins taken from the paired image, and parts of the image taken
@@ -217,9 +217,8 @@ def measured(problem: Problem, rows: torch.Tensor, shape: torch.Tensor, levels: 
     return [{**row, "chosen": index == best} for index, row in enumerate(found)]
 
 
-def analyse(problem: Problem, networks: int, keep: Path | None) -> Iterator[dict[str, Any]]:
-    """All lines of one data set."""
-    arms = standins(problem, keep)
+def linear_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) -> Iterator[dict[str, Any]]:
+    """All lines of the linear reader, which has no seeds."""
     isotropic = torch.eye(problem.source.shape[1])
     rows, image = arms["anisoalign"], problem.target
 
@@ -248,7 +247,6 @@ def analyse(problem: Problem, networks: int, keep: Path | None) -> Iterator[dict
         shapes = noise_shapes(own, problem)
         for kind in ("isotropic", "unpaired residual"):
             yield from lines("defaults", "initialisation", f"{name}, {kind}", measured(problem, own, shapes[kind]))
-    yield from network_lines(problem, arms, networks)
 
 
 def candidates() -> dict[str, dict[str, Any]]:
@@ -263,9 +261,9 @@ def candidates() -> dict[str, dict[str, Any]]:
     }
 
 
-def network_lines(problem: Problem, arms: dict[str, torch.Tensor], networks: int) -> Iterator[dict[str, Any]]:
+def network_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) -> Iterator[dict[str, Any]]:
     """Networks of several seeds on arms with isotropic noise, and with the unpaired residual."""
-    for arm in NETWORK_ARMS if networks else ():
+    for arm in NETWORK_ARMS:
         rows = arms[arm]
         shapes = {"isotropic": torch.eye(rows.shape[1])}
         if arm not in ("identity", "images"):
@@ -275,15 +273,18 @@ def network_lines(problem: Problem, arms: dict[str, torch.Tensor], networks: int
             levels = [level for level in NETWORK_LEVELS if arm != "images" or not level]
             values = []
             for level in levels if name == "isotropic" else levels[1:]:
-                scores = [accuracy_of_network(problem, rows, factor * level, seed) for seed in range(networks)]
+                scores = [accuracy_of_network(problem, rows, factor * level, seed) for seed in range(seeds)]
                 mean = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
-                deviation = float(np.std([score["test_attributes"] for score in scores], ddof=min(1, networks - 1)))
+                deviation = float(np.std([score["test_attributes"] for score in scores], ddof=min(1, seeds - 1)))
                 values.append({"level": level, **mean, "deviation": deviation})
             best = max(values, key=lambda row: row["kept_attributes"])
             for row in values:
                 line = {"data": problem.name, "part": "noise", "arm": arm, "reader": "network", "variant": name}
                 console.print(f"{problem.name}: network, {arm}, {name} {row['level']}: {row['test_attributes']:.4f}")
                 yield {**line, **row, "chosen": row is best}
+
+
+READERS = {"linear": linear_lines, "network": network_lines}
 
 
 def agreement(found: Rows) -> Rows:
@@ -301,7 +302,9 @@ def agreement(found: Rows) -> Rows:
         own = [
             row
             for row in found
-            if row["data"] == "fashion44k" and row["reader"] == reader and row["variant"] in ("as it is", "isotropic")
+            if row["data"] == "fashion44k"
+            and row["reader"] == reader
+            and row["variant"] in ("as it is", "isotropic")
             and row["part"] == ("ladder" if reader == "linear" else "noise")
         ]
         for score, column in (("attribute", "test_attributes"), ("cider_d", "test_words")):
@@ -321,23 +324,32 @@ def ranks(values: list[float]) -> np.ndarray:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = DATA,
     only: Annotated[list[str] | None, typer.Option(help="Data set; may be given several times.")] = None,
-    networks: Annotated[int, typer.Option(min=0, help="Seeds of the two-layer networks.")] = 2,
+    reader: Annotated[list[str] | None, typer.Option(help="linear or network; default: both.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the networks.")] = 2,
     keep: Annotated[
         Path | None, typer.Option(help="Folder that keeps AnisoAlign's stand-ins, whose fit takes minutes on a CPU.")
     ] = None,
+    render: Annotated[bool, typer.Option("--render", help="Only the agreement and the figure, from the CSV.")] = False,
     csv: Annotated[Path, typer.Option(help="Where the lines go.")] = RESULTS / "ladder_directions.csv",
     picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = PICTURE,
 ) -> None:
-    """Write the CSV and the figure."""
-    names = only or list(SETS)
+    """Write the CSV and the figure. Lines of other data sets and readers that the CSV has stay in it."""
+    names, readers = ([], []) if render else (only or list(SETS), reader or list(READERS))
+    if unknown := sorted({*names} - {*SETS} | {*readers} - {*READERS}):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join((*SETS, *READERS))}")
     if missing := [name for name in names if not (data / name / "captions.jsonl").is_file()]:
         text = f"{data} holds no {missing[0]}/captions.jsonl: name the data folder"
         raise typer.BadParameter(text, param_hint="--data")
     found: Rows = []
     for name in names:
-        found.extend(analyse(load_problem(data / name), networks, keep))
-        save(found, csv)
-    found.extend(agreement(found))
+        problem = load_problem(data / name)
+        arms = standins(problem, keep)
+        for each in readers:
+            found.extend(READERS[each](problem, arms, seeds))
+    new = {(row["data"], row["reader"]) for row in found}
+    old = [row for row in recorded(csv) if (row["data"], row["reader"]) not in new and row["part"] != "agreement"]
+    found = sorted(old + found, key=lambda row: (SETS.index(row["data"]), list(READERS).index(row["reader"])))
+    found += agreement(found)
     save(found, csv)
     from ladder_directions_figure import draw
 
@@ -345,8 +357,22 @@ def main(
     console.print(f"written: {csv}\nwritten: {picture}")
 
 
+def recorded(place: Path) -> Rows:
+    """Lines of the CSV, numbers as numbers; none if it is not there."""
+    if not place.is_file():
+        return []
+    names = {"data", "part", "arm", "reader", "variant"}
+    lines = []
+    for row in read_table(place)[1]:
+        values = {key: float(value) for key, value in row.items() if value and key not in {*names, "chosen"}}
+        marked = {"chosen": row["chosen"] == "yes"} if row["chosen"] else {}
+        lines.append({**{name: row[name] for name in names}, **values, **marked})
+    return lines
+
+
 def save(found: Rows, place: Path) -> None:
-    columns = dict.fromkeys(name for row in found for name in row)
+    """Write the CSV; its columns are those of all lines."""
+    columns = dict.fromkeys(("data", "part", "arm", "reader", "variant", *(name for row in found for name in row)))
     command = "python benchmarks/ladder_directions.py " + " ".join(sys.argv[1:])
     header = {**facts(torch.device("cpu")), "command": command.strip()}
     write_table(place, header, [{name: row.get(name) for name in columns} for row in found])

@@ -47,8 +47,8 @@ def test_noise_has_the_shape_of_the_residual_and_the_energy_of_its_level() -> No
     noisy = Correction(noise_std=level * 1e6, noise_factor=factor)(pole.expand(rows, -1))
     tangent = noisy[:, 1:] / noisy[:, :1]
     found = tangent.T @ tangent / rows
-    # second moments of n normal rows have a standard error of sqrt(s_ii s_jj + s_ij^2) / sqrt(n): five of them, and what
-    # the noise along the pole does to the length, of the order of level^2
+    # second moments of n normal rows have a standard error of sqrt(s_ii s_jj + s_ij^2) / sqrt(n): five of them, and
+    # what the noise along the pole does to the length, of the order of level^2
     scale = level**2 * wanted[1:, 1:].diagonal().max().item()
     assert float((found - level**2 * wanted[1:, 1:]).abs().max()) < scale * (5 * 2**0.5 / rows**0.5 + 30 * level**2)
 
