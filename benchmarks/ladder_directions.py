@@ -224,7 +224,8 @@ def linear_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) ->
 
     def lines(part: str, arm: str, variant: str, values: Rows) -> Iterator[dict[str, Any]]:
         chosen = next((row for row in values if row.get("chosen")), values[0])
-        console.print(f"{problem.name}: {part}, {arm}, {variant}: {chosen.get('test_attributes', 0):.4f}")
+        score = f": {chosen['test_attributes']:.4f}" if "test_attributes" in chosen else ""
+        console.print(f"{problem.name}: {part}, {arm}, {variant}{score}", soft_wrap=True)
         for row in values:
             yield {"data": problem.name, "part": part, "arm": arm, "reader": "linear", "variant": variant, **row}
 
@@ -280,7 +281,8 @@ def network_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) -
             best = max(values, key=lambda row: row["kept_attributes"])
             for row in values:
                 line = {"data": problem.name, "part": "noise", "arm": arm, "reader": "network", "variant": name}
-                console.print(f"{problem.name}: network, {arm}, {name} {row['level']}: {row['test_attributes']:.4f}")
+                text = f"{problem.name}: network, {arm}, {name} {row['level']}: {row['test_attributes']:.4f}"
+                console.print(text, soft_wrap=True)
                 yield {**line, **row, "chosen": row is best}
 
 

@@ -71,7 +71,7 @@ def draw_bands(axes: Axes, found: Rows) -> None:
     axes.bar([place - 0.2 for place in places], [row["target_energy"] for row in rows], 0.4, color=hues["grey"])
     axes.bar([place + 0.2 for place in places], [row["error_energy"] for row in rows], 0.4, color=hues["ochre"])
     axes.plot(places, [row["correlation"] for row in rows], "s-", color=hues["blue"])
-    axes.set_xticks(places, names)
+    axes.set_xticks(places, names, fontsize=8)
     axes.set_xlabel("eigendirections of the images")
     axes.set_ylim(0, 1)
     axes.set_title("Where the error is")
