@@ -276,8 +276,8 @@ def network_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) -
             for level in levels if name == "isotropic" else levels[1:]:
                 scores = [accuracy_of_network(problem, rows, factor * level, seed) for seed in range(seeds)]
                 mean = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
-                deviation = float(np.std([score["test_attributes"] for score in scores], ddof=min(1, seeds - 1)))
-                values.append({"level": level, **mean, "deviation": deviation})
+                spread = {"deviation": float(np.std([score["test_attributes"] for score in scores], ddof=1))}
+                values.append({"level": level, **mean, **(spread if seeds > 1 else {})})
             best = max(values, key=lambda row: row["kept_attributes"])
             for row in values:
                 line = {"data": problem.name, "part": "noise", "arm": arm, "reader": "network", "variant": name}
