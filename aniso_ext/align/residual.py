@@ -69,7 +69,7 @@ def noise_factor(covariance: torch.Tensor) -> torch.Tensor:
 
     Example:
         >>> import torch
-        >>> noise_factor(torch.diag(torch.tensor([4.0, 0.0]))).square().sum()
+        >>> noise_factor(torch.diag(torch.tensor([4.0, 0.0]))).square().sum().round(decimals=6)
         tensor(2., dtype=torch.float64)
     """
     exact = covariance.double()
