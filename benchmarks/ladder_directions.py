@@ -235,7 +235,7 @@ def linear_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) ->
         yield from lines("replaced", "anisoalign", name, measured(problem, changed, isotropic))
     for name, changed in variants(image, rows, problem, problem.basis):
         yield from lines("spoiled", "images", name, measured(problem, changed, isotropic))
-    for arm in ("realign", "anisoalign"):
+    for arm in ("identity", "realign", "gaussian_monge", "anisoalign"):
         for row in spectrum(Pair(arms[arm], image, problem.basis), problem.classes):
             yield from lines("spectrum", arm, row.pop("variant"), [row])
         shapes = noise_shapes(arms[arm], problem)
