@@ -335,6 +335,5 @@ def _aligner(job: _Job) -> Path:
     return Path(job.folder) / ALIGNERS / str(job.arm.aligner)
 
 
-
 def _shape(job: _Job) -> Path:
     return Path(job.folder) / ALIGNERS / f"{job.arm.aligner}.noise.npy"
