@@ -8,7 +8,8 @@ row, such as fashion44k. For every arm and seed a small Llama is trained on titl
 split, with the arm's stand-ins of the *text* embeddings in place of images (`images` is the bound: real ones). It is
 judged on *image* embeddings of the test split: CIDEr-D and BLEU of titles, and the four attributes, written out freely.
 Aligners are fitted on the two sides of the train split, shuffled apart. 2 000 rows of the train split are kept from
-training: their photos choose the level of the noise arm, and with `--noise each` that of every method without pairs.
+training: their photos choose the level of the noise arm, and with `--noise each` or `--noise residual` that of every
+method without pairs.
 Results: OUT/ladder.md, .csv, .png, runs.csv of every level of noise, and a folder for each run.
 """
 
@@ -43,7 +44,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("text_only_fashion"))
     parser.add_argument("--arms", nargs="+", help="default: all")
-    parser.add_argument("--noise", choices=["each"], help="tune noise on the stand-ins of every method as well")
+    parser.add_argument(
+        "--noise",
+        choices=["each", "residual"],
+        help="tune noise on the stand-ins of every method as well; residual: in the shape of their unpaired residual",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--tuning-seeds", type=int, metavar="N", help="choose levels of noise by the first N seeds only; default: all"

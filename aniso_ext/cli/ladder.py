@@ -36,8 +36,12 @@ def ladder(
         list[str] | None, typer.Option("--arm", metavar="NAME", help="May be given again.", show_default="all")
     ] = None,
     noise: Annotated[
-        Literal["each"] | None,
-        typer.Option("--noise", help="each: tune noise on the stand-ins of every method as well."),
+        Literal["each", "residual"] | None,
+        typer.Option(
+            "--noise",
+            help="each: tune noise on the stand-ins of every method as well; residual: noise in the shape of what they "
+            "miss of the target, estimated without pairs.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Runs of each arm.")] = 3,
     tuning_seeds: Annotated[

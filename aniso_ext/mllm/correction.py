@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ class Correction(nn.Module):
         aligner: fitted; None leaves the rows as they are.
         noise_std: z <- Norm(z + N(0, noise_std^2)), drawn from torch's global generator at every call, so that a
             training state carries it.
+        noise_factor: [D, D] F, for noise_std F g with g standard normal instead, see
+            :func:`aniso_ext.align.residual.noise_factor`; None is isotropic.
         trainable: the refiner of an AnisoAlign takes gradients.
 
     Attributes:
@@ -32,7 +35,7 @@ class Correction(nn.Module):
         fingerprint: of the aligner and the noise, or None where rows stay as they are.
 
     Raises:
-        InputError: an impossible noise, or ``trainable`` with an aligner that has no refiner.
+        InputError: an impossible noise or factor, or ``trainable`` with an aligner that has no refiner.
 
     Example:
         >>> import torch
@@ -40,13 +43,21 @@ class Correction(nn.Module):
         tensor([1., 1., 1., 1.])
     """
 
-    def __init__(self, aligner: Aligner | None = None, *, noise_std: float = 0.0, trainable: bool = False) -> None:
+    def __init__(
+        self,
+        aligner: Aligner | None = None,
+        *,
+        noise_std: float = 0.0,
+        noise_factor: torch.Tensor | None = None,
+        trainable: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 <= noise_std < float("inf"):
             raise InputError(f"noise_std must be finite and not negative, got {noise_std!r}")
         self.aligner, self.noise_std = aligner, float(noise_std)
         self.width = None if aligner is None else aligner.width
-        self.fingerprint = _fingerprint(aligner, self.noise_std)
+        self.noise_factor = _checked_factor(noise_factor, self.width) if self.noise_std else None
+        self.fingerprint = _fingerprint(aligner, self.noise_std, self.noise_factor)
         self.refined: RefinedCorrection | None = None
         if trainable:
             self.refined = RefinedCorrection(_with_refiner(aligner))
@@ -59,6 +70,7 @@ class Correction(nn.Module):
         source: Any = None,
         target: Any = None,
         noise_std: float = 0.0,
+        noise_factor: torch.Tensor | None = None,
         trainable: bool = False,
     ) -> Correction:
         """A correction by an aligner: a fitted object, the folder of a saved one, or the name of a method.
@@ -66,13 +78,14 @@ class Correction(nn.Module):
         Args:
             aligner: object, folder or name; a method by name is fitted on ``source`` and ``target``.
             source, target: unpaired embeddings, anything that ``fit`` takes.
-            noise_std, trainable: as for the class.
+            noise_std, noise_factor, trainable: as for the class.
 
         Raises:
             InputError: a name without embeddings to fit on.
             ArtefactError: the folder holds no aligner.
         """
-        return cls(_resolve(aligner, source, target), noise_std=noise_std, trainable=trainable)
+        resolved = _resolve(aligner, source, target)
+        return cls(resolved, noise_std=noise_std, noise_factor=noise_factor, trainable=trainable)
 
     @classmethod
     def noise(cls, sigma: float) -> Correction:
@@ -89,13 +102,22 @@ class Correction(nn.Module):
                 with torch.no_grad():
                     rows = self.aligner.transform_batch(rows)
         if self.noise_std:
-            noisy = rows + self.noise_std * torch.randn_like(rows)
+            noise = torch.randn_like(rows)
+            if self.noise_factor is not None:
+                self.noise_factor = self.noise_factor.to(rows)
+                noise = noise @ self.noise_factor.T
+            noisy = rows + self.noise_std * noise
             rows = noisy / noisy.norm(dim=-1, keepdim=True)
         return rows
 
     def fresh(self) -> Correction:
         """The same correction with the parameters of the fit, apart from this one."""
-        return Correction(self.aligner, noise_std=self.noise_std, trainable=self.refined is not None)
+        return Correction(
+            self.aligner,
+            noise_std=self.noise_std,
+            noise_factor=self.noise_factor,
+            trainable=self.refined is not None,
+        )
 
     def tuned_aligner(self) -> Aligner | None:
         """The aligner with the refiner as it is now; the aligner itself where nothing is trained."""
@@ -170,8 +192,22 @@ def _resolve(aligner: Aligner | str | PathLike[str], source: Any, target: Any) -
     return make_aligner(str(aligner)).fit(source, target)
 
 
-def _fingerprint(aligner: Aligner | None, noise_std: float) -> str | None:
+def _fingerprint(aligner: Aligner | None, noise_std: float, factor: torch.Tensor | None) -> str | None:
     parts = [] if aligner is None else [aligner.fingerprint()]
     if noise_std:
         parts.append(f"noise:{noise_std:g}")
+    if factor is not None:
+        values = factor.detach().to(device="cpu", dtype=torch.float64).contiguous().numpy()
+        parts.append(f"shape:{hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()}")
     return "+".join(parts) or None
+
+
+def _checked_factor(factor: torch.Tensor | None, width: int | None) -> torch.Tensor | None:
+    if factor is None:
+        return None
+    if factor.dim() != 2 or factor.shape[0] != factor.shape[1] or width not in (None, len(factor)):
+        wanted = "[D, D]" if width is None else f"[{width}, {width}], the width of the aligner"
+        raise InputError(f"noise_factor must be {wanted}, got {list(factor.shape)}")
+    if not bool(torch.isfinite(factor).all()):
+        raise InputError("noise_factor has values that are not finite")
+    return factor

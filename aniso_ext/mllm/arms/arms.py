@@ -19,6 +19,8 @@ class Arm:
         method: aligner that makes stand-ins of the source, by name; None for none.
         options: of the aligner.
         noise_std: Gaussian noise in each coordinate, renormalised.
+        noise_shape: ``isotropic``, or ``residual``: noise of the same energy in the shape of the unpaired residual of
+            the stand-ins, :func:`aniso_ext.align.residual.unpaired_residual`.
         train_refiner: the language model's loss tunes the refiner.
         tuned: name under which the best of several arms, by their validation scores, is reported.
     """
@@ -28,6 +30,7 @@ class Arm:
     method: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     noise_std: float = 0.0
+    noise_shape: str = "isotropic"
     train_refiner: bool = False
     tuned: str | None = None
 
@@ -43,6 +46,8 @@ _NOISE = (0.01, 0.02, 0.04, 0.06, 0.08)
 """In 512 dimensions these have lengths from 0.2 to 1.8, around the residual of real encoders."""
 _METHOD_NOISE = (0.02, 0.04, 0.06)
 """Levels on stand-ins of a method, beside none: what is left to blur is less than that of the source itself."""
+_RESIDUAL_NOISE = (0.01, 0.02, 0.03, 0.04)
+"""The residual of fashion44k itself has .028 in each coordinate."""
 
 ARMS = {
     arm.name: arm
@@ -68,7 +73,8 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> lis
 
     Args:
         names: of arms, or ``all`` among them.
-        noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one.
+        noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one;
+            ``residual`` gives it levels in the shape of its unpaired residual, where it has no noise of its own.
 
     Raises:
         InputError: an unknown name.
@@ -77,14 +83,15 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> lis
         >>> [arm.name for arm in choose_arms(["realign"], noise="each")]
         ['realign', 'realign-0.02', 'realign-0.04', 'realign-0.06']
     """
-    if noise not in (None, "each"):
-        raise InputError(f"noise must be 'each' or None, got {noise!r}")
+    if noise not in (None, "each", "residual"):
+        raise InputError(f"noise must be 'each', 'residual' or None, got {noise!r}")
     known = {*ARMS, *(arm.tuned for arm in ARMS.values() if arm.tuned)}
     wanted = {"all"} if names is None else set(names)
     if unknown := sorted(wanted - known - {"all"}):
         raise InputError(f"unknown arm {unknown[0]!r}: choose of all, {', '.join(sorted(known))}")
     chosen = [arm for arm in ARMS.values() if {"all", arm.name, arm.tuned} & wanted]
-    return chosen if noise is None else [level for arm in chosen for level in _levels(arm)]
+    levels = {None: lambda arm: [arm], "each": _levels, "residual": _residual_levels}[noise]
+    return [level for arm in chosen for level in levels(arm)]
 
 
 def _levels(arm: Arm) -> list[Arm]:
@@ -102,3 +109,16 @@ def _levels(arm: Arm) -> list[Arm]:
         elif sigma != own:
             found.append(replace(arm, name=name, tuned=arm.name, options={**arm.options, "noise_std": sigma}))
     return found
+
+
+def _residual_levels(arm: Arm) -> list[Arm]:
+    """An arm with a method and no noise of its own at levels of residual noise, reported as one; others as they are."""
+    from aniso_ext.align import make_aligner
+
+    if arm.method is None or "noise_std" in make_aligner(arm.method).get_params():
+        return [arm]
+    group = f"{arm.name}-residual"
+    return [
+        replace(arm, name=f"{group}-{sigma}", tuned=group, noise_std=sigma, noise_shape="residual")
+        for sigma in _RESIDUAL_NOISE
+    ]

@@ -220,16 +220,31 @@ def _fit(job: _Job, options: dict[str, Any]) -> None:
     """The aligner of an arm, on rows of both sides shuffled apart."""
     from aniso_ext.align import make_aligner
 
-    key = job.arm.aligner
-    if key is None or _aligner(job).is_dir():
+    shaped = job.arm.noise_shape == "residual"
+    if job.arm.method is None or (_aligner(job).is_dir() and (not shaped or _shape(job).is_file())):
         return
     random = np.random.default_rng(0)
     sides = (open_embeddings(path).numpy() for path in (job.data.source, job.data.target))
     source, target = (rows[random.permutation(len(rows))] for rows in sides)
-    assert job.arm.method is not None
-    aligner = make_aligner(job.arm.method, **job.arm.options)
-    aligner.set_params(**{name: value for name, value in options.items() if name in aligner.parameter_names()})
-    aligner.fit(source, target).save_pretrained(_aligner(job))
+    if not _aligner(job).is_dir():
+        aligner = make_aligner(job.arm.method, **job.arm.options)
+        aligner.set_params(**{name: value for name, value in options.items() if name in aligner.parameter_names()})
+        aligner.fit(source, target).save_pretrained(_aligner(job))
+    if shaped:
+        _save_shape(job, source, target)
+
+
+def _save_shape(job: _Job, source: np.ndarray, target: np.ndarray) -> None:
+    """The factor of the noise of an arm, from the stand-ins of the source and the target, still shuffled apart."""
+    import torch
+
+    from aniso_ext.align import load_aligner
+    from aniso_ext.align.residual import noise_factor, unpaired_residual
+
+    given, standins = torch.from_numpy(target).float(), torch.from_numpy(source).float()
+    covariance = unpaired_residual(load_aligner(_aligner(job)).transform(standins), given)
+    with open(_shape(job), "wb") as file:
+        np.save(file, noise_factor(covariance).numpy())
 
 
 def _run(job: _Job) -> None:
@@ -291,8 +306,11 @@ def _model(job: _Job, tokenizer: transformers.PreTrainedTokenizerBase) -> AnisoM
     )
     arm = job.arm
     if arm.method is not None:
+        factor = torch.from_numpy(np.load(_shape(job))) if arm.noise_shape == "residual" else None
         model.set_correction(
-            Correction.from_aligner(_aligner(job), noise_std=arm.noise_std, trainable=arm.train_refiner)
+            Correction.from_aligner(
+                _aligner(job), noise_std=arm.noise_std, noise_factor=factor, trainable=arm.train_refiner
+            )
         )
     elif arm.noise_std:
         model.set_correction(Correction.noise(arm.noise_std))
@@ -316,3 +334,6 @@ def _tokenizer(job: _Job) -> transformers.PreTrainedTokenizerBase:
 def _aligner(job: _Job) -> Path:
     return Path(job.folder) / ALIGNERS / str(job.arm.aligner)
 
+
+def _shape(job: _Job) -> Path:
+    return Path(job.folder) / ALIGNERS / f"{job.arm.aligner}.noise.npy"
