@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from aniso_ext.align.rows import Rows, are_unit, open_rows
+from aniso_ext.align.rows import Rows, are_unit, map_tiles, open_rows
 from aniso_ext.errors import InputError, NotFittedError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Aligner:
     def transform_batch(self, batch: torch.Tensor) -> torch.Tensor:
         """Stand-ins [n, D] for one batch [n, D] with the fitted constants; dtype and device are kept."""
         working = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        return self._apply(batch.to(working)).to(batch.dtype)
+        return map_tiles(lambda rows: self._apply(rows.to(working)).to(batch.dtype), batch)
 
     def calibrated(self: Self, source: Embeddings | Rows, *, calibration: str | None = "auto") -> Self:
         """The aligner that :meth:`transform` would use on this corpus; see there for ``calibration``."""
