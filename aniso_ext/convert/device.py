@@ -354,13 +354,24 @@ def make_mapper(row_map: RowMap, extent: Extent, device: str | None, threads: in
         raise InputError(f"threads must be at least 1, got {threads}")
     if isinstance(row_map, ArrayMap) or device is None:
         return HostMapper(row_map, extent, 1)
+    check_device(device)
+    if device.startswith("cuda"):
+        return CudaMapper(row_map, extent, CudaRuntime(device))
     import torch
 
-    if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"device {device!r} is not there: no CUDA device is visible")
-        return CudaMapper(row_map, extent, CudaRuntime(device))
     return HostMapper(row_map, extent, torch.get_num_threads() if threads is None else threads)
+
+
+def check_device(device: str) -> None:
+    """Raise the InputError of a device that is not there."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            seen = f"the last one that is visible is cuda:{count - 1}" if count else "no CUDA device is visible"
+            raise InputError(f"device {device!r} is not there: {seen}")
 
 
 def address(rows: np.ndarray) -> int:
