@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from aniso_ext.align import make_aligner
-from aniso_ext.align import rows as rows_module
 from aniso_ext.bench.conversions import measure_conversion
 from aniso_ext.convert import convert_embeddings
-from aniso_ext.convert.maps import TILE_ROWS
 
 WIDTH, SHARD_ROWS = 512, 1 << 14
 
@@ -47,7 +45,8 @@ class Watching:
 
     width = 16
 
-    def __init__(self) -> None:
+    def __init__(self, tile_bytes: int | None = None) -> None:
+        self.tile_bytes = tile_bytes
         self.threads: list[threading.Thread] = []
         self.rows: list[int] = []
 
@@ -73,36 +72,20 @@ def test_threads_stay_from_shard_to_shard_and_end_with_the_conversion(tmp_path: 
     aligner = Watching()
     convert_embeddings(aligner, tmp_path / "in", tmp_path / "out", threads=2)
     assert len({id(thread) for thread in aligner.threads}) <= 2
-    assert max(aligner.rows) <= TILE_ROWS
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("aniso-")]
     for number in range(6):
         assert np.array_equal(np.load(tmp_path / "out" / f"{number}.npy"), unit(5000, 16, number))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_one_thread_maps_a_few_rows_at_a_time(threads: int) -> None:
-    aligner = make_aligner("realign").fit(unit(300), -unit(300, seed=1))
-    rows, seen = torch.from_numpy(unit(3000, seed=2)), []
-    whole = aligner._apply(rows.clone())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = rows_module.map_tiles(lambda part: (seen.append(len(part)), aligner._apply(part))[1], rows)
-    finally:
-        torch.set_num_threads(before)
-    assert sum(seen) == 3000
-    assert max(seen) == (rows_module.TILE_BYTES // (4 * WIDTH) if threads == 1 else 3000)
-    # the norm of a row may be summed in another order; entries are below 1
-    assert torch.allclose(found, whole, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
-
-
-def test_tiles_hold_every_row_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(rows_module, "TILE_BYTES", 1)
-    for count in (0, 1, 31, 32, 33, 65):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            rows = torch.arange(3 * count).reshape(count, 3).to(dtype)
-            assert torch.equal(rows_module.map_tiles(lambda part: 2 * part, rows), 2 * rows)
-    rows = torch.ones(40, 3, requires_grad=True)
-    rows_module.map_tiles(lambda part: 2 * part, rows).sum().backward()
-    assert rows.grad is not None and bool((rows.grad == 2).all())
+@pytest.mark.parametrize("tile_bytes", [1, 64 * 16 * 4, None])
+def test_rows_are_mapped_as_many_at_a_time_as_the_aligner_asks_for(tmp_path: Path, tile_bytes: int | None) -> None:
+    rows = unit(2100, 16)
+    rows[[3, 70, 2099]] = 0
+    np.save(tmp_path / "in.npy", rows)
+    aligner = Watching(tile_bytes)
+    report = convert_embeddings(aligner, tmp_path / "in.npy", tmp_path / "out.npy", on_bad="drop", threads=1)
+    assert report.bad_row_indices == {"in.npy": [3, 70, 2099]}
+    # a batch is half of the shard, as whole products of 32 rows; the last row of the shard is repeated up to one
+    assert max(aligner.rows) == {1: 32, None: 1056}.get(tile_bytes, 64)
+    assert sum(aligner.rows) == -(-2100 // 32) * 32
+    assert np.array_equal(np.load(tmp_path / "out.npy"), np.delete(rows, [3, 70, 2099], axis=0))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from aniso_ext.align.rows import Rows, are_unit, map_tiles, open_rows
+from aniso_ext.align.rows import Rows, are_unit, open_rows
 from aniso_ext.errors import InputError, NotFittedError
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Aligner:
     """How names of arrays begin that belong to parts of the method; ``_check_arrays`` checks them, shapes included."""
     runtime_options: ClassVar[tuple[str, ...]] = ()
     """Options of the machine, not of the method: never saved."""
+    tile_bytes: ClassVar[int | None] = 512 << 10
+    """Rows for one call of ``transform_batch`` whose steps stay in a core's cache; None if it sees to that itself."""
 
     width_: int
     n_features_in_: int
@@ -174,7 +176,7 @@ class Aligner:
     def transform_batch(self, batch: torch.Tensor) -> torch.Tensor:
         """Stand-ins [n, D] for one batch [n, D] with the fitted constants; dtype and device are kept."""
         working = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        return map_tiles(lambda rows: self._apply(rows.to(working)).to(batch.dtype), batch)
+        return self._apply(batch.to(working)).to(batch.dtype)
 
     def calibrated(self: Self, source: Embeddings | Rows, *, calibration: str | None = "auto") -> Self:
         """The aligner that :meth:`transform` would use on this corpus; see there for ``calibration``."""

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 8192
 FINGERPRINT_ROWS = 4096
-TILE_BYTES = 512 << 10
-"""Rows of a tile, in the dtype of the computation; a map holds two or three times as much."""
-TILE_MULTIPLE = 32
-"""Products of fewer rows take other paths through their libraries, which round differently."""
 UNIT_TOLERANCE = 1e-2
 NORM_FLOOR = 1e-12
 _NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
@@ -139,23 +135,6 @@ def mean_of(batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Mean [D] of the rows of float64 batches."""
     total, count = sum_of(batches)
     return total / count
-
-
-def map_tiles(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, D] that ``function`` makes of rows [n, D], each from its own alone; same dtype and device.
-
-    One thread of the CPU takes a few rows at a time. Their intermediate results stay in cache and use the same memory
-    again, where blocks as large as a batch are given back to the system and faulted in anew for every batch. Several
-    threads share the rows of a batch, and would wait for one another at every tile.
-    """
-    if rows.device.type != "cpu" or rows.requires_grad or torch.get_num_threads() > 1:
-        return function(rows)
-    tile = TILE_BYTES // (rows.shape[1] * max(4, rows.element_size())) // TILE_MULTIPLE * TILE_MULTIPLE
-    result = torch.empty(rows.shape, dtype=rows.dtype)
-    parts = (tensor.split(max(tile, TILE_MULTIPLE)) for tensor in (rows, result))
-    for part, place in zip(*parts, strict=True):
-        place.copy_(function(part))
-    return result
 
 
 def normalize(rows: torch.Tensor) -> torch.Tensor:

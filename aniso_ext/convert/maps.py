@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 ROW_MULTIPLE = 32
 """Products of fewer rows take other paths through their libraries, which round differently."""
-TILE_ROWS = 2048
-"""Rows that are mapped at a time on the CPU; more only take more memory."""
 DEVICE_ROWS = 4096
 """Rows of every product on a device, counted from the first of a shard: libraries choose how to add, and so how to
 round, by the number of rows and by the place of a row among them."""
@@ -115,18 +113,27 @@ class TensorMap:
         self._transform: Callable[[torch.Tensor], torch.Tensor] = aligner.transform_batch
         self._source: torch.dtype = getattr(torch, source_dtype)
         self._stored: torch.dtype = getattr(torch, stored_dtype)
+        self._tile_bytes: int | None = getattr(aligner, "tile_bytes", None)
         wider = np.promote_types(array_dtype(source_dtype), array_dtype(stored_dtype))
         self._working = self._source if source_dtype == stored_dtype else getattr(torch, wider.name)
 
     def __call__(self, stored: np.ndarray, result: Mapped) -> Mapped:
         """Stand-ins of the rows, written to ``result``.
 
-        What is allocated here is small, and nothing outlives the call: a block that another thread frees later would
-        keep the memory before and after it apart, and every batch might take new memory.
+        Nothing that is allocated here outlives the call: a block that another thread frees later would keep the memory
+        before and after it apart, and every batch might take new memory.
         """
-        for first in range(0, len(stored), TILE_ROWS):
-            self._map(stored[first : first + TILE_ROWS], result.part(first, first + TILE_ROWS))
+        size = self.tile_rows(stored.shape[1]) or len(stored)
+        for first in range(0, len(stored), size):
+            self._map(stored[first : first + size], result.part(first, first + size))
         return result
+
+    def tile_rows(self, width: int) -> int | None:
+        """Rows that are mapped at a time on the CPU; None for all of a batch."""
+        if self._tile_bytes is None:
+            return None
+        rows = self._tile_bytes // (width * max(4, self._working.itemsize))
+        return max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
     def _map(self, stored: np.ndarray, result: Mapped) -> None:
         magnitudes(stored, result.source_magnitudes)
