@@ -159,6 +159,11 @@ CONVERSIONS: dict[str, Wrong] = {
     "too large for float16": Wrong(
         r"in\.npy: row 2 overflows float16: store a wider dtype", ("--dtype", "float16"), large_rows,
     ),
+    "unknown device": Wrong(r"device must be cpu, cuda or cuda:N, got 'tpu'", ("--device", "tpu")),
+    "GPU that is not there": Wrong(r"device 'cuda:99' is not there: (no CUDA|the last)", ("--device", "cuda:99")),
+    "GPU that is not there, for the corpus mean": Wrong(
+        r"device 'cuda:99' is not there: (no CUDA|the last)", ("--device", "cuda:99", "--calibration", "corpus")
+    ),
     "other width": Wrong(
         r"the input has width 5, but the aligner was fitted at width 3: use embeddings",
         prepare=lambda folder: np.save(folder / "in.npy", np.ones((2, 5), np.float32)),
@@ -190,6 +195,7 @@ CONVERSIONS: dict[str, Wrong] = {
                                  prepare=content("notes.txt", b"mine")),
     "several shards to one file": Wrong(r"out\.npy is one file, but the input has 2 shards: pass a folder",
                                         prepare=several, input="in", output="out.npy"),
+    "bfloat16 for an .npy": Wrong(r"in\.npy: npy cannot hold bfloat16: choose another dtype", ("--dtype", "bfloat16")),
     "bfloat16 to .npy": Wrong(r"out\.npy: npy cannot hold bfloat16: choose", prepare=brain_floats,
                               input="in.safetensors", output="out.npy"),
     "bfloat16 to .parquet": Wrong(r"out\.parquet: parquet cannot hold bfloat16: choose", prepare=brain_floats,

@@ -62,7 +62,8 @@ def store(path: Path, rows: np.ndarray, dtype: str) -> Path:
 
 def convert(aligner: Any, source: Path, output: Path, dtype: str, **options: Any) -> dict[str, Any]:
     options = {"batch_rows": 64, "on_bad": "fail", **options}
-    return ShardConverter(aligner, dtype, **options).convert(target_of(source, output), lambda rows: None)
+    with ShardConverter(aligner, dtype, **options) as converter:
+        return converter.convert(target_of(source, output), lambda rows: None)
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -231,8 +232,11 @@ def test_a_file_that_shrinks_is_an_error_of_the_reader(tmp_path: Path) -> None:
     target = target_of(source, tmp_path / "out.npy")
     with source.open("r+b") as file:
         file.truncate(source.stat().st_size - 100)
-    with pytest.raises(DataError, match=r"in\.npy: became shorter while it was being read"):
-        ShardConverter(Large(1.0), "float32", 1024, "fail").convert(target, lambda rows: None)
+    with (
+        pytest.raises(DataError, match=r"in\.npy: became shorter while it was being read"),
+        ShardConverter(Large(1.0), "float32", 1024, "fail") as converter,
+    ):
+        converter.convert(target, lambda rows: None)
     assert left_behind(tmp_path) == []
 
 
@@ -261,7 +265,8 @@ def test_errors_while_writing_leave_nothing(tmp_path: Path, monkeypatch: pytest.
     assert left_behind(tmp_path) == []
     monkeypatch.undo()
     # the same converter, whose buffers may have been in use, goes on with the next shard
-    line = converter.convert(target_of(source, tmp_path / "out.npy"), lambda rows: None)
+    with converter:
+        line = converter.convert(target_of(source, tmp_path / "out.npy"), lambda rows: None)
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.load(source))
     assert line["xxh3_128"] == shard_digest(open_embeddings(source).shards[0])
 
@@ -305,11 +310,11 @@ def test_memory_is_bounded_whatever_the_length(tmp_path: Path) -> None:
     for rows in (40_000, 160_000):
         source = store(tmp_path / f"in.{rows}.npy", np.tile(unit(1000), (rows // 1000, 1)), "float32")
         target = target_of(source, tmp_path / "out.npy")
-        converter = ShardConverter(Large(1.0), "float32", 8192, "fail", memory=2_000_000, threads=2)
-        tracemalloc.start()
-        converter.convert(target, lambda rows: None)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        with ShardConverter(Large(1.0), "float32", 8192, "fail", memory=2_000_000, threads=2) as converter:
+            tracemalloc.start()
+            converter.convert(target, lambda rows: None)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
         ((_, mapper),) = converter._prepared.values()
         assert isinstance(mapper, HostMapper)
         assert len(mapper._sources) <= mapper.depth + 1
@@ -350,10 +355,12 @@ def test_the_hash_is_that_of_the_numbers(tmp_path: Path, aligner: AnisoAlign) ->
 
 def test_a_converter_can_be_sent_to_another_process(tmp_path: Path, aligner: AnisoAlign) -> None:
     source = store(tmp_path / "in.npy", unit(100, 6), "float32")
-    converter = ShardConverter(aligner, "float32", 64, "fail")
-    first = converter.convert(target_of(source, tmp_path / "a.npy"), lambda rows: None)
-    second = pickle.loads(pickle.dumps(converter)).convert(target_of(source, tmp_path / "a.npy"), lambda rows: None)
-    assert first == second
+    lines = []
+    with ShardConverter(aligner, "float32", 64, "fail") as converter:
+        lines.append(converter.convert(target_of(source, tmp_path / "a.npy"), lambda rows: None))
+        with pickle.loads(pickle.dumps(converter)) as other:
+            lines.append(other.convert(target_of(source, tmp_path / "a.npy"), lambda rows: None))
+    assert lines[0] == lines[1]
 
 
 def test_a_device_that_is_not_there(tmp_path: Path, aligner: AnisoAlign, monkeypatch: pytest.MonkeyPatch) -> None:

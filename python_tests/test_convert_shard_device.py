@@ -15,6 +15,7 @@ import torch
 from aniso_ext.align import AnisoAlign, TrainingOptions
 from aniso_ext.convert import convert_embeddings, verify_conversion
 from aniso_ext.convert import device as device_module
+from aniso_ext.convert.crew import Crew
 from aniso_ext.convert.device import CudaMapper, Extent, Mapper
 from aniso_ext.convert.maps import TensorMap
 from aniso_ext.convert.overlap import mapped_batches
@@ -175,11 +176,12 @@ def test_results_are_complete_and_in_order(
         writer.write(rows)
     shard = open_embeddings(tmp_path / f"in{suffix}").shards[0]
     mapper = late_mapper("float16", stored_dtype)
+    reader = Crew(1, "aniso-read")
     assert mapper.batch_rows == 64
     for _ in range(2):  # the second shard meets used buffers
         parts = []
         with mapper:
-            for batch in mapped_batches(shard, mapper):
+            for batch in mapped_batches(shard, mapper, reader):
                 mapped = batch.result()
                 assert np.array_equal(mapped.source_magnitudes, magnitudes(batch.rows).astype(np.int16))
                 assert np.array_equal(mapped.magnitudes, magnitudes(mapped.rows))
@@ -196,11 +198,12 @@ def test_a_shard_after_a_failure_finds_its_buffers_free(tmp_path: Path, monkeypa
     np.save(tmp_path / "in.npy", rows)
     shard = open_embeddings(tmp_path / "in.npy").shards[0]
     mapper = late_mapper("float32", "float32")
+    reader = Crew(1, "aniso-read")
 
     def run(mapper: Mapper, stop: int | None) -> list[np.ndarray]:
         parts = []
         with mapper:
-            batches = mapped_batches(shard, mapper)
+            batches = mapped_batches(shard, mapper, reader)
             for number, batch in enumerate(batches):
                 parts.append(batch.result().rows.copy())
                 if number == stop:
@@ -245,8 +248,8 @@ def test_files_through_a_device_are_what_transform_gives(tmp_path: Path, dtype: 
     contents = []
     for memory in (None, 20_000_000, 60_000_000):
         target = Target(shard, tmp_path / "out.safetensors", "safetensors")
-        converter = ShardConverter(aligner, dtype, 8192, "fail", device="cuda", memory=memory)
-        line = converter.convert(target, lambda rows: None)
+        with ShardConverter(aligner, dtype, 8192, "fail", device="cuda", memory=memory) as converter:
+            line = converter.convert(target, lambda rows: None)
         contents.append((target.path.read_bytes(), line))
     assert contents[1:] == contents[:1] * 2
     rows = torch.from_numpy(open_embeddings(tmp_path / "in.safetensors").numpy()).to("cuda", getattr(torch, dtype))
@@ -265,7 +268,8 @@ def test_bad_rows_on_a_device(tmp_path: Path) -> None:
     rows[2000, 3] = np.inf
     np.save(tmp_path / "in.npy", rows)
     target = Target(open_embeddings(tmp_path / "in.npy").shards[0], tmp_path / "out.npy", "npy")
-    line = ShardConverter(Double(), "float32", 8192, "drop", device="cuda").convert(target, lambda count: None)  # type: ignore[arg-type]
+    with ShardConverter(Double(), "float32", 8192, "drop", device="cuda") as converter:  # type: ignore[arg-type]
+        line = converter.convert(target, lambda count: None)
     assert line["bad_rows"] == [7, 2000, 4999]
     assert np.array_equal(np.load(tmp_path / "out.npy"), 2 * np.delete(rows, [7, 2000, 4999], axis=0))
 

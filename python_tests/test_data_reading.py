@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from aniso_ext.data import EmbeddingSet, open_embeddings, read_metadata, write_clip_retrieval
+from aniso_ext.data import EmbeddingSet, EmbeddingWriter, open_embeddings, read_metadata, write_clip_retrieval
 from aniso_ext.data import shards as shards_module
 from aniso_ext.errors import DataError, InputError
 
@@ -227,10 +227,12 @@ def test_streaming_needs_the_memory_of_one_batch(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.asfortranarray(rows))
     store(tmp_path / "p.parquet", rows, row_group=200_000)
     code = (
-        "import resource, sys; from aniso_ext.data import open_embeddings; import pyarrow.parquet\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys; from aniso_ext.data import open_embeddings; import pyarrow.parquet\n"
+        # not getrusage: its maximum starts from the process that started this one
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "for name in sys.argv[2:]:\n"
         "    opened = open_embeddings(f'{sys.argv[1]}/{name}'); next(opened.iter_batches(5000)); before = peak()\n"
+        "    opened.fingerprint()\n"
         "    rows = sum(len(batch) for batch in opened.iter_batches(5000)); print(name, rows, peak() - before)\n"
     )
     limits = {"c.npy": 4 << 10, "p.parquet": 24 << 10, "f.npy": 24 << 10}
@@ -258,3 +260,23 @@ def test_real_embeddings_open(real_data: Path) -> None:
     assert (opened.rows, opened.width, opened.stored_dtype) == (43_662, 512, "float16")
     stored = np.load(real_data / "fashion44k" / "text.npy", mmap_mode="r", allow_pickle=False)
     assert np.array_equal(opened.read(slice(43_000, None)), stored[43_000:])
+
+
+@pytest.mark.parametrize("few", [0, 5, 1024])
+def test_scattered_rows_are_the_same_read_one_by_one_or_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((300, 7)).astype(np.float32)
+    monkeypatch.setattr(shards_module, "FEW_ROWS", few)
+    wanted = np.array([299, 0, 17, 17, 4, 298])
+    for suffix, dtype in ((".npy", "float16"), (".safetensors", "bfloat16"), (".safetensors", "float32")):
+        with EmbeddingWriter(tmp_path / f"{dtype}{suffix}", dtype=dtype) as writer:
+            writer.write(rows)
+        opened = open_embeddings(tmp_path / f"{dtype}{suffix}")
+        whole = np.concatenate(list(opened.iter_batches(100)))
+        assert np.array_equal(opened.read(wanted), whole[wanted])
+        assert opened.read(wanted[:0]).shape == (0, 7)
+        with opened.shards[0].path.open("r+b") as file:
+            file.truncate(1000)
+        with pytest.raises(DataError, match=rf"{dtype}{suffix}: (became shorter|cannot be mapped)"):
+            opened.read(wanted)

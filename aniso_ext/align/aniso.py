@@ -119,6 +119,7 @@ class AnisoAlign(Aligner):
     part_prefixes = ("prior.", "refiner.", "closed_form.")
     transform_options = ("refine", "complement", "center", "calibration", "calibration_steps", "literal")
     runtime_options = ("device", "backend")
+    tile_bytes = None
 
     baseline = False
     frame_: Frame

@@ -97,6 +97,7 @@ def pickled(job: Job) -> tuple[int, Callable[[], object]]:
 
 def buffers(job: Job) -> tuple[int, Callable[[], object]]:
     """Host buffers to host buffers: a conversion without its files."""
+    from aniso_ext.convert.crew import Crew
     from aniso_ext.convert.device import Extent, make_mapper
     from aniso_ext.convert.maps import make_map
     from aniso_ext.convert.overlap import mapped_batches
@@ -107,10 +108,11 @@ def buffers(job: Job) -> tuple[int, Callable[[], object]]:
     row_map = make_map(_aligner(job), shard.stored_dtype, shard.stored_dtype, job.device)
     extent = Extent(shard.width, shard.stored_dtype, shard.stored_dtype, 8192, None)
     mapper = make_mapper(row_map, extent, job.device, None).for_rows(shard.rows)
+    reader = Crew(1, "aniso-read")
 
     def run() -> None:
         with mapper:
-            for batch in mapped_batches(shard, mapper):
+            for batch in mapped_batches(shard, mapper, reader):
                 batch.result()
 
     run()

@@ -53,8 +53,10 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["float16", "float32", "float64"] | None,
-        typer.Option("--dtype", help="Number format of the output.", show_default="that of the input"),
+        Literal["float16", "bfloat16", "float32", "float64"] | None,
+        typer.Option(
+            "--dtype", help="Number format of the output; bfloat16 for safetensors only.", show_default="the input's"
+        ),
     ] = None,
     format: Annotated[
         Literal["npy", "parquet", "safetensors", "arrow"] | None,

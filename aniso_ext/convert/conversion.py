@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Machine:
         for name, value in (("memory", self.memory), ("threads", self.threads)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} must be a positive integer, got {value!r}")
+        if self.device is not None and re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(self.device)) is None:
+            raise InputError(f"device must be cpu, cuda or cuda:N, got {str(self.device)!r}")
 
     def device_kind(self) -> str:
         """``cpu``, ``cuda`` or another kind of device: results differ between them in the last bits."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from aniso_ext.convert.conversion import Conversion, named_errors
+from aniso_ext.convert.device import check_device
 from aniso_ext.convert.manifest import Manifest
 from aniso_ext.convert.rows import UsableRows, bad_indices, magnitudes, refuse_bad
 from aniso_ext.convert.shard import RowAligner
@@ -132,6 +133,8 @@ def _sums(
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Sums over the usable rows of a shard, and their number."""
+    if conversion.machine.device is not None:
+        check_device(str(conversion.machine.device))
     dtype = np.promote_types(shard.dtype, array_dtype(conversion.plan.stored_dtype))
     total, count, first_row = np.zeros(shard.width), 0, 0
     with named_errors(shard):

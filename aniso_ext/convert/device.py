@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from aniso_ext.convert.crew import Crew
 from aniso_ext.convert.maps import DEVICE_ROWS, ROW_MULTIPLE, ArrayMap, Mapped, RowMap, TensorMap, as_array
 from aniso_ext.data.dtypes import file_dtype, item_bytes
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 MOST_WORKERS = 16
 """Python threads that map; more would wait for the interpreter, so each takes several cores instead."""
@@ -47,7 +50,7 @@ class Pending:
 
 
 class Mapper(Protocol):
-    """Maps the batches of one shard after another; a context manager around each shard."""
+    """Maps the batches of one shard after another; a context manager around each shard, closed after the last."""
 
     batch_rows: int
     depth: int
@@ -63,6 +66,9 @@ class Mapper(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def close(self) -> None:
+        """End the threads."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,19 @@ class HostMapper:
         parallel = isinstance(row_map, TensorMap) and _can_limit_threads()
         self._map, self._extent = row_map, extent
         self._workers = min(threads, MOST_WORKERS) if parallel else 1
-        self._threads_each = threads // self._workers if parallel else None
+        start = partial(_limit_threads, threads // self._workers) if parallel else None
+        self._crew = Crew(self._workers, "aniso-map", start)
         self.depth = self._workers + 2
         wanted = extent.batch_rows
         if isinstance(row_map, TensorMap):
             wanted = -(-wanted // ROW_MULTIPLE) * ROW_MULTIPLE
         self._most_rows = extent.limited(wanted, self.depth, self._workers)
         self.batch_rows = self._most_rows
-        self._sources = _Buffers(self._most_rows, extent.width, extent.source_dtype)
-        self._results = _Buffers(self._most_rows, extent.width, extent.stored_dtype)
-        self._pool: ThreadPoolExecutor | None = None
+        self._sources = _Pool(partial(np.empty, (self._most_rows, extent.width), file_dtype(extent.source_dtype)))
+        self._results = _Pool(
+            partial(Mapped.empty, self._most_rows, extent.width, extent.source_dtype, extent.stored_dtype)
+        )
+        self._lent: dict[int, np.ndarray] = {}
 
     def for_rows(self, rows: int) -> HostMapper:
         """The mapper with batches small enough for every thread to have some of a shard's rows."""
@@ -118,65 +127,64 @@ class HostMapper:
         return self
 
     def buffer(self) -> np.ndarray:
-        return self._sources.take()
+        array = self._sources.take()
+        self._lent[address(array)] = array
+        return array
 
     def submit(self, rows: np.ndarray) -> Pending:
-        assert self._pool is not None
         result = self._results.take()
         # in the caller's context, so that its numpy.errstate holds in threads too
-        future = self._pool.submit(copy_context().run, self._map, rows, result[: len(rows)])
+        future = self._crew.submit(copy_context().run, self._map, rows, result.part(0, len(rows)))
 
         def release() -> None:
-            self._sources.give(rows)
+            if (array := self._lent.pop(address(rows), None)) is not None:
+                self._sources.give(array)
             self._results.give(result)
 
         return Pending(rows, future.result, release)
 
     def __enter__(self) -> HostMapper:
-        start = (_limit_threads, (self._threads_each,)) if self._threads_each else (None, ())
-        self._pool = ThreadPoolExecutor(self._workers, "aniso-map", *start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pool is not None
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = None
         if kind is not None:
+            self._crew.stop()
+            self._lent.clear()
             self._sources.reclaim()
             self._results.reclaim()
 
+    def close(self) -> None:
+        self._crew.stop()
 
-class _Buffers:
-    """Arrays of one shape that are handed out, given back and handed out again."""
 
-    def __init__(self, rows: int, width: int, stored_dtype: str) -> None:
-        self._shape, self._dtype = (rows, width), file_dtype(stored_dtype)
-        self._made: dict[int, np.ndarray] = {}
-        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+class _Pool(Generic[T]):
+    """Memory that is handed out, given back and handed out again; ``make`` is asked for more where all is in use."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: list[T] = []
+        self._free: SimpleQueue[T] = SimpleQueue()
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def take(self) -> np.ndarray:
+    def take(self) -> T:
         try:
             return self._free.get_nowait()
         except Empty:
-            array = np.empty(self._shape, self._dtype)
-            self._made[address(array)] = array
-            return array
+            self._made.append(self._make())
+            return self._made[-1]
 
-    def give(self, rows: np.ndarray) -> None:
-        """Take back the array that the rows lie in; rows in other memory are none of ours."""
-        if (array := self._made.get(address(rows))) is not None:
-            self._free.put(array)
+    def give(self, item: T) -> None:
+        self._free.put(item)
 
     def reclaim(self) -> None:
         """Take back everything: nobody works in it any more."""
         self._free = SimpleQueue()
-        for array in self._made.values():
-            self._free.put(array)
+        for item in self._made:
+            self._free.put(item)
 
 
 class CudaRuntime:
@@ -332,6 +340,9 @@ class CudaMapper:
             for slot in self._slots.values():
                 self._free.put(slot)
 
+    def close(self) -> None:
+        """There are no threads."""
+
 
 def make_mapper(row_map: RowMap, extent: Extent, device: str | None, threads: int | None) -> HostMapper | CudaMapper:
     """The mapper for a device, ``cpu`` or a CUDA one; ``threads`` are cores for the CPU, by default those of torch.
@@ -343,13 +354,24 @@ def make_mapper(row_map: RowMap, extent: Extent, device: str | None, threads: in
         raise InputError(f"threads must be at least 1, got {threads}")
     if isinstance(row_map, ArrayMap) or device is None:
         return HostMapper(row_map, extent, 1)
+    check_device(device)
+    if device.startswith("cuda"):
+        return CudaMapper(row_map, extent, CudaRuntime(device))
     import torch
 
-    if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"device {device!r} is not there: no CUDA device is visible")
-        return CudaMapper(row_map, extent, CudaRuntime(device))
     return HostMapper(row_map, extent, torch.get_num_threads() if threads is None else threads)
+
+
+def check_device(device: str) -> None:
+    """Raise the InputError of a device that is not there."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            seen = f"the last one that is visible is cuda:{count - 1}" if count else "no CUDA device is visible"
+            raise InputError(f"device {device!r} is not there: {seen}")
 
 
 def address(rows: np.ndarray) -> int:

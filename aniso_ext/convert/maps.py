@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from aniso_ext.convert.rows import bad_indices, magnitudes
-from aniso_ext.data.dtypes import array_dtype, round_to_bfloat16, widen_bfloat16
+from aniso_ext.data.dtypes import array_dtype, file_dtype, item_bytes, round_to_bfloat16, widen_bfloat16
 from aniso_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +50,16 @@ class Mapped:
     source_magnitudes: np.ndarray
     magnitudes: np.ndarray
 
+    @classmethod
+    def empty(cls, rows: int, width: int, source_dtype: str, stored_dtype: str) -> Mapped:
+        """Memory for the results of a batch."""
+        bits = (np.empty(rows, f"u{item_bytes(dtype)}") for dtype in (source_dtype, stored_dtype))
+        return cls(np.empty((rows, width), file_dtype(stored_dtype)), *bits)
+
+    def part(self, start: int, stop: int) -> Mapped:
+        """The memory of some of the rows."""
+        return Mapped(self.rows[start:stop], self.source_magnitudes[start:stop], self.magnitudes[start:stop])
+
 
 class ArrayMap:
     """An aligner that is known by ``transform`` on arrays alone; it never sees a bad row."""
@@ -59,10 +69,9 @@ class ArrayMap:
         self._aligner = aligner
         self._working = np.promote_types(array_dtype(source_dtype), array_dtype(stored_dtype))
 
-    def __call__(self, stored: np.ndarray, result: np.ndarray) -> Mapped:
+    def __call__(self, stored: np.ndarray, result: Mapped) -> Mapped:
         """Stand-ins of the rows, written to ``result``."""
-        found = magnitudes(stored)
-        bad = bad_indices(found, self.source_dtype)
+        bad = bad_indices(magnitudes(stored, result.source_magnitudes), self.source_dtype)
         rows = self._widened(stored)
         if len(bad) == len(rows):
             mapped = np.zeros_like(rows)
@@ -70,11 +79,12 @@ class ArrayMap:
             rows[bad] = rows[np.setdiff1d(np.arange(len(rows)), bad)[0]]
             mapped = self._transformed(rows)
         if self.stored_dtype == "bfloat16":
-            result[:] = round_to_bfloat16(mapped)
+            result.rows[:] = round_to_bfloat16(mapped)
         else:
             with np.errstate(over="ignore"):
-                result[:] = mapped
-        return Mapped(result, found, magnitudes(result))
+                result.rows[:] = mapped
+        magnitudes(result.rows, result.magnitudes)
+        return result
 
     def is_finite(self, stored: np.ndarray) -> bool:
         """Whether the stand-ins of a few rows are finite before they are rounded to the stored dtype."""
@@ -103,20 +113,33 @@ class TensorMap:
         self._transform: Callable[[torch.Tensor], torch.Tensor] = aligner.transform_batch
         self._source: torch.dtype = getattr(torch, source_dtype)
         self._stored: torch.dtype = getattr(torch, stored_dtype)
+        self._tile_bytes: int | None = getattr(aligner, "tile_bytes", None)
         wider = np.promote_types(array_dtype(source_dtype), array_dtype(stored_dtype))
         self._working = self._source if source_dtype == stored_dtype else getattr(torch, wider.name)
 
-    def __call__(self, stored: np.ndarray, result: np.ndarray) -> Mapped:
+    def __call__(self, stored: np.ndarray, result: Mapped) -> Mapped:
         """Stand-ins of the rows, written to ``result``.
 
-        What the aligner allocates ends here, in the thread that allocated it: the allocator then uses it again, where
-        blocks that other threads free would scatter over its arenas.
+        Nothing that is allocated here outlives the call: a block that another thread frees later would keep the memory
+        before and after it apart, and every batch might take new memory.
         """
-        found = magnitudes(stored)
+        size = self.tile_rows(stored.shape[1]) or len(stored)
+        for first in range(0, len(stored), size):
+            self._map(stored[first : first + size], result.part(first, first + size))
+        return result
+
+    def tile_rows(self, width: int) -> int | None:
+        """Rows that are mapped at a time on the CPU; None for all of a batch."""
+        if self._tile_bytes is None:
+            return None
+        rows = self._tile_bytes // (width * max(4, self._working.itemsize))
+        return max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+    def _map(self, stored: np.ndarray, result: Mapped) -> None:
+        magnitudes(stored, result.source_magnitudes)
         mapped = self._transformed(as_tensor(padded(stored), self._source))
-        as_tensor(result, self._stored).copy_(mapped[: len(stored)])
-        del mapped
-        return Mapped(result, found, magnitudes(result))
+        as_tensor(result.rows, self._stored).copy_(mapped[: len(stored)])
+        magnitudes(result.rows, result.magnitudes)
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows.

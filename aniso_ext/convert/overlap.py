@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 
 import numpy as np
 
+from aniso_ext.convert.crew import Crew
 from aniso_ext.convert.device import Mapper, Pending
 from aniso_ext.convert.digest import RowDigest
 from aniso_ext.data import EmbeddingWriter, Shard
@@ -17,7 +18,7 @@ SYNC_BYTES = 64 << 20
 """Written bytes that are worth bringing to disk: little is left when the file is closed, and the disk is never idle."""
 
 
-def mapped_batches(shard: Shard, mapper: Mapper) -> Generator[Pending, None, None]:
+def mapped_batches(shard: Shard, mapper: Mapper, reader: Crew) -> Generator[Pending, None, None]:
     """The batches of a shard in order, each handed to the mapper, while the next ones are read.
 
     At most ``mapper.depth`` batches are on their way. The memory of a batch is used again once the next one is asked
@@ -25,9 +26,8 @@ def mapped_batches(shard: Shard, mapper: Mapper) -> Generator[Pending, None, Non
     """
     in_flight: deque[Pending] = deque()
     batches = shard.stored_batches(0, shard.rows, mapper.batch_rows, mapper.buffer)
-    reader = ThreadPoolExecutor(1, "aniso-read")
+    reading: Future[np.ndarray | None] | None = reader.submit(next, batches, None)
     try:
-        reading: Future[np.ndarray | None] | None = reader.submit(next, batches, None)
         while True:
             while reading is not None and len(in_flight) < mapper.depth:
                 rows = reading.result()
@@ -40,28 +40,32 @@ def mapped_batches(shard: Shard, mapper: Mapper) -> Generator[Pending, None, Non
             yield first
             first.release()
     finally:
-        reader.shutdown(wait=True, cancel_futures=True)
+        if reading is not None:
+            reader.stop()
 
 
 class HashedOutput:
-    """Writes rows as they are stored, hashing them at the same time and syncing the file on the way."""
+    """Writes rows as they are stored, hashing them at the same time and syncing the file on the way.
 
-    def __init__(self, writer: EmbeddingWriter) -> None:
+    ``crew`` has a thread for the hash and one for the disk.
+    """
+
+    def __init__(self, writer: EmbeddingWriter, crew: Crew) -> None:
         self._writer = writer
         self._digest = RowDigest()
-        self._threads = ThreadPoolExecutor(2, "aniso-write")
+        self._crew = crew
         self._unsynced = 0
         self._syncing: Future[None] | None = None
 
     def write(self, stored: np.ndarray, dropped: np.ndarray | None = None) -> None:
         """``dropped`` are the indices of rows that were left out of this batch."""
-        hashing = self._threads.submit(self._digest.update, stored)
+        hashing = self._crew.submit(self._digest.update, stored)
         self._writer.write_stored(stored, dropped=dropped)
         hashing.result()
         self._unsynced += stored.nbytes
         if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             self._wait_for_sync()
-            self._syncing, self._unsynced = self._threads.submit(self._writer.sync), 0
+            self._syncing, self._unsynced = self._crew.submit(self._writer.sync), 0
 
     def finish(self) -> str:
         """The hash of everything written; nothing runs beside the writer any more."""
@@ -78,4 +82,5 @@ class HashedOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        if kind is not None:
+            self._crew.stop()

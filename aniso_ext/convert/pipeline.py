@@ -198,14 +198,14 @@ class _Run:
         self._convert(aligner, left, len(own))
 
     def _convert(self, aligner: RowAligner, left: list[int], shards: int) -> None:
-        converter = self.conversion.converter(aligner)
         fingerprint = self.conversion.aligner.fingerprint()
-        for number, index in enumerate(left):
-            self._check_stop(shards - len(left) + number, shards)
-            target = self.conversion.plan.targets[index]
-            with named_errors(target.shard):
-                line = converter.convert(target, self._advance)
-            self.manifest.add(index, {**line, "aligner": fingerprint})
+        with self.conversion.converter(aligner) as converter:
+            for number, index in enumerate(left):
+                self._check_stop(shards - len(left) + number, shards)
+                target = self.conversion.plan.targets[index]
+                with named_errors(target.shard):
+                    line = converter.convert(target, self._advance)
+                self.manifest.add(index, {**line, "aligner": fingerprint})
 
     def _check_stop(self, finished: int, shards: int) -> None:
         if self.stop():

@@ -167,7 +167,8 @@ def _seconds(conversion: Conversion, aligner: RowAligner, rows: np.ndarray, fold
     shard = target.shard
     piece = MemoryShard(shard.name, None, "memory", len(rows), shard.width, shard.stored_dtype, rows)
     started = time.perf_counter()
-    conversion.converter(aligner).convert(replace(target, path=Path(folder) / target.name, shard=piece), _ignore)
+    with conversion.converter(aligner) as converter:
+        converter.convert(replace(target, path=Path(folder) / target.name, shard=piece), _ignore)
     return time.perf_counter() - started
 
 

@@ -17,11 +17,12 @@ _TILE_BYTES = 512 << 10
 NORM_STEP = 64
 
 
-def magnitudes(stored: np.ndarray) -> np.ndarray:
+def magnitudes(stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The largest magnitude of each row of C-ordered [n, D], as the bits of the number without its sign.
 
-    Such bits are ordered as the magnitudes are, with infinity and NaN above, so that they tell exactly which rows are
-    zero or not finite. Floating-point tests are ten times slower in half precision.
+    They are unsigned integers [n] of the size of the numbers, in new memory or in ``out``. Such bits are ordered as the
+    magnitudes are, with infinity and NaN above, so that they tell exactly which rows are zero or not finite.
+    Floating-point tests are ten times slower in half precision.
     """
     size, width = stored.itemsize, stored.shape[1]
     unsigned = stored.reshape(-1).view(f"u{size}")
@@ -29,7 +30,7 @@ def magnitudes(stored: np.ndarray) -> np.ndarray:
     without_sign = unsigned.dtype.type(2 ** (8 * size - 1) - 1)
     tile = max(1, _TILE_BYTES // (size * width))
     starts = np.arange(0, min(tile, len(stored)) * width, width)
-    result = np.empty(len(stored), unsigned.dtype)
+    result = np.empty(len(stored), unsigned.dtype) if out is None else out
     for first in range(0, len(stored), tile):
         rows = min(tile, len(stored) - first)
         span = slice(first * width, (first + rows) * width)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from aniso_ext.convert.crew import Crew
 from aniso_ext.convert.device import CudaMapper, Extent, HostMapper, make_mapper
 from aniso_ext.convert.digest import NAME
 from aniso_ext.convert.maps import Mapped, RowAligner, RowMap, make_map
@@ -24,11 +26,11 @@ __all__ = ["RowAligner", "ShardConverter"]
 
 @dataclass
 class ShardConverter:
-    """Converts shards with one aligner, whose calibration is done.
+    """Converts shards with one aligner, whose calibration is done; a context manager around them.
 
     Rows are read, mapped, hashed and written at the same time. What comes out depends neither on ``batch_rows``,
-    ``memory`` nor ``threads``, as long as the aligner maps row by row. Buffers stay from shard to shard; threads end
-    with each.
+    ``memory`` nor ``threads``, as long as the aligner maps row by row. Buffers and threads stay from shard to shard;
+    threads end with the context.
 
     Args:
         aligner: maps the rows; one that has ``transform_batch`` is called from several threads.
@@ -50,6 +52,19 @@ class ShardConverter:
     _prepared: dict[tuple[int, str], tuple[RowMap, HostMapper | CudaMapper]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _reader: Crew = field(default_factory=lambda: Crew(1, "aniso-read"), init=False, repr=False, compare=False)
+    _writers: Crew = field(default_factory=lambda: Crew(2, "aniso-write"), init=False, repr=False, compare=False)
+
+    def __enter__(self) -> ShardConverter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.stop()
+        self._writers.stop()
+        for _, mapper in self._prepared.values():
+            mapper.close()
 
     def convert(self, target: Target, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one output shard; what the manifest says of it comes back.
@@ -69,7 +84,8 @@ class ShardConverter:
         with EmbeddingWriter(
             target.path, target.format, dtype=self.stored_dtype, width=shard.width, overwrite=True, beside=shard
         ) as writer:
-            with HashedOutput(writer) as output, mapper, closing(mapped_batches(shard, mapper)) as batches:
+            reading = mapped_batches(shard, mapper, self._reader)
+            with HashedOutput(writer, self._writers) as output, mapper, closing(reading) as batches:
                 for batch in batches:
                     mapped = batch.result()
                     bad = bad_indices(mapped.source_magnitudes, shard.stored_dtype)
@@ -139,4 +155,4 @@ class ShardConverter:
         return filled
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}}  # buffers and threads stay in their process
+        return {**self.__dict__, "_prepared": {}}  # buffers stay in their process

@@ -183,8 +183,7 @@ class _Check:
     seen: int = 0
 
     def execute(self, calibrated: RowAligner, shards: list[tuple[Target, dict[str, Any]]]) -> None:
-        converter = self.conversion.converter(calibrated)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, self.conversion.converter(calibrated) as converter:
             for target, line in shards:
                 _check_stop(self.stop)
                 again = replace(target, path=Path(folder) / target.name)

@@ -18,6 +18,8 @@ from aniso_ext.data.ranged import RangedMatrix
 from aniso_ext.errors import DataError
 
 SAMPLED_ROWS = 256
+FEW_ROWS = 1024
+"""Rows that are read one by one: a memory map brings in, and counts as ours, up to 2 MiB of the file around each."""
 SAMPLED_BYTES = 4 << 20
 """A fingerprint reads the whole shard up to this size, and evenly spaced pieces of a larger one."""
 
@@ -102,8 +104,8 @@ class RawShard(Shard):
     """A matrix that lies uncompressed in a file (.npy, .safetensors), from byte ``offset`` on.
 
     Consecutive rows are read with ordinary reads into a fresh array: the pages never count as this process's memory,
-    and a file that shrinks meanwhile is an error instead of a bus error. Scattered rows and Fortran-ordered files go
-    through a memory map that lives for one call only, or through range requests.
+    and a file that shrinks meanwhile is an error instead of a bus error. So are a few scattered rows. Many of them, and
+    Fortran-ordered files, go through a memory map that lives for one call only, or through range requests.
     """
 
     offset: int
@@ -167,7 +169,14 @@ class RawShard(Shard):
             done += got
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._hand_out(self._pick(rows))
+        if self.fortran_order or len(rows) > FEW_ROWS or not isinstance(self.path, Path):
+            return self._hand_out(self._pick(rows))
+        found = np.empty((len(rows), self.width), file_dtype(self.stored_dtype))
+        with self._opened() as file:
+            for place, row in enumerate(rows.tolist()):
+                file.seek(self.offset + row * found.strides[0])
+                self._fill(file, found[place : place + 1])
+        return self._hand_out(found)
 
 
 def check_matrix(path: Location, what: str, shape: tuple[int, ...]) -> tuple[int, int]:
