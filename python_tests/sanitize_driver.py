@@ -17,13 +17,17 @@ from aniso_ext import ops
 from aniso_ext.ops import backends
 
 SKIPPED = 77
-# Widths that are no multiple of a vector or a tile, ranks from one block to more than a tile, every complement.
+# Widths that are no multiple of a vector or a tile, ranks from one block to more than a tile, every complement. Of the last three each
+# takes another shape of the Hopper kernels.
 CASES = (
     Case(37, 2, knots=2),
     Case(70, 22, knots=9, complement="diagonal", calibrated=True),
     Case(70, 22, knots=9, complement="diagonal_projected"),
     Case(128, 32, knots=64, calibrated=True),
     Case(264, 130, knots=17, calibrated=True),
+    Case(488, 64, knots=9, calibrated=True),
+    Case(712, 48, knots=9, complement="diagonal", calibrated=True),
+    Case(1096, 112, knots=9, calibrated=True),
 )
 ROWS = (1, 65, 130)
 FORMATS = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from aniso_ext.align import make_aligner
 from aniso_ext.align.residual import noise_factor, unpaired_residual
 from aniso_ext.errors import InputError
 from aniso_ext.mllm import Correction
@@ -67,6 +70,48 @@ def test_the_factor_is_part_of_the_fingerprint() -> None:
     other = Correction(noise_std=0.1, noise_factor=torch.eye(3).flip(0))
     assert len({plain.fingerprint, shaped.fingerprint, other.fingerprint}) == 3
     assert shaped.fresh().fingerprint == shaped.fingerprint
+
+
+def test_a_correction_estimates_the_shape_from_files_and_arrays_alike(tmp_path: Path) -> None:
+    """The source turned and shortened about a shared mean; mean_shift leaves the turn, whose residual NumPy knows."""
+    random = np.random.default_rng(3)
+    target = random.normal(size=(400, 6)) * np.linspace(2, 0.5, 6) + 3
+    source = target @ np.linalg.qr(random.normal(size=(6, 6)))[0] * 0.5
+    sides = {"source": unit_rows(source), "target": unit_rows(target)}
+    for name, rows in sides.items():
+        np.save(tmp_path / f"{name}.npy", rows.astype(np.float32))
+    files = {name: tmp_path / f"{name}.npy" for name in sides}
+    found = [
+        Correction.from_aligner("mean_shift", **given, noise_std=0.1, noise_shape="residual").noise_factor
+        for given in (files, {name: np.load(path) for name, path in files.items()})
+    ]
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+
+    shifted = unit_rows(sides["source"] - sides["source"].mean(axis=0) + sides["target"].mean(axis=0))
+    nearest = np.argsort(-shifted @ sides["target"].T, axis=1)[:, :5]
+    differences = (sides["target"][nearest] - shifted[:, None]).reshape(-1, 6)
+    covariance = np.cov(differences.T, bias=True)
+    made = (found[0] @ found[0].T).numpy()
+    # float32 rows: 6e-8 in each difference of .1 and more, and a neighbour or two may tie
+    np.testing.assert_allclose(made, covariance * 6 / np.trace(covariance), atol=1e-3)
+
+
+def test_a_shape_says_what_it_needs(tmp_path: Path) -> None:
+    rows = np.eye(8, dtype=np.float32)[np.arange(40) % 8] + 0.1
+    with pytest.raises(InputError, match="one of isotropic, residual, got 'round'"):
+        Correction.from_aligner("identity", source=rows, target=rows, noise_std=0.1, noise_shape="round")
+    fitted = make_aligner("mean_shift").fit(rows, rows)
+    with pytest.raises(InputError, match="from source and target embeddings: pass both"):
+        Correction.from_aligner(fitted, noise_std=0.1, noise_shape="residual")
+    with pytest.raises(InputError, match="leave noise_factor out"):
+        Correction.from_aligner(
+            fitted, source=rows, target=rows, noise_std=0.1, noise_factor=torch.eye(8), noise_shape="residual"
+        )
+    assert Correction.from_aligner(fitted, noise_shape="residual").noise_factor is None
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def test_bad_input_is_named() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 
 from aniso_ext.errors import InputError
 
+if TYPE_CHECKING:
+    from aniso_ext.align.base import Aligner
+
 _CHUNK = 1024
+# Rows of the target among which a stand-in looks for the nearest: more are hardly nearer.
+_MOST_TARGET_ROWS = 262_144
 
 
 def unpaired_residual(
@@ -78,3 +85,32 @@ def noise_factor(covariance: torch.Tensor) -> torch.Tensor:
         raise InputError(f"the covariance of noise must be finite and not zero, its trace is {trace:g}")
     values, vectors = torch.linalg.eigh(exact * (len(exact) / trace))
     return vectors * values.clamp_min(0).sqrt()
+
+
+def residual_noise_factor(
+    aligner: Aligner | None, source: Any, target: Any, *, rows: int = 4096, seed: int = 0
+) -> torch.Tensor:
+    """:func:`noise_factor` of the :func:`unpaired_residual` that an aligner leaves.
+
+    Args:
+        aligner: fitted; None judges the source rows themselves.
+        source, target: unpaired embeddings [N, D] and [M, D], anything that ``fit`` takes; ``rows`` of the source and at
+            most 262 144 of the target are read, drawn by ``seed``.
+
+    Raises:
+        InputError: as :func:`unpaired_residual` and :func:`noise_factor`.
+        DataError: a path that holds no usable embeddings.
+    """
+    from aniso_ext.data import open_embeddings
+
+    random = np.random.default_rng(seed)
+
+    def drawn(given: Any, count: int) -> torch.Tensor:
+        embeddings = open_embeddings(given)
+        chosen = np.sort(random.permutation(len(embeddings))[:count])
+        return torch.from_numpy(embeddings.read(chosen).astype(np.float32))
+
+    standins = drawn(source, rows)
+    if aligner is not None:
+        standins = aligner.transform(standins)
+    return noise_factor(unpaired_residual(standins, drawn(target, _MOST_TARGET_ROWS), rows=rows, seed=seed))

@@ -54,6 +54,13 @@ def train(
     noise: Annotated[
         float, typer.Option("--noise", min=0.0, metavar="STD", help="Gaussian noise on each stand-in, then a unit row.")
     ] = 0.0,
+    noise_shape: Annotated[
+        Literal["isotropic", "residual"],
+        typer.Option(
+            "--noise-shape",
+            help="residual: in the shape of what the aligner's stand-ins miss of --target-embeddings.",
+        ),
+    ] = "isotropic",
     train_refiner: Annotated[
         bool, typer.Option("--train-refiner", help="Let the loss tune the aligner's refiner, within its bounds.")
     ] = False,
@@ -243,7 +250,7 @@ def train(
                         options, output)  # fmt: skip
     if output.exists() and not resume and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty: name a new folder, or pass --resume to go on with the run in it")
-    correction = _correction(aligner, source_embeddings, target_embeddings, noise, train_refiner)
+    correction = _correction(aligner, source_embeddings, target_embeddings, noise, noise_shape, train_refiner)
     start = {
         "name": model,
         "visual_tokens": visual_tokens,
@@ -318,7 +325,7 @@ def _compare(
 
 
 def _correction(
-    aligner: str, source: Path, target: Path | None, noise: float, train_refiner: bool
+    aligner: str, source: Path, target: Path | None, noise: float, shape: str, train_refiner: bool
 ) -> Correction | None:
     from aniso_ext.align import list_aligners
     from aniso_ext.mllm import Correction
@@ -332,9 +339,13 @@ def _correction(
     elif aligner not in ("none", "identity"):
         if aligner in list_aligners() and target is None and not Path(aligner).is_dir():
             raise typer.BadParameter(f"{aligner} is fitted now and needs it", param_hint="--target-embeddings")
+        if shape == "residual" and target is None:
+            raise typer.BadParameter("noise of that shape is estimated from it", param_hint="--target-embeddings")
         return Correction.from_aligner(
-            aligner, source=source, target=target, noise_std=noise, trainable=train_refiner
+            aligner, source=source, target=target, noise_std=noise, noise_shape=shape, trainable=train_refiner
         )
+    if shape == "residual":
+        raise typer.BadParameter("the residual is that of an aligner: pass --aligner", param_hint="--noise-shape")
     if train_refiner:
         raise typer.BadParameter("only an anisoalign has a refiner to train", param_hint="--train-refiner")
     return Correction.noise(noise) if noise else None

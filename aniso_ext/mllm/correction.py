@@ -16,6 +16,9 @@ from aniso_ext.ops import Frame, decode, encode
 if TYPE_CHECKING:
     from aniso_ext.align import Aligner, AnisoAlign
 
+NOISE_SHAPES = ("isotropic", "residual")
+
+
 class Correction(nn.Module):
     """Rows [n, D] to unit rows [n, D]: an aligner, then noise.
 
@@ -71,6 +74,7 @@ class Correction(nn.Module):
         target: Any = None,
         noise_std: float = 0.0,
         noise_factor: torch.Tensor | None = None,
+        noise_shape: str = "isotropic",
         trainable: bool = False,
     ) -> Correction:
         """A correction by an aligner: a fitted object, the folder of a saved one, or the name of a method.
@@ -79,12 +83,18 @@ class Correction(nn.Module):
             aligner: object, folder or name; a method by name is fitted on ``source`` and ``target``.
             source, target: unpaired embeddings, anything that ``fit`` takes.
             noise_std, noise_factor, trainable: as for the class.
+            noise_shape: ``residual`` makes the factor from what the aligner's stand-ins of ``source`` miss of
+                ``target``: :func:`aniso_ext.align.residual.residual_noise_factor`.
 
         Raises:
-            InputError: a name without embeddings to fit on.
+            InputError: a name or a residual without embeddings, an unknown shape, or a shape beside a factor.
             ArtefactError: the folder holds no aligner.
         """
+        if noise_shape not in NOISE_SHAPES:
+            raise InputError(f"noise_shape must be one of {', '.join(NOISE_SHAPES)}, got {noise_shape!r}")
         resolved = _resolve(aligner, source, target)
+        if noise_shape == "residual" and noise_std:
+            noise_factor = _residual_factor(resolved, source, target, noise_factor)
         return cls(resolved, noise_std=noise_std, noise_factor=noise_factor, trainable=trainable)
 
     @classmethod
@@ -190,6 +200,16 @@ def _resolve(aligner: Aligner | str | PathLike[str], source: Any, target: Any) -
             "folder of a fitted aligner"
         )
     return make_aligner(str(aligner)).fit(source, target)
+
+
+def _residual_factor(aligner: Aligner, source: Any, target: Any, given: torch.Tensor | None) -> torch.Tensor:
+    from aniso_ext.align.residual import residual_noise_factor
+
+    if given is not None:
+        raise InputError("noise_shape='residual' makes the factor: leave noise_factor out")
+    if source is None or target is None:
+        raise InputError("noise_shape='residual' is estimated from source and target embeddings: pass both")
+    return residual_noise_factor(aligner, source, target)
 
 
 def _fingerprint(aligner: Aligner | None, noise_std: float, factor: torch.Tensor | None) -> str | None:

@@ -236,15 +236,12 @@ def _fit(job: _Job, options: dict[str, Any]) -> None:
 
 def _save_shape(job: _Job, source: np.ndarray, target: np.ndarray) -> None:
     """The factor of the noise of an arm, from the stand-ins of the source and the target, still shuffled apart."""
-    import torch
-
     from aniso_ext.align import load_aligner
-    from aniso_ext.align.residual import noise_factor, unpaired_residual
+    from aniso_ext.align.residual import residual_noise_factor
 
-    given, standins = torch.from_numpy(target).float(), torch.from_numpy(source).float()
-    covariance = unpaired_residual(load_aligner(_aligner(job)).transform(standins), given)
+    factor = residual_noise_factor(load_aligner(_aligner(job)), source, target)
     with open(_shape(job), "wb") as file:
-        np.save(file, noise_factor(covariance).numpy())
+        np.save(file, factor.numpy())
 
 
 def _run(job: _Job) -> None:

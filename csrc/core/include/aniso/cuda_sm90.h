@@ -1,5 +1,5 @@
 // Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128.
-// csrc/core/cuda/sm90_correct.cuh says how they work. They never wait for the device and allocate nothing.
+// csrc/core/cuda/sm90_team.cuh and sm90_forms.cuh say how they work. They never wait for the device and allocate nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
