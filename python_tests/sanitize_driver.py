@@ -17,8 +17,8 @@ from aniso_ext import ops
 from aniso_ext.ops import backends
 
 SKIPPED = 77
-# Widths that are no multiple of a vector or a tile, ranks from one block to more than a tile, every complement. Of the last three each
-# takes another shape of the Hopper kernels.
+# Widths that are no multiple of a vector or a tile, ranks from one block to more than a tile, every complement. Each of
+# the last three takes another shape of the Hopper kernels.
 CASES = (
     Case(37, 2, knots=2),
     Case(70, 22, knots=9, complement="diagonal", calibrated=True),
