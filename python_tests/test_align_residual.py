@@ -96,8 +96,8 @@ def test_a_correction_estimates_the_shape_from_files_and_arrays_alike(tmp_path: 
     np.testing.assert_allclose(made, covariance * 6 / np.trace(covariance), atol=1e-3)
 
 
-def test_a_shape_says_what_it_needs(tmp_path: Path) -> None:
-    rows = np.eye(8, dtype=np.float32)[np.arange(40) % 8] + 0.1
+def test_a_shape_says_what_it_needs() -> None:
+    rows = unit_rows(np.eye(8, dtype=np.float32)[np.arange(40) % 8] + 0.1)
     with pytest.raises(InputError, match="one of isotropic, residual, got 'round'"):
         Correction.from_aligner("identity", source=rows, target=rows, noise_std=0.1, noise_shape="round")
     fitted = make_aligner("mean_shift").fit(rows, rows)

@@ -94,8 +94,8 @@ def residual_noise_factor(
 
     Args:
         aligner: fitted; None judges the source rows themselves.
-        source, target: unpaired embeddings [N, D] and [M, D], anything that ``fit`` takes; ``rows`` of the source and at
-            most 262 144 of the target are read, drawn by ``seed``.
+        source, target: unpaired embeddings [N, D] and [M, D], anything that ``fit`` takes; ``rows`` of the source and
+            at most 262 144 of the target are read, drawn by ``seed``.
 
     Raises:
         InputError: as :func:`unpaired_residual` and :func:`noise_factor`.

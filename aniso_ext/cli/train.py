@@ -55,12 +55,13 @@ def train(
         float, typer.Option("--noise", min=0.0, metavar="STD", help="Gaussian noise on each stand-in, then a unit row.")
     ] = 0.0,
     noise_shape: Annotated[
-        Literal["isotropic", "residual"],
+        Literal["auto", "isotropic", "residual"],
         typer.Option(
             "--noise-shape",
-            help="residual: in the shape of what the aligner's stand-ins miss of --target-embeddings.",
+            help="residual: in the shape of what the aligner's stand-ins miss of --target-embeddings; auto takes it "
+            "where both are given.",
         ),
-    ] = "isotropic",
+    ] = "auto",
     train_refiner: Annotated[
         bool, typer.Option("--train-refiner", help="Let the loss tune the aligner's refiner, within its bounds.")
     ] = False,
@@ -341,6 +342,8 @@ def _correction(
             raise typer.BadParameter(f"{aligner} is fitted now and needs it", param_hint="--target-embeddings")
         if shape == "residual" and target is None:
             raise typer.BadParameter("noise of that shape is estimated from it", param_hint="--target-embeddings")
+        if shape == "auto":
+            shape = "isotropic" if target is None else "residual"
         return Correction.from_aligner(
             aligner, source=source, target=target, noise_std=noise, noise_shape=shape, trainable=train_refiner
         )

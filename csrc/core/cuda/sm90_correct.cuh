@@ -34,8 +34,7 @@ struct CorrectArguments {
 };
 
 template <typename S, int kCluster, int kChunks, Form kForm>
-using CorrectBase = Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kChunks <= 3 ? 3 : 2,
-                         3>;
+using CorrectBase = Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kChunks <= 3 ? 3 : 2, 3>;
 
 template <typename S, int kCluster, int kChunks, Form kForm>
 struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm> {

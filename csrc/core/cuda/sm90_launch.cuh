@@ -143,7 +143,8 @@ cudaError_t launch_correct(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* o
   if (error == cudaSuccess) error = matrix_map<kPanelColumns>(&basis_map, in.shuffled, sm90_padded(in.width), kRank, kRank);
   if (error != cudaSuccess) return error;
   return by_width(in.width, [&](auto cluster, auto chunks) {
-    return launch<CorrectTeam<S, cluster, chunks, kForm>, cluster, sm90_correct_kernel<S, cluster, chunks, kForm>>(y.count, false, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
+    return launch<CorrectTeam<S, cluster, chunks, kForm>, cluster, sm90_correct_kernel<S, cluster, chunks, kForm>>(
+        y.count, false, stream, rows_map, basis_map, CorrectArguments<S>{in, y.count, out});
   });
 }
 
@@ -213,7 +214,8 @@ cudaError_t sm90_decode(const Sm90Update<S>& update, const Sm90Rows<S>& state, c
   const cudaError_t error = maps.encode(update, state, deltas);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_kernel<S, cluster, chunks>>(
+        state.count, false, stream, maps.moves, maps.complement, maps.basis, sm90::UpdateArguments<S>{update, state, deltas, out});
   });
 }
 
@@ -230,7 +232,8 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(state.count, false, stream, maps.moves, maps.complement, grad_map, maps.basis,
+    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
+        state.count, false, stream, maps.moves, maps.complement, grad_map, maps.basis,
         sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
   });
 }
