@@ -177,6 +177,7 @@ sys.path.insert(0, sys.argv[4])
 from test_convert_embeddings import Affine
 from aniso_ext.convert import convert_embeddings
 from aniso_ext.convert.digest import shard_digest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 aligner = Affine()
 def stop(call):
     if call == int(sys.argv[3]):
