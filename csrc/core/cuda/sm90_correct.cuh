@@ -164,14 +164,8 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     // ---- p from this block's columns
     uint32_t y[kChunks][16];  // operands of the product
     float own[Mates::kOwnGroups][4];
-    {
-      float part[64] = {};
-      wait_phase(team.loaded(), parity);
-      team.project_tile(y, part, [](uint32_t pair) { return pair; });
-      if (!team.is_first()) wait_phase(exchange.free(), parity ^ 1);
-      team.projection_done(y, part);
-      exchange.send_parts(part, own);
-    }
+    wait_phase(team.loaded(), parity);
+    team.project_and_send(y, own, parity, [](uint32_t pair) { return pair; }, [] {});
 
     // ---- the share of the rank that this block maps
     team.forget_addresses();
@@ -202,24 +196,14 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     }
 
     // ---- w
-    uint32_t k[kSteps][4];
-    exchange.all_coefficients(own_k, 0, k);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
-    products_begin();
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuild_chunk(w[c], c, k);
-      products_commit();
-    }
+    team.start_rebuild(w, own_k);
     team.load_after_reading(rows_map, team.tile + team.stride);  // the coefficients lay in the tile
 
     // ---- out
     float sums[4] = {};
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      products_wait(kChunks - 1 - c);
-      pin(w[c]);
+      team.rebuilt(w[c], c);
       if constexpr (kForm == Form::kState) {
         team.store_complement(w[c], c, arguments.out);
       } else {

@@ -54,15 +54,10 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     // ---- step, and Q^T step from this block's columns
     uint32_t step[kChunks][16];
     float own[kOwnGroups][4];
-    {
-      float part[64] = {};
-      wait_phase(team.loaded(), 0);
-      team.project_tile(step, part, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); });
-      team.load_after_reading(complement_map, team.tile);
-      if (!team.is_first()) wait_phase(exchange.free(), parity ^ 1);
-      team.projection_done(step, part);
-      exchange.send_parts(part, own);
-    }
+    wait_phase(team.loaded(), 0);
+    team.project_and_send(
+        step, own, parity, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
+        [&] { team.load_after_reading(complement_map, team.tile); });
 
     // ---- k of the blocks of the rank that this block collects
     PolarFours polar[Mates::kTurnGroups];
@@ -80,23 +75,13 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(c, step[c], w[c]);
     team.load_after_reading(moves_map, team.tile + team.stride);
     wait_phase(exchange.mapped(), parity);
-    uint32_t k[kSteps][4];
-    exchange.all_coefficients(own_k, 0, k);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
-    products_begin();
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuild_chunk(w[c], c, k);
-      products_commit();
-    }
+    team.start_rebuild(w, own_k);
 
     // ---- its norms
     float sums[4] = {};
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      products_wait(kChunks - 1 - c);
-      pin(w[c]);
+      team.rebuilt(w[c], c);
       team.add_squares(w[c], c, sums);
     }
     exchange.send_sums(sums);

@@ -60,15 +60,10 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     float w[kChunks][32];
     {
       uint32_t step[kChunks][16];
-      {
-        float part[64] = {};
-        wait_phase(team.loaded(), 0);
-        team.project_tile(step, part, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); });
-        team.load_after_reading(complement_map, team.tile);
-        if (!team.is_first()) wait_phase(exchange.free(), parity ^ 1);
-        team.projection_done(step, part);
-        exchange.send_parts(part, own);
-      }
+      wait_phase(team.loaded(), 0);
+      team.project_and_send(
+          step, own, parity, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
+          [&] { team.load_after_reading(complement_map, team.tile); });
       team.forget_addresses();
       team.load_polar(arguments.state, arguments.deltas, polar);
       wait_phase(exchange.projected(), 0);
@@ -84,18 +79,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     team.load_after_reading(grad_map, team.tile);
     wait_phase(exchange.mapped(), 0);
     if (team.leader) exchange.expect_coefficients();
-    {
-      uint32_t k[kSteps][4];
-      exchange.all_coefficients(own_k, 0, k);
-#pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
-      products_begin();
-#pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) {
-        team.rebuild_chunk(w[c], c, k);
-        products_commit();
-      }
-    }
+    team.start_rebuild(w, own_k);
 
     // ---- its norms and products with grad
     team.forget_addresses();
@@ -103,8 +87,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     wait_phase(team.loaded(), 0);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      products_wait(kChunks - 1 - c);
-      pin(w[c]);
+      team.rebuilt(w[c], c);
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&grads)[4]) {
         float shift[8];
         team.load_vector(kShift, c, piece, shift);

@@ -206,6 +206,19 @@ struct Team {
     for (int32_t c = 0; c < kChunks; ++c) pin(rows[c]);
   }
 
+  // The tile into registers and its projection to the blocks, of which this one's share comes into `own`; `read` comes once the tile has
+  // been read, `parity` is that of the tile.
+  template <typename Change, typename Read>
+  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4], uint32_t parity,
+                                                   const Change& change, const Read& read) const {
+    float part[64] = {};
+    project_tile(rows, part, change);
+    read();
+    if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
+    projection_done(rows, part);
+    exchange.send_parts(part, own);
+  }
+
   // part += rows of a chunk, in registers, times Q.
   __device__ __forceinline__ void project_chunk(float (&part)[64], int32_t c, const uint32_t (&rows)[16]) const {
 #pragma unroll
@@ -218,6 +231,25 @@ struct Team {
     for (int32_t i = 0; i < kSteps; ++i) {
       rebuild<S>(sums, k[i], basis + operand_offset(c * kChunkColumns * kPanelRowBytes + i * Layout::kPanelBytes));
     }
+  }
+
+  // w += Q k, one group of products for each chunk; rebuilt() waits for that of one. `own` are this block's share of the coefficients.
+  __device__ __forceinline__ void start_rebuild(float (&w)[kChunks][32], const uint32_t (&own)[kKinds][Shares::kOwnSteps][4]) const {
+    uint32_t k[kSteps][4];
+    exchange.all_coefficients(own, 0, k);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
+    products_begin();
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      rebuild_chunk(w[c], c, k);
+      products_commit();
+    }
+  }
+
+  __device__ __forceinline__ void rebuilt(float (&w)[32], int32_t c) const {
+    products_wait(kChunks - 1 - c);
+    pin(w);
   }
 
   // body(c, Q k in the columns of chunk c); with two buffers, while the next chunk is multiplied.
