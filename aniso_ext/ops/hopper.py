@@ -1,4 +1,8 @@
-"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh)."""
+"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh).
+
+``correct`` also has a kernel for float32 rows whose products may round to TF32, where the complement is a number. Its
+products are float16, which keeps as many bits.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,8 @@ class HopperOperands:
     """Constants of a frame beside its :class:`~aniso_ext.ops.operands.Operands`; M is padded to 64 blocks.
 
     ============ ======================== =========================================================================
-    basis        [D, 128] storage dtype   Q, zero columns past R
-    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
+    basis        [D, 128] product dtype   Q, zero columns past R
+    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it for the rows
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
     map_scales   [3, 64] float32          its scales
@@ -60,9 +64,21 @@ def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
-def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
-    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
-    if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
+@constant_while_tracing
+def serves_tf32(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
+    """Whether ``correct`` has a kernel there for rows of this kind: float32, and products may now round to TF32."""
+    shape = LEAST_WIDTH <= width <= LARGEST_WIDTH and width % 4 == 0 and rank <= LARGEST_RANK
+    rounds = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return rounds and shape and _is_hopper(device)
+
+
+def operands(rows: torch.Tensor, frame: Frame, *, tf32: bool = False) -> HopperOperands | None:
+    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve.
+
+    ``tf32``: whether the operation has a kernel for float32 rows.
+    """
+    kind = (str(rows.device), rows.dtype, frame.width, frame.rank)
+    if not (serves(*kind) or (tf32 and serves_tf32(*kind))):
         return None
     dtype, device = rows.dtype, str(rows.device)
     frame._prepare_hopper(dtype, device)
@@ -85,16 +101,23 @@ def shuffled_basis(state: torch.Tensor, frame: Frame) -> torch.Tensor | None:
     return shuffled
 
 
-def shuffle(basis: torch.Tensor) -> torch.Tensor:
-    """Q [D, R] as [ceil64(D), 128], rows and columns reordered in groups of 32 (csrc/core/include/aniso/cuda_sm90.h).
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the factors of products are rounded to for rows of a dtype."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
-    Entry 2 (4 quarter + pair) + side of a group comes to 2 (4 pair + quarter) + side: a thread's share of a product is
-    every fourth pair, and so becomes a run of neighbours in the row.
+
+def shuffle(basis: torch.Tensor, run: int = 8) -> torch.Tensor:
+    """Q [D, R] as [ceil64(D), 128], reordered: columns in groups of 32, rows in groups of ``4 run``, where ``run``
+    neighbours of a row have 16 bytes (csrc/core/include/aniso/cuda_sm90.h).
+
+    Entry 2 (4 quarter + pair) + side of a group of 32 comes to 2 (4 pair + quarter) + side, and entry 2 (2 quarter +
+    pair) + side of one of 16 likewise: a thread's share of a product is every fourth pair, and so becomes a run of
+    neighbours in the row.
     """
     width, rank = basis.shape
     padded = basis.new_zeros(-(-width // CHUNK) * CHUNK, LARGEST_RANK)
     padded[:width, :rank] = basis
-    groups = padded.view(-1, 4, 4, 2, LARGEST_RANK // 32, 4, 4, 2)
+    groups = padded.view(-1, 4, run // 2, 2, LARGEST_RANK // 32, 4, 4, 2)
     return groups.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(padded.shape)
 
 
@@ -115,11 +138,12 @@ def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
     """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse, or where
-    the basis is not orthonormal enough for norms from quadratic forms."""
-    rounding = torch.finfo(dtype).eps / 2
+    the basis is not orthonormal enough for norms from quadratic forms, which float32 rows do without."""
+    product = product_dtype(dtype)
+    rounding = torch.finfo(product).eps / 2
     exact = frame.to(device=device, dtype=torch.float64)
-    rounded = exact.basis.to(dtype)
-    if not is_orthonormal(rounded.double(), rounding):
+    rounded = exact.basis.to(product)
+    if dtype != torch.float32 and not is_orthonormal(rounded.double(), rounding):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
     table = _radius_table(segments, rounding)
@@ -135,4 +159,5 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     cells[: frame.blocks] = table.cells
     map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
     map_scales[:, : frame.blocks] = table.scales
-    return HopperOperands(basis, shuffle(rounded), coordinates, cells.view(torch.int32).squeeze(2), map_scales)
+    shuffled = shuffle(rounded, 16 // dtype.itemsize)
+    return HopperOperands(basis, shuffled, coordinates, cells.view(torch.int32).squeeze(2), map_scales)
