@@ -25,6 +25,8 @@ CHUNK = 64  # columns that a block of the kernels takes at a time
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
+# For float32 rows 1 - cos may be 1e-6. Errors of this size add at most 1e-7, and so does a cell that is off by sqrt(M).
+LARGEST_ERROR_TF32 = 0.75
 MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
@@ -121,17 +123,24 @@ def shuffle(basis: torch.Tensor, run: int = 8) -> torch.Tensor:
     return groups.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(padded.shape)
 
 
-def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None:
-    """The smallest table that is good enough, NaN in its coarse cells; None if none is."""
+def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
+    """What a table for rows of a dtype may be off by in the root of the mean square, and in one cell, in roundings."""
+    return (LARGEST_ERROR_TF32, blocks**0.5) if dtype == torch.float32 else (LARGEST_ERROR, LARGEST_CELL_ERROR)
+
+
+def _radius_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:
+    """The smallest table that is good enough for rows of a dtype, NaN in its coarse cells; None if none is."""
+    rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
+    most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
     for count in CELL_COUNTS:
         table = pack_table(segments, count)
         secants = table.secants()
         error = table_error(segments, secants)
-        kept = error[error <= LARGEST_CELL_ERROR * rounding * size]
-        fine = float(kept.square().mean().sqrt()) <= LARGEST_ERROR * rounding * size if len(kept) else False
+        kept = error[error <= most_of_cell]
+        fine = float(kept.square().mean().sqrt()) <= most if len(kept) else False
         if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
-            table.cells[coarse_cells(segments, secants, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
+            table.cells[coarse_cells(segments, secants, most_of_cell)] = torch.nan
             return table
     return None
 
@@ -140,13 +149,12 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse, or where
     the basis is not orthonormal enough for norms from quadratic forms, which float32 rows do without."""
     product = product_dtype(dtype)
-    rounding = torch.finfo(product).eps / 2
     exact = frame.to(device=device, dtype=torch.float64)
     rounded = exact.basis.to(product)
-    if dtype != torch.float32 and not is_orthonormal(rounded.double(), rounding):
+    if dtype != torch.float32 and not is_orthonormal(rounded.double(), torch.finfo(product).eps / 2):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = _radius_table(segments, rounding)
+    table = _radius_table(segments, dtype)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)

@@ -34,26 +34,36 @@ constexpr int32_t kBoxColumns = 32;  // of float32 rows: as many bytes as a chun
 template <int kCluster, int kChunks>
 struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
   using Base = CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2>;
-  using Base::columns_left, Base::count, Base::exchange, Base::first_column, Base::first_of_warp, Base::leader, Base::quarter, Base::row,
-      Base::shared, Base::stride, Base::tile, Base::tiles, Base::warpgroup, Base::width;
-  static constexpr int32_t kBoxes = 2 * kChunks, kSlots = kChunks;  // of a tile, and in shared memory: each slot holds two boxes of a tile
-  static constexpr int32_t kCoefficientSlots = 2;                   // the last ones
-  static constexpr uint32_t kFilled = Base::kBytes;                 // a barrier for each slot
-  static constexpr uint32_t kBytes = kFilled + Base::kWarpgroups * kSlots * uint32_t(sizeof(uint64_t));
-  static_assert((kCluster - 1) * Base::Shares::kOwnSteps <= 4 * kCoefficientSlots && kCoefficientSlots <= kSlots, "coefficients overflow");
+  using Base::count, Base::exchange, Base::first_column, Base::first_of_warp, Base::leader, Base::quarter, Base::row, Base::shared,
+      Base::stride, Base::tile, Base::tiles, Base::warpgroup, Base::width;
+  static constexpr int32_t kBoxes = 2 * kChunks, kSlots = kChunks;  // of a tile, and in shared memory: a slot holds two boxes of a tile
+  static constexpr int32_t kFirstCoefficientSlot = kSlots - 2;
+  static constexpr uint32_t kFilled = Base::kBytes;  // a barrier for each slot
+  static constexpr uint32_t kNumbers = kFilled + Base::kWarpgroups * kSlots * uint32_t(sizeof(uint64_t));
+  static constexpr uint32_t kBytes = kNumbers + 2 * uint32_t(sizeof(float));
+  static_assert((kCluster - 1) * Base::Shares::kOwnSteps <= 4 * (kSlots - kFirstCoefficientSlot), "coefficients overflow their slots");
   static_assert(kFilled % sizeof(uint64_t) == 0 && kBytes <= 232448, "a block has 227 KB of shared memory");
 
   __device__ __forceinline__ Tf32Team(unsigned char* shared_memory, int32_t width, int32_t rank, int64_t count)
       : Base(shared_memory, width, rank, count) {
-    exchange.tile += (kSlots - kCoefficientSlots) * kTileChunkBytes;
+    exchange.tile += kFirstCoefficientSlot * kTileChunkBytes;  // where coefficients come
   }
 
   __device__ __forceinline__ uint32_t slot(int32_t which) const {
-    return exchange.tile + (which - (kSlots - kCoefficientSlots)) * int32_t(kTileChunkBytes);
+    return exchange.tile + uint32_t(which - kFirstCoefficientSlot) * kTileChunkBytes;
   }
   __device__ __forceinline__ uint32_t filled(int32_t which) const {
     return shared + kFilled + (warpgroup * kSlots + which) * uint32_t(sizeof(uint64_t));
   }
+
+  // Two numbers that are needed once a tile: in registers they would push out rows.
+  __device__ __forceinline__ void keep_numbers(float scalar, float shift_squares) const {
+    if (threadIdx.x != 0) return;
+    store_shared(shared + kNumbers, scalar);
+    store_shared(shared + kNumbers + uint32_t(sizeof(float)), shift_squares);
+  }
+  __device__ __forceinline__ float scalar() const { return load_number(shared + kNumbers); }
+  __device__ __forceinline__ float shift_squares() const { return load_number(shared + kNumbers + uint32_t(sizeof(float))); }
 
   // A box into its slot; by the leader.
   __device__ __forceinline__ void load_box_of(const CUtensorMap& rows_map, int64_t of_tile, int32_t box) const {
@@ -70,38 +80,42 @@ struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
     for (int32_t box = 0; box < kSlots && tile < tiles; ++box) load_box_of(rows_map, tile, box);
   }
 
-  // What comes after a box that every thread has read.
-  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, int32_t box) const {
+  // What follows in the slots of a chunk that every thread has read.
+  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, int32_t c) const {
     reads_before_copy_fence();
     warpgroup_sync(warpgroup);
     if (!leader) return;
-    if (box < kSlots) {
-      load_box_of(rows_map, tile, box + kSlots);
-    } else if (tile + stride < tiles) {
-      load_box_of(rows_map, tile + stride, box - kSlots);
+#pragma unroll
+    for (int32_t box = 2 * c; box < 2 * c + 2; ++box) {
+      if (box < kSlots) {
+        load_box_of(rows_map, tile, box + kSlots);
+      } else if (tile + stride < tiles) {
+        load_box_of(rows_map, tile + stride, box - kSlots);
+      }
     }
   }
 
-  // body(half, step, four neighbours): what this thread holds of a box, in two steps of 16 columns.
-  template <typename Body>
-  __device__ __forceinline__ void for_each_four(int32_t box, const Body& body) const {
+  // A box into registers: y as the sums of a product have it, and as operands of one.
+  __device__ __forceinline__ void take_box(int32_t box, float* y, uint32_t (&operands)[8]) const {
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
       const int32_t row = first_of_warp + half * 8;
 #pragma unroll
       for (int32_t step = 0; step < 2; ++step) {
-        body(half, step, load_shared(slot(box % kSlots) + row * 128 + (((step * 4 + quarter) ^ (row & 7)) * 16)));
+        const float4 four = load_shared(slot(box % kSlots) + row * 128 + (((step * 4 + quarter) ^ (row & 7)) * 16));
+        float* values = y + place(half, step);
+        values[0] = four.x, values[1] = four.y, values[4] = four.z, values[5] = four.w;
+        operands[4 * step + half] = pack<Float16>(four.x, four.y);
+        operands[4 * step + half + 2] = pack<Float16>(four.z, four.w);
       }
     }
   }
 
-  // The place of the first of four neighbours among the sums of a product: two lie there, two 4 further on.
-  static __device__ __forceinline__ constexpr int32_t place(int32_t box, int32_t half, int32_t step) {
-    return box % 2 * 16 + step * 8 + half * 2;
-  }
+  // Where four neighbours, of a step of 16 columns, are among the sums of a product: two there, two 4 further on.
+  static __device__ __forceinline__ constexpr int32_t place(int32_t half, int32_t step) { return step * 8 + half * 2; }
 
   // The tile into registers, and its projection to the blocks, of which this one's share comes into `own`.
-  __device__ __forceinline__ void project_and_send(const CUtensorMap& rows_map, float (&w)[kChunks][32],
+  __device__ __forceinline__ void project_and_send(const CUtensorMap& rows_map, float (&y)[kChunks][32],
                                                    float (&own)[Base::kOwnGroups][4], uint32_t parity) const {
     float part[64] = {};
     uint32_t operands[2][8];
@@ -109,18 +123,14 @@ struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
     for (int32_t box = 0; box < kBoxes; ++box) {
       uint32_t(&rows)[8] = operands[box % 2];
       wait_phase(filled(box % kSlots), box / kSlots);
-      if (box >= 2) {
-        products_wait(1);  // the operands are free
+      if (box >= 2) {  // the operands are free, at last all of them
+        products_wait(box + 1 < kBoxes ? 1 : 0);
         pin(rows);
       }
-      for_each_four(box, [&](int32_t half, int32_t step, const float4& four) {
-        float* values = &w[box / 2][place(box, half, step)];
-        values[0] = four.x, values[1] = four.y, values[4] = four.z, values[5] = four.w;
-        rows[4 * step + half] = pack<Float16>(four.x, four.y);
-        rows[4 * step + half + 2] = pack<Float16>(four.z, four.w);
-      });
+      take_box(box, &y[box / 2][box % 2 * 16], rows);
       pin(rows);
-      if (box < kBoxes - kCoefficientSlots) load_after_reading(rows_map, box);
+      // The last chunk makes room for coefficients.
+      if (box % 2 == 1 && box + 1 < kBoxes) load_after_reading(rows_map, box / 2);
       products_begin();
 #pragma unroll
       for (int32_t step = 0; step < 2; ++step) {
@@ -136,28 +146,21 @@ struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
     exchange.send_parts(part, own);
   }
 
-  // Coefficients have been read: the slots where they lay are loaded again.
-  __device__ __forceinline__ void load_after_coefficients(const CUtensorMap& rows_map) const {
-    reads_before_copy_fence();
-    warpgroup_sync(warpgroup);
-    if (!leader || tile + stride >= tiles) return;
-    for (int32_t box = kSlots - kCoefficientSlots; box < kSlots; ++box) load_box_of(rows_map, tile + stride, box);
-  }
-
-  // body(half, place among the sums of chunk c, column after the first of the block's, four neighbours of a vector), for all of this thread.
+  // body(half, place among the sums of chunk c, column, four neighbours of a vector), for all columns of this thread.
   template <typename Body>
   __device__ __forceinline__ void for_each_place(Vector which, int32_t c, const Body& body) const {
 #pragma unroll
     for (int32_t step = 0; step < 4; ++step) {
       const int32_t column = c * kChunkColumns + step * 16 + quarter * 4;
-      const float4 vector = load_shared(this->vector_place(which) + column * 4);
+      const float4 vector = load_shared(this->vector_place(which) + column * uint32_t(sizeof(float)));
 #pragma unroll
-      for (int32_t half = 0; half < 2; ++half) body(half, step * 8 + half * 2, column, vector);
+      for (int32_t half = 0; half < 2; ++half) body(half, place(half, step), first_column + column, vector);
     }
   }
 
   // S y + offset in the place of y.
-  __device__ __forceinline__ void begin_rows(float (&w)[32], int32_t c, float scalar) const {
+  __device__ __forceinline__ void begin_rows(float (&w)[32], int32_t c) const {
+    const float scalar = this->scalar();
     for_each_place(kOffset, c, [&](int32_t, int32_t at, int32_t, const float4& offset) {
       w[at] = fmaf(scalar, w[at], offset.x);
       w[at + 1] = fmaf(scalar, w[at + 1], offset.y);
@@ -184,7 +187,7 @@ struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
       const uint32_t four[4] = {
           __float_as_uint(fmaf(w[at], factor, shift.x * shift_factor)), __float_as_uint(fmaf(w[at + 1], factor, shift.y * shift_factor)),
           __float_as_uint(fmaf(w[at + 4], factor, shift.z * shift_factor)), __float_as_uint(fmaf(w[at + 5], factor, shift.w * shift_factor))};
-      store_line_inside(out + row(half) * width + first_column + column, four, first_column + column < width && row(half) < count);
+      store_line_inside(out + row(half) * width + column, four, column < width && row(half) < count);
     });
   }
 };
@@ -200,14 +203,12 @@ __global__ void __launch_bounds__(Tf32Team<kCluster, kChunks>::kThreads, 1)
   Mates team(shared_memory, in.width, in.rank, arguments.count);
   const auto& exchange = team.exchange;
   auto& coordinates = *reinterpret_cast<CoordinateVectors<kCluster>*>(shared_memory + Mates::Layout::kOther);
-  const bool shifted = in.shift != nullptr;
-  const float scalar = in.scale[0];
   team.begin(basis_map, rows_map);
   team.keep_vector(kShift, in.shift);
   team.keep_vector(kOffset, in.offset);
   fill(coordinates, in, int32_t(cluster_rank()) * Mates::Shares::kOwnColumns);
+  team.keep_numbers(in.scale[0], dot_of(in.shift, in.shift, in.width, team.lane));
   team.end_of_beginning();
-  const float shift_squares = dot_of(in.shift, in.shift, in.width, team.lane);
 
   uint32_t parity = 0;
   for (; team.tile < team.tiles; team.tile += team.stride, parity ^= 1) {
@@ -228,16 +229,16 @@ __global__ void __launch_bounds__(Tf32Team<kCluster, kChunks>::kThreads, 1)
     wait_phase(exchange.projected(), parity);
     exchange.add_parts(own);
     uint32_t own_k[1][Mates::Shares::kOwnSteps][4];
-    team.map_share(in, coordinates, scalar, own, own_k, nullptr);
+    team.map_share(in, coordinates, team.scalar(), own, own_k, nullptr);
     exchange.send_coefficients(own_k);
 
     // ---- w
     team.forget_addresses();
 #pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(w[c], c, scalar);
+    for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(w[c], c);
     wait_phase(exchange.mapped(), parity);
     team.start_rebuild(w, own_k);
-    team.load_after_coefficients(rows_map);
+    team.load_after_reading(rows_map, kChunks - 1);  // the coefficients lay there
 
     // ---- out
     float sums[4] = {};
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(Tf32Team<kCluster, kChunks>::kThreads, 1)
     exchange.send_sums(sums);
     exchange.receive_sums(sums, parity);
     Scales scales[2];
-    fast_scales(sums, shift_squares, shifted, scales);
+    fast_scales(sums, team.shift_squares(), in.shift != nullptr, scales);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) team.store_unit_rows(w[c], c, scales, arguments.out);
     exchange.warp_is_done();
