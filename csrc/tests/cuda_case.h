@@ -239,8 +239,8 @@ double product_roundings(Products products) {
   return split ? 8 + 2 * 128 : 8;
 }
 
-// A basis [D, R] in the order of aniso/cuda_sm90.h: what thread `quarter` of four holds of 4 kRun columns of a product, pairs 4 pair + quarter,
-// are neighbours of the matrix, pairs kRun/2 quarter + pair. kRun: as many numbers of a row as have 16 bytes.
+// A basis [D, R] in the order of aniso/cuda_sm90.h: what thread `quarter` of four holds of 4 kRun columns of a product, pairs
+// 4 pair + quarter, are neighbours of the matrix, pairs kRun/2 quarter + pair. kRun: as many numbers of a row as have 16 bytes.
 template <int32_t kRun = 8, typename S>
 std::vector<S> shuffled(const std::vector<S>& basis, int32_t width, int32_t rank) {
   const auto place = [](int32_t i, int32_t run) { return i / (4 * run) * (4 * run) + i % 8 / 2 * run + i % (4 * run) / 8 * 2 + i % 2; };

@@ -1,4 +1,5 @@
-// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128.
+// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128. Float32 rows
+// are corrected too.
 // csrc/core/cuda/sm90_team.cuh and sm90_forms.cuh say how they work. They never wait for the device and allocate nothing.
 #pragma once
 
