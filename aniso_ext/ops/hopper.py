@@ -25,7 +25,7 @@ CHUNK = 64  # columns that a block of the kernels takes at a time
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
-# For float32 rows 1 - cos may be 1e-6. Errors of this size add at most 1e-7, and so does a cell that is off by sqrt(M).
+# For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.
 LARGEST_ERROR_TF32 = 0.75
 MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
