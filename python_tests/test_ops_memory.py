@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from cases import BRANCHES, Case, calibrated, frame_of, named
 from devices import EVERY_BACKEND, KERNELS, Run, runs
+from heap import bytes_in_use
 
 from aniso_ext import ops
 from aniso_ext.errors import InputError
@@ -17,22 +17,6 @@ from aniso_ext.errors import InputError
 CASE = calibrated(Case(30, 6, knots=9))
 STRING_BYTES = 48
 """What a std::string takes on the heap: the least that a call through the C shim of torch might leave behind."""
-
-
-class Mallinfo(ctypes.Structure):
-    """``struct mallinfo2`` of the C library."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
-
-
-def bytes_in_use() -> int:
-    """Bytes that are allocated from the C library, by every thread."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = Mallinfo
-    return int(mallinfo().uordblks)
 
 
 def call_of(operator: str, run: Run) -> Callable[[], object]:

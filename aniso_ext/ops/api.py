@@ -13,9 +13,7 @@ from aniso_ext.ops.frame import Frame
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def correct(
-    y: torch.Tensor, frame: Frame, *, backend: str = "auto", out: torch.Tensor | None = None
-) -> torch.Tensor:
+def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto", out: torch.Tensor | None = None) -> torch.Tensor:
     """Closed-form stand-ins for source embeddings: project, polar, radius map, rebuild, renormalise, calibrate.
 
     e' = Norm(Q c(T(rho), theta) + v0), e = Norm(e' - m_hat + m_t) when the frame is calibrated (METHOD section 4).
@@ -28,8 +26,8 @@ def correct(
             The backend ``cpu`` writes the result there, others copy it.
 
     Returns:
-        Unit rows [N, D], dtype and device of ``y``; ``out`` if it was given. Sums are float32 (float64 for float64 input). A non-finite row
-        stays non-finite and touches no other row. Differentiable in ``y``.
+        Unit rows [N, D], dtype and device of ``y``; ``out`` if it was given. Sums are float32 (float64 for float64
+        input). A non-finite row stays non-finite and touches no other row. Differentiable in ``y``.
 
     Raises:
         InputError: shape, width, dtype or device do not fit.
