@@ -119,7 +119,9 @@ def ranking(
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
         forward_only = operation == "correct_sums" or not gradient
         on_hopper = operation in operations.get(complement, ()) and forward_only
-    if on_hopper and hopper.serves(str(device), dtype, width, rank):
+    kind = (str(device), dtype, width, rank)
+    tf32 = operation == "correct" and complement == "scalar"
+    if on_hopper and (hopper.serves(*kind) or (tf32 and hopper.serves_tf32(*kind))):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")

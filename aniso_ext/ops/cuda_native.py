@@ -80,7 +80,8 @@ def _folded(rows: torch.Tensor, frame: Frame) -> Operands:
 
 def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     constants = _folded(y, frame)
-    special = hopper.operands(y, frame) if frame.complement != "diagonal_projected" else None
+    scalar = frame.complement == "scalar"
+    special = hopper.operands(y, frame, tf32=scalar) if frame.complement != "diagonal_projected" else None
     if special is not None:
         return torch.ops.aniso_ext.hopper_correct(y, *special.tensors(), *constants.initialisation(), constants.shift)
     return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)

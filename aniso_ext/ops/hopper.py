@@ -1,4 +1,8 @@
-"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh)."""
+"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh).
+
+``correct`` also has a kernel for float32 rows whose products may round to TF32, where the complement is a number. Its
+products are float16, which keeps as many bits.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ CHUNK = 64  # columns that a block of the kernels takes at a time
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
+# For float32 rows 1 - cos may be 1e-6. Errors of this size add at most 1e-7, and so does a cell that is off by sqrt(M).
+LARGEST_ERROR_TF32 = 0.75
 MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
@@ -29,8 +35,8 @@ class HopperOperands:
     """Constants of a frame beside its :class:`~aniso_ext.ops.operands.Operands`; M is padded to 64 blocks.
 
     ============ ======================== =========================================================================
-    basis        [D, 128] storage dtype   Q, zero columns past R
-    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
+    basis        [D, 128] product dtype   Q, zero columns past R
+    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it for the rows
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
     cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
     map_scales   [3, 64] float32          its scales
@@ -60,9 +66,21 @@ def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
-def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
-    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
-    if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
+@constant_while_tracing
+def serves_tf32(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
+    """Whether ``correct`` has a kernel there for rows of this kind: float32, and products may now round to TF32."""
+    shape = LEAST_WIDTH <= width <= LARGEST_WIDTH and width % 4 == 0 and rank <= LARGEST_RANK
+    rounds = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return rounds and shape and _is_hopper(device)
+
+
+def operands(rows: torch.Tensor, frame: Frame, *, tf32: bool = False) -> HopperOperands | None:
+    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve.
+
+    ``tf32``: whether the operation has a kernel for float32 rows.
+    """
+    kind = (str(rows.device), rows.dtype, frame.width, frame.rank)
+    if not (serves(*kind) or (tf32 and serves_tf32(*kind))):
         return None
     dtype, device = rows.dtype, str(rows.device)
     frame._prepare_hopper(dtype, device)
@@ -85,44 +103,58 @@ def shuffled_basis(state: torch.Tensor, frame: Frame) -> torch.Tensor | None:
     return shuffled
 
 
-def shuffle(basis: torch.Tensor) -> torch.Tensor:
-    """Q [D, R] as [ceil64(D), 128], rows and columns reordered in groups of 32 (csrc/core/include/aniso/cuda_sm90.h).
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the factors of products are rounded to for rows of a dtype."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
-    Entry 2 (4 quarter + pair) + side of a group comes to 2 (4 pair + quarter) + side: a thread's share of a product is
-    every fourth pair, and so becomes a run of neighbours in the row.
+
+def shuffle(basis: torch.Tensor, run: int = 8) -> torch.Tensor:
+    """Q [D, R] as [ceil64(D), 128], reordered: columns in groups of 32, rows in groups of ``4 run``, where ``run``
+    neighbours of a row have 16 bytes (csrc/core/include/aniso/cuda_sm90.h).
+
+    Entry 2 (4 quarter + pair) + side of a group of 32 comes to 2 (4 pair + quarter) + side, and entry 2 (2 quarter +
+    pair) + side of one of 16 likewise: a thread's share of a product is every fourth pair, and so becomes a run of
+    neighbours in the row.
     """
     width, rank = basis.shape
     padded = basis.new_zeros(-(-width // CHUNK) * CHUNK, LARGEST_RANK)
     padded[:width, :rank] = basis
-    groups = padded.view(-1, 4, 4, 2, LARGEST_RANK // 32, 4, 4, 2)
+    groups = padded.view(-1, 4, run // 2, 2, LARGEST_RANK // 32, 4, 4, 2)
     return groups.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(padded.shape)
 
 
-def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None:
-    """The smallest table that is good enough, NaN in its coarse cells; None if none is."""
+def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
+    """What a table for rows of a dtype may be off by in the root of the mean square, and in one cell, in roundings."""
+    return (LARGEST_ERROR_TF32, blocks**0.5) if dtype == torch.float32 else (LARGEST_ERROR, LARGEST_CELL_ERROR)
+
+
+def _radius_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:
+    """The smallest table that is good enough for rows of a dtype, NaN in its coarse cells; None if none is."""
+    rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
+    most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
     for count in CELL_COUNTS:
         table = pack_table(segments, count)
         secants = table.secants()
         error = table_error(segments, secants)
-        kept = error[error <= LARGEST_CELL_ERROR * rounding * size]
-        fine = float(kept.square().mean().sqrt()) <= LARGEST_ERROR * rounding * size if len(kept) else False
+        kept = error[error <= most_of_cell]
+        fine = float(kept.square().mean().sqrt()) <= most if len(kept) else False
         if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
-            table.cells[coarse_cells(segments, secants, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
+            table.cells[coarse_cells(segments, secants, most_of_cell)] = torch.nan
             return table
     return None
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
     """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse, or where
-    the basis is not orthonormal enough for norms from quadratic forms."""
-    rounding = torch.finfo(dtype).eps / 2
+    the basis is not orthonormal enough for norms from quadratic forms, which float32 rows do without."""
+    product = product_dtype(dtype)
     exact = frame.to(device=device, dtype=torch.float64)
-    rounded = exact.basis.to(dtype)
-    if not is_orthonormal(rounded.double(), rounding):
+    rounded = exact.basis.to(product)
+    if dtype != torch.float32 and not is_orthonormal(rounded.double(), torch.finfo(product).eps / 2):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = _radius_table(segments, rounding)
+    table = _radius_table(segments, dtype)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)
@@ -135,4 +167,5 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     cells[: frame.blocks] = table.cells
     map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
     map_scales[:, : frame.blocks] = table.scales
-    return HopperOperands(basis, shuffle(rounded), coordinates, cells.view(torch.int32).squeeze(2), map_scales)
+    shuffled = shuffle(rounded, 16 // dtype.itemsize)
+    return HopperOperands(basis, shuffled, coordinates, cells.view(torch.int32).squeeze(2), map_scales)

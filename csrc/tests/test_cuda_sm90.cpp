@@ -2,6 +2,7 @@
 // of compute capability 9.0 is visible.
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "aniso/cuda_sm90.h"
 #include "cuda_case.h"
@@ -54,8 +55,12 @@ struct ExactRow {
   double rounding = 0;  // of the coefficients, as they reach a row of unit length, in half ulps
 };
 
+// S: of the rows, and of the factors of products unless rows are float: then those are fp16.
 template <typename S>
 class Suite {
+  using B = std::conditional_t<std::is_same_v<S, float>, Float16, S>;
+  static constexpr bool kFloat = std::is_same_v<S, float>;
+
  public:
   Suite(const Size& size, Random& random)
       : size_(size),
@@ -102,18 +107,19 @@ class Suite {
     }
     cells_.resize(kBlocks * (kCells + 1), {0, 0});
     for (int32_t j = 0; j < size.width; ++j) {
-      for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : S{});
+      for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : B{});
     }
   }
 
   void run() {
-    const OnDevice<S> y(y_), basis(padded_), reordered(shuffled(basis_, size_.width, size_.rank));
+    const OnDevice<S> y(y_);
+    const OnDevice<B> basis(padded_), reordered(shuffled<16 / sizeof(S)>(basis_, size_.width, size_.rank));
     const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), map_scales(map_scales_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<Cell> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
     const OnDevice<int16_t> buckets(buckets_);
     const OnDevice<int32_t> windows(windows_);
-    const Sm90Operands<S> in{size_.width,
+    const Sm90Operands<B> in{size_.width,
                              size_.rank,
                              kCells,
                              size_.diagonal,
@@ -146,13 +152,13 @@ class Suite {
 
     std::vector<S> state;
     std::vector<double> sums;
-    const bool encoded = !size_.diagonal && size_.rank % 16 == 0;
-    if (encoded) {
+    const bool encoded = !kFloat && !size_.diagonal && size_.rank % 16 == 0;
+    if constexpr (!kFloat) if (encoded) {
       AlignedResult<S> result(size_.rows * state_columns());
       CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
       state = result.fetch("encode " + name_);
     }
-    if (!size_.diagonal) {
+    if constexpr (!kFloat) if (!size_.diagonal) {
       const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
       AlignedResult<double> result(size_.width);
       CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
@@ -164,11 +170,11 @@ class Suite {
     for (int64_t i = 0; i < size_.rows; ++i) {
       const ExactRow row = exact_row(i);
       // Roundings of the result and of the coefficients, then those of fp32 sums, which a map steepens.
-      const double fp32 = 3e-5, rounding = Format<S>::kHalfUlp * row.rounding + fp32;
+      const double fp32 = 3e-5, rounding = Format<B>::kHalfUlp * row.rounding + fp32;
       check_distance(&corrected[size_t(i * size_.width)], row.result, 1.01 * Format<S>::kHalfUlp + 2 * rounding, "correct", i);
       for (size_t j = 0; j < expected_sums.size(); ++j) expected_sums[j] += row.unit[j];
       allowed_sum += rounding;
-      if (encoded) check_state(&state[size_t(i * state_columns())], row, i);
+      if constexpr (!kFloat) if (encoded) check_state(&state[size_t(i * state_columns())], row, i);
     }
     for (size_t j = 0; j < sums.size(); ++j) {
       CHECK(std::fabs(sums[j] - expected_sums[j]) <= allowed_sum, "sums %s column %d: %g, expected %g", name_.c_str(), int(j),
@@ -182,7 +188,7 @@ class Suite {
   double y(int64_t i, int64_t j) const { return exact(y_[size_t(i * stride() + j)]); }
 
   // [D, R], rounded; Gram-Schmidt, twice, in double.
-  static std::vector<S> orthonormal_basis(int32_t width, int32_t rank, Random& random) {
+  static std::vector<B> orthonormal_basis(int32_t width, int32_t rank, Random& random) {
     std::vector<std::vector<double>> columns;
     for (int32_t r = 0; r < rank; ++r) {
       std::vector<double> column;
@@ -199,9 +205,9 @@ class Suite {
       }
       columns.push_back(std::move(column));
     }
-    std::vector<S> basis;
+    std::vector<B> basis;
     for (int32_t j = 0; j < width; ++j) {
-      for (const std::vector<double>& column : columns) basis.push_back(narrow<S>(float(column[size_t(j)])));
+      for (const std::vector<double>& column : columns) basis.push_back(narrow<B>(float(column[size_t(j)])));
     }
     return basis;
   }
@@ -262,7 +268,7 @@ class Suite {
       row.smallest_radius = std::min({row.smallest_radius, length, radius});
       for (const size_t c : {at, at + 1}) coefficients += mapped[c] * mapped[c] + 2 * c_t[c] * c_t[c];
     }
-    double squares = 0;
+    double squares = 0, row_squares = 0;
     for (int32_t j = 0; j < width; ++j) {
       double rebuilt = 0, removed = 0;
       for (int32_t r = 0; r < size_.rank; ++r) {
@@ -274,6 +280,7 @@ class Suite {
       row.state[size_t(3 * blocks + j)] = v0;
       row.unit.push_back(rebuilt + v0);
       squares += row.unit.back() * row.unit.back();
+      row_squares += y(i, j) * y(i, j);
     }
     double shifted_squares = 0;
     for (int32_t j = 0; j < width; ++j) {
@@ -284,6 +291,8 @@ class Suite {
     for (double& value : row.result) value /= std::sqrt(shifted_squares);
     // Of the coefficients and, as large, of a norm that takes the basis for orthonormal.
     row.rounding = 2 * std::sqrt(coefficients / squares);
+    // Of the factors of p: a map, which has slopes up to 2 here, and what it replaces bring them to w.
+    if (kFloat) row.rounding += (2 + double(scale_[0])) * std::sqrt(row_squares / squares);
     return row;
   }
 
@@ -314,7 +323,8 @@ class Suite {
 
   Size size_;
   std::string name_;
-  std::vector<S> y_, basis_, padded_;
+  std::vector<S> y_;
+  std::vector<B> basis_, padded_;
   std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_;
   std::vector<float> map_scales_ = std::vector<float>(3 * kBlocks);
   std::vector<Segment<float>> segments_;
@@ -342,6 +352,22 @@ void test_format() {
   if (!small_sizes()) Suite<S>({20000, 768, 16, false, true, 0}, random).run();
 }
 
+void test_float() {
+  Random random(54);
+  Suite<float>({1, 64, 2, false, false, 0}, random).run();
+  Suite<float>({65, 204, 18, false, true, 4}, random).run();
+  Suite<float>({70, 512, 128, false, true, 0}, random).run();
+  if (!small_sizes()) {
+    Suite<float>({64, 516, 64, false, false, 8}, random).run();
+    Suite<float>({200, 768, 128, false, true, 0}, random).run();
+    Suite<float>({129, 1000, 48, false, true, 0}, random).run();
+    Suite<float>({90, 1148, 126, false, false, 0}, random).run();
+    Suite<float>({150, 1280, 128, false, true, 0}, random).run();
+    Suite<float>({10000, 1280, 16, false, true, 0}, random).run();
+  }
+  Suite<float>({small_sizes() ? 9000 : 40000, 64, 16, false, true, 0}, random).run();
+}
+
 void test_refusals() {
   const Sm90Rows<BFloat16> rows{nullptr, 4, 2048};
   Sm90Operands<BFloat16> in{};
@@ -362,4 +388,5 @@ void aniso_test::run_tests() {
   test_refusals();
   test_format<BFloat16>();
   test_format<Float16>();
+  test_float();
 }

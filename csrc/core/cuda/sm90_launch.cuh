@@ -130,9 +130,11 @@ auto by_width(int32_t width, const Body& body) {
 // Wider rows of a number S gain more by a round trip less than they lose by passing through shared memory once more.
 constexpr int32_t kWidestTeams = 768;
 
-template <typename S>
-bool serves(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
-  return in.width >= 8 && in.width <= kSm90Width && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
+// V: of the rows, of which 16 bytes are loaded at a time.
+template <typename S, typename V>
+bool serves(const Sm90Operands<S>& in, const Sm90Rows<V>& y) {
+  constexpr int32_t kTogether = 16 / int32_t(sizeof(V));
+  return in.width >= kTogether && in.width <= kSm90Width && in.width % kTogether == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
 }
 
 template <Form kForm, typename S>

@@ -58,6 +58,11 @@ bool sm90_present();
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream);
 
+// The same of float32 rows of a width that is a multiple of 4, by products of fp16, which keeps as many bits as TF32: scalar complement.
+// Both norms are summed from the rows, whatever Q^T Q. `shuffled` has the columns of Q in groups of 32 as in Sm90Update, but its rows in
+// groups of 16: 2 (2 quarter + pair) + side of a group comes at 2 (4 pair + quarter) + side, for pair 0 and 1 and quarter from 0 to 3.
+cudaError_t sm90_correct(const Sm90Operands<Float16>& operands, const Sm90Rows<float>& y, float* out, cudaStream_t stream);
+
 // sums [D]: of e' over all rows, at least one, without calibration. Scalar complement. `partial` is memory for the launch,
 // [sm90_sum_slots(D), D + kSm90SumColumns]; everything is added up in a fixed order.
 template <typename S>
