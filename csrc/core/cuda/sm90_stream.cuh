@@ -24,8 +24,9 @@ template <typename S>
 struct StreamArguments {
   Sm90Operands<S> in;  // `shuffled` in the order of its rows alone, [sm90_padded(D), kColumns]; cells and map_scales of kColumns / 2 blocks
   int64_t count;
-  int32_t stages;  // of the ring
-  S* out;          // [N, D]
+  int32_t stages;   // of the ring
+  int32_t columns;  // stream_columns(D)
+  S* out;           // [N, D]
 };
 
 constexpr int32_t kStreamCluster = 2, kStreamGroups = 2, kMostStages = 6;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
   constexpr int32_t kLookupGroups = 8;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const Sm90Operands<S>& in = arguments.in;
-  const int32_t stages = arguments.stages, chunks = sm90_padded(in.width) / kChunkColumns, columns = stream_columns(in.width);
+  const int32_t stages = arguments.stages, columns = arguments.columns, chunks = (in.width + kChunkColumns - 1) / kChunkColumns;
   const uint32_t ring = shared_address(shared_memory);
   auto& rest = *reinterpret_cast<typename Layout::Rest*>(shared_memory + stages * Layout::kStageBytes);
   const uint32_t vectors = shared_address(&rest + 1), vector_bytes = columns * 4;
