@@ -143,8 +143,13 @@ def shuffle(basis: torch.Tensor, run: int = 8, *, columns: bool = True) -> torch
 
 
 def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
-    """What a table for rows of a dtype may be off by in the root of the mean square, and in one cell, in roundings."""
-    return (LARGEST_ERROR_TF32, blocks**0.5) if dtype == torch.float32 else (LARGEST_ERROR, LARGEST_CELL_ERROR)
+    """What a table for rows of a dtype may be off by in the root of the mean square, and in one cell, in roundings.
+
+    A cell that is off by sqrt(M) moves a row as much as the roundings of all its coefficients do.
+    """
+    most = LARGEST_ERROR_TF32 if dtype == torch.float32 else LARGEST_ERROR
+    streamed = blocks > LARGEST_RANK // 2
+    return most, blocks**0.5 if dtype == torch.float32 or streamed else LARGEST_CELL_ERROR
 
 
 def _radius_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:

@@ -54,11 +54,11 @@ struct ExactRow {
   double rounding = 0;  // of the coefficients, as they reach a row of unit length, in half ulps
 };
 
-// S: of the rows, and of the factors of products unless rows are float: then those are fp16.
+// S: of the rows. Rows of float are only corrected.
 template <typename S>
 class Suite {
-  using B = std::conditional_t<std::is_same_v<S, float>, Float16, S>;
   static constexpr bool kFloat = std::is_same_v<S, float>;
+  using B = std::conditional_t<kFloat, Float16, S>;  // of the factors of products
 
  public:
   Suite(const Size& size, Random& random)
@@ -151,17 +151,18 @@ class Suite {
 
     std::vector<S> state;
     std::vector<double> sums;
-    const bool encoded = !kFloat && !size_.diagonal && !streams() && size_.rank % 16 == 0;
-    if constexpr (!kFloat) if (encoded) {
-      AlignedResult<S> result(size_.rows * state_columns());
-      CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
-      state = result.fetch("encode " + name_);
-    }
-    if constexpr (!kFloat) if (!size_.diagonal && !streams()) {
-      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
-      AlignedResult<double> result(size_.width);
-      CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
-      sums = result.fetch("sums " + name_);
+    if constexpr (!kFloat) {
+      if (!size_.diagonal && !streams() && size_.rank % 16 == 0) {
+        AlignedResult<S> result(size_.rows * state_columns());
+        CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
+        state = result.fetch("encode " + name_);
+      }
+      if (!size_.diagonal && !streams()) {
+        const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
+        AlignedResult<double> result(size_.width);
+        CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
+        sums = result.fetch("sums " + name_);
+      }
     }
 
     std::vector<double> expected_sums(size_t(size_.width), 0.0);
@@ -173,7 +174,7 @@ class Suite {
       check_distance(&corrected[size_t(i * size_.width)], row.result, 1.01 * Format<S>::kHalfUlp + 2 * rounding, "correct", i);
       for (size_t j = 0; j < expected_sums.size(); ++j) expected_sums[j] += row.unit[j];
       allowed_sum += rounding;
-      if constexpr (!kFloat) if (encoded) check_state(&state[size_t(i * state_columns())], row, i);
+      if (!state.empty()) check_state(&state[size_t(i * state_columns())], row, i);
     }
     for (size_t j = 0; j < sums.size(); ++j) {
       CHECK(std::fabs(sums[j] - expected_sums[j]) <= allowed_sum, "sums %s column %d: %g, expected %g", name_.c_str(), int(j),
@@ -395,6 +396,12 @@ void test_refusals() {
   refused(1280, 258, false);
   refused(1280, 256, true);
   refused(1288, 128, true);
+  Sm90Operands<Float16> of_float{};
+  const Sm90Rows<float> float_rows{nullptr, 4, 1280};
+  of_float.width = 1278, of_float.rank = 128;
+  CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 1278 must be refused");
+  of_float.width = 1280, of_float.diagonal = true;
+  CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "a diagonal must be refused");
 }
 
 }  // namespace

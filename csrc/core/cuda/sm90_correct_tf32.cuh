@@ -7,13 +7,13 @@
 //
 // Shapes   y, out [N, D]; Q [D, R], R <= 128, D <= 1280; cells [M, G + 1].
 // Grid     as in sm90_correct.cuh.
-// Order    Columns of Q are shuffled in groups of 16, so that the share of a thread in a step of 16 columns, four numbers of each of its two
-//          rows, is 16 neighbouring bytes of either.
-// A tile   does not fit: half of it does, in boxes of 32 columns. 1 box by box into registers, where it meets Q; what has been read makes
-//          room for the next box, at last for those of the next tile; 2 partial p; 3 to 7 as in sm90_correct.cuh. Coefficients come into the
-//          last two boxes, which are loaded again once they have been read.
-// Shared   sm90_team.cuh, the constants of the coordinates, and a barrier for each box.
-// Registers  y, then w, in fp32: 32 kChunks a thread, beside 64 sums of the projection.
+// Order    Columns of Q are shuffled in groups of 16: of a step of 16 columns a thread has four numbers of each of its two rows, 16
+//          neighbouring bytes of either.
+// A tile   does not fit: half of it does, in boxes of 32 columns. 1 box by box into registers, which multiply from there; two that have been
+//          read make room for two more, at last for those of the next tile; 2 partial p; 3 to 7 as in sm90_correct.cuh. Coefficients come
+//          where the last two boxes were, and these places are filled again once the coefficients have been read.
+// Shared   sm90_team.cuh, the constants of the coordinates, a barrier for each place of a box, and two numbers.
+// Registers  y, then w, in fp32: 32 kChunks a thread, beside 64 sums of the projection. Nothing is rounded but the factors of products.
 // Global   2 D words, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster of C go
 //          (C - 1) R (4 + 2) bytes for each row.
 // FLOP     4 D R for each row.
@@ -184,9 +184,8 @@ struct Tf32Team : CorrectTeam<Float16, kCluster, kChunks, Form::kScalar, 2> {
   __device__ __forceinline__ void store_unit_rows(const float (&w)[32], int32_t c, const Scales (&scales)[2], float* out) const {
     for_each_place(kShift, c, [&](int32_t half, int32_t at, int32_t column, const float4& shift) {
       const float factor = scales[half].inverse * scales[half].outer, shift_factor = scales[half].outer;
-      const uint32_t four[4] = {
-          __float_as_uint(fmaf(w[at], factor, shift.x * shift_factor)), __float_as_uint(fmaf(w[at + 1], factor, shift.y * shift_factor)),
-          __float_as_uint(fmaf(w[at + 4], factor, shift.z * shift_factor)), __float_as_uint(fmaf(w[at + 5], factor, shift.w * shift_factor))};
+      const auto unit = [&](float value, float shift) { return __float_as_uint(fmaf(value, factor, shift * shift_factor)); };
+      const uint32_t four[4] = {unit(w[at], shift.x), unit(w[at + 1], shift.y), unit(w[at + 4], shift.z), unit(w[at + 5], shift.w)};
       store_line_inside(out + row(half) * width + column, four, column < width && row(half) < count);
     });
   }

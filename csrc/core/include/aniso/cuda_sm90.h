@@ -1,5 +1,5 @@
-// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128; for
-// sm90_correct of a scalar complement, width up to 4096 and rank up to 256.
+// Launchers for Hopper (compute capability 9.0): half-precision rows of width up to 1280, a multiple of 8, and rank up to 128. For a scalar
+// complement, sm90_correct also takes float32 rows, and half-precision rows of width up to 4096 and rank up to 256.
 // csrc/core/cuda/sm90_team.cuh, sm90_forms.cuh and sm90_stream.cuh say how they work. They never wait for the device and allocate nothing.
 #pragma once
 
