@@ -137,11 +137,41 @@ def test_which_float32_rows_correct_serves(width, rank, served, monkeypatch):
     """Where products may round to TF32, and at no other time."""
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     kind = ("cuda:0", torch.float32, width, rank)
-    assert not hopper.serves_tf32(*kind)
+    assert not hopper.serves_correct(*kind)
     for precision in ("high", "medium"):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        assert hopper.serves_tf32(*kind) is served
-        assert not hopper.serves_tf32("cuda:0", torch.bfloat16, width, rank)
+        assert hopper.serves_correct(*kind) is served
+        assert not hopper.serves(*kind)
+
+
+@pytest.mark.parametrize(
+    "dtype, width, rank, served",
+    [
+        (torch.bfloat16, 1280, 256, True),
+        (torch.float16, 4096, 64, True),
+        (torch.bfloat16, 1280, 128, True),
+        (torch.bfloat16, 1280, 258, False),
+        (torch.bfloat16, 4104, 64, False),
+        (torch.bfloat16, 1284, 64, False),
+        (torch.float32, 1280, 256, False),
+    ],
+)
+def test_which_large_bases_correct_serves(dtype, width, rank, served, monkeypatch):
+    """Those that stream, and those that stay."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert hopper.serves_correct("cuda:0", dtype, width, rank) is served
+
+
+def test_a_basis_that_streams_has_its_rows_shuffled_alone():
+    case = Case(400, 140, knots=64)
+    found = folded(case, torch.float16)
+    assert found.basis.shape == (400, 256) and found.cells.shape[0] == found.map_scales.shape[1] == 128
+    assert not found.basis[:, 140:].any() and not found.cells[70:].any()
+    rows = np.arange(448).reshape(-1, 4, 4, 2).transpose(0, 2, 1, 3).ravel()
+    expected = np.zeros((448, 256), np.float16)
+    expected[:400] = found.basis.numpy()
+    np.testing.assert_array_equal(found.shuffled.numpy(), expected[rows])
 
 
 @pytest.mark.parametrize("run", [8, 4])

@@ -123,9 +123,8 @@ def ranking(
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
         forward_only = operation == "correct_sums" or not gradient
         on_hopper = operation in operations.get(complement, ()) and forward_only
-    kind = (str(device), dtype, width, rank)
-    tf32 = operation == "correct" and complement == "scalar"
-    if on_hopper and (hopper.serves(*kind) or (tf32 and hopper.serves_tf32(*kind))):
+    serves = hopper.serves_correct if (operation, complement) == ("correct", "scalar") else hopper.serves
+    if on_hopper and serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")

@@ -239,17 +239,22 @@ double product_roundings(Products products) {
   return split ? 8 + 2 * 128 : 8;
 }
 
-// A basis [D, R] in the order of aniso/cuda_sm90.h: what thread `quarter` of four holds of 4 kRun columns of a product, pairs
-// 4 pair + quarter, are neighbours of the matrix, pairs kRun/2 quarter + pair. kRun: as many numbers of a row as have 16 bytes.
-template <int32_t kRun = 8, typename S>
+// Where thread `quarter` of four has what it holds of 4 run columns of a product, pairs 4 pair + quarter, as neighbours of the matrix, pairs
+// run/2 quarter + pair.
+inline int32_t neighbours_place(int32_t i, int32_t run) {
+  return i / (4 * run) * (4 * run) + i % 8 / 2 * run + i % (4 * run) / 8 * 2 + i % 2;
+}
+
+// A basis [D, R] in the order of aniso/cuda_sm90.h, its rows alone or its columns too. kRun: as many numbers of a row as have 16 bytes.
+template <int32_t kRun = 8, bool kColumnsToo = true, typename S>
 std::vector<S> shuffled(const std::vector<S>& basis, int32_t width, int32_t rank) {
-  const auto place = [](int32_t i, int32_t run) { return i / (4 * run) * (4 * run) + i % 8 / 2 * run + i % (4 * run) / 8 * 2 + i % 2; };
-  std::vector<S> result(size_t(aniso::sm90_padded(width)) * aniso::kSm90Rank);
+  const int32_t columns = aniso::sm90_columns(rank);
+  std::vector<S> result(size_t(aniso::sm90_padded(width)) * size_t(columns));
   for (int32_t j = 0; j < aniso::sm90_padded(width); ++j) {
-    for (int32_t r = 0; r < aniso::kSm90Rank; ++r) {
-      const int32_t column = place(j, kRun), of_rank = place(r, 8);
-      if (column < width && of_rank < rank) {
-        result[size_t(j) * aniso::kSm90Rank + size_t(r)] = basis[size_t(column) * size_t(rank) + size_t(of_rank)];
+    for (int32_t r = 0; r < columns; ++r) {
+      const int32_t row = neighbours_place(j, kRun), column = kColumnsToo ? neighbours_place(r, 8) : r;
+      if (row < width && column < rank) {
+        result[size_t(j) * size_t(columns) + size_t(r)] = basis[size_t(row) * size_t(rank) + size_t(column)];
       }
     }
   }

@@ -24,7 +24,6 @@ struct Size {
 };
 
 constexpr int32_t kKnots = 40, kCells = 64, kBuckets = 128;
-constexpr size_t kBlocks = kSm90Rank / 2;
 
 // Results that begin at a multiple of 16 bytes, as the copy engine wants them.
 template <typename V>
@@ -92,8 +91,8 @@ class Suite {
       const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
       const double last = double(map[kKnots].start);
       map_scales_[size_t(block)] = float(kCells / last);
-      map_scales_[kBlocks + size_t(block)] = map[kKnots].slope;
-      map_scales_[2 * kBlocks + size_t(block)] = float(last);
+      map_scales_[most_blocks() + size_t(block)] = map[kKnots].slope;
+      map_scales_[2 * most_blocks() + size_t(block)] = float(last);
       const auto added = [&](int32_t cell) {  // to the last slope, in the unit of the cells
         const double rho = last * cell / kCells;
         return (exact_map(block, rho) - rho * double(map[kKnots].slope)) / last;
@@ -105,15 +104,15 @@ class Suite {
       cells_.push_back({0, 0});
       index_knots(map);
     }
-    cells_.resize(kBlocks * (kCells + 1), {0, 0});
+    cells_.resize(most_blocks() * (kCells + 1), {0, 0});
     for (int32_t j = 0; j < size.width; ++j) {
-      for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : B{});
+      for (int32_t r = 0; r < sm90_columns(size.rank); ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : B{});
     }
   }
 
   void run() {
     const OnDevice<S> y(y_);
-    const OnDevice<B> basis(padded_), reordered(shuffled<16 / sizeof(S)>(basis_, size_.width, size_.rank));
+    const OnDevice<B> basis(padded_), reordered(streams() ? shuffled<8, false>(basis_, size_.width, size_.rank) : shuffled<16 / sizeof(S)>(basis_, size_.width, size_.rank));
     const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), map_scales(map_scales_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<Cell> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
@@ -153,12 +152,12 @@ class Suite {
     std::vector<S> state;
     std::vector<double> sums;
     if constexpr (!kFloat) {
-      if (!size_.diagonal && size_.rank % 16 == 0) {
+      if (!size_.diagonal && !streams() && size_.rank % 16 == 0) {
         AlignedResult<S> result(size_.rows * state_columns());
         CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
         state = result.fetch("encode " + name_);
       }
-      if (!size_.diagonal) {
+      if (!size_.diagonal && !streams()) {
         const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
         AlignedResult<double> result(size_.width);
         CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
@@ -184,6 +183,8 @@ class Suite {
   }
 
  private:
+  bool streams() const { return sm90_streams(size_.width, size_.rank); }
+  size_t most_blocks() const { return size_t(sm90_columns(size_.rank)) / 2; }
   int64_t stride() const { return size_.width + size_.padding; }
   int64_t state_columns() const { return size_.rank / 2 * 3 + size_.width; }
   double y(int64_t i, int64_t j) const { return exact(y_[size_t(i * stride() + j)]); }
@@ -226,7 +227,7 @@ class Suite {
     const Cell& cell = cells_[size_t(block) * (kCells + 1) + size_t(index)];
     const double start = exact(cell.start), rise = exact(cell.rise);
     if (std::isnan(start)) return exact_map(block, rho);
-    return rho * double(map_scales_[kBlocks + size_t(block)]) + double(map_scales_[2 * kBlocks + size_t(block)]) * (start + rise * (place - index));
+    return rho * double(map_scales_[most_blocks() + size_t(block)]) + double(map_scales_[2 * most_blocks() + size_t(block)]) * (start + rise * (place - index));
   }
 
   // As knot_buckets of aniso_ext/ops/operands.py.
@@ -327,7 +328,7 @@ class Suite {
   std::vector<S> y_;
   std::vector<B> basis_, padded_;
   std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_;
-  std::vector<float> map_scales_ = std::vector<float>(3 * kBlocks);
+  std::vector<float> map_scales_ = std::vector<float>(3 * most_blocks());
   std::vector<Segment<float>> segments_;
   std::vector<Cell> cells_;
   std::vector<int16_t> buckets_;
@@ -353,6 +354,20 @@ void test_format() {
   if (!small_sizes()) Suite<S>({20000, 768, 16, false, true, 0}, random).run();
 }
 
+template <typename S>
+void test_streams() {
+  Random random(55);
+  Suite<S>({1, 136, 130, false, false, 0}, random).run();
+  Suite<S>({70, 264, 256, false, true, 8}, random).run();
+  Suite<S>({257, 1288, 2, false, true, 0}, random).run();
+  if (small_sizes()) return;
+  Suite<S>({300, 1280, 256, false, true, 0}, random).run();
+  Suite<S>({129, 1544, 96, false, false, 16}, random).run();
+  Suite<S>({90, 4096, 200, false, true, 0}, random).run();
+  // More tiles than a grid holds.
+  Suite<S>({40000, 144, 140, false, true, 0}, random).run();
+}
+
 void test_float() {
   Random random(54);
   Suite<float>({1, 64, 2, false, false, 0}, random).run();
@@ -370,18 +385,23 @@ void test_float() {
 }
 
 void test_refusals() {
-  const Sm90Rows<BFloat16> rows{nullptr, 4, 2048};
-  Sm90Operands<BFloat16> in{};
-  in.width = 2048, in.rank = 128;
-  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 2048 must be refused");
+  const Sm90Rows<BFloat16> rows{nullptr, 4, 8192};
+  const auto refused = [&](int32_t width, int32_t rank, bool diagonal) {
+    Sm90Operands<BFloat16> in{};
+    in.width = width, in.rank = rank, in.diagonal = diagonal;
+    CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "D=%d R=%d must be refused", width, rank);
+    CHECK(sm90_encode(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "D=%d R=%d must be refused", width, rank);
+  };
+  refused(4104, 128, false);
+  refused(1280, 258, false);
+  refused(1280, 256, true);
+  refused(1288, 128, true);
   Sm90Operands<Float16> of_float{};
-  of_float.width = 1278, of_float.rank = 128;
   const Sm90Rows<float> float_rows{nullptr, 4, 1280};
+  of_float.width = 1278, of_float.rank = 128;
   CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 1278 must be refused");
   of_float.width = 1280, of_float.diagonal = true;
   CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "a diagonal must be refused");
-  in.width = 1280, in.rank = 256;
-  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "rank 256 must be refused");
 }
 
 }  // namespace
@@ -395,5 +415,7 @@ void aniso_test::run_tests() {
   test_refusals();
   test_format<BFloat16>();
   test_format<Float16>();
+  test_streams<BFloat16>();
+  test_streams<Float16>();
   test_float();
 }

@@ -21,29 +21,31 @@ Tensor aligned_rows(const Tensor& y) {
 }
 
 // together: how many elements of a row are loaded at a time.
-void check_width(int64_t width, int64_t together = 8) {
-  check(width >= together && width <= aniso::kSm90Width && width % together == 0, "no Hopper kernel for width ", width);
+void check_width(int64_t width, int64_t together = 8, int64_t most = aniso::kSm90Width) {
+  check(width >= together && width <= most && width % together == 0, "no Hopper kernel for width ", width);
 }
 
 // The copy engine counts rows in 32 bits.
 void check_count(const Tensor& rows) {
-  check(rows.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", rows.size(0));
+  check(rows.size(0) <= std::numeric_limits<int32_t>::max() - 256, "too many rows for one launch: ", rows.size(0));
 }
 
-// S: of the factors of products.
+// S: of the factors of products. may_stream: whether the operation has a kernel for bases that stream.
 template <typename S>
-aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in,
+                                               bool may_stream = false) {
   check(in.output_weight.dim() == 2, "output_weight must be a matrix");
   const int64_t width = in.output_weight.size(0), rank = in.target_coordinates.numel();
   const bool half = y.scalar_type() != ScalarType::Float;
   const ScalarType product = half ? y.scalar_type() : ScalarType::Half;
-  check_width(width, half ? 8 : 4);
-  check(rank >= 2 && rank % 2 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel for rank ", rank);
+  check_width(width, half ? 8 : 4, may_stream ? aniso::kSm90StreamWidth : aniso::kSm90Width);
+  check(rank >= 2 && rank % 2 == 0 && rank <= (may_stream ? aniso::kSm90StreamRank : aniso::kSm90Rank), "no Hopper kernel for rank ", rank);
+  const int64_t columns = aniso::sm90_columns(int32_t(rank));
   check_count(y);
   check_rows(y, "y", y, width);
   const bool diagonal = in.scale.numel() != 1;
   const int64_t cells = hopper.cells.dim() == 2 ? hopper.cells.size(1) : 0;
-  check(cells >= 2, "cells must be [64, cells + 1]");
+  check(cells >= 2, "cells must be [", columns / 2, ", cells + 1]");
   const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
   const int64_t bucket_count = in.buckets.dim() == 2 ? in.buckets.size(1) : 0;
   check(pieces >= 3 && pieces <= kLargestSize, "segments must be [M, K + 1, 3] with K of at least 2");
@@ -51,12 +53,12 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.segments, "segments", y, ScalarType::Float, rank / 2 * 3 * pieces);
   check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
-  check_constant(hopper.basis, "basis", y, product, width * aniso::kSm90Rank);
-  check_constant(hopper.shuffled, "shuffled", y, product, int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
+  check_constant(hopper.basis, "basis", y, product, width * columns);
+  check_constant(hopper.shuffled, "shuffled", y, product, aniso::sm90_padded(int32_t(width)) * columns);
   check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
-  check_constant(hopper.cells, "cells", y, ScalarType::Int, aniso::kSm90Rank / 2 * cells);
-  check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * aniso::kSm90Rank / 2);
+  check_constant(hopper.cells, "cells", y, ScalarType::Int, columns / 2 * cells);
+  check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * columns / 2);
   check_constant(in.scale, "scale", y, ScalarType::Float, diagonal ? width : 1);
   check_constant(in.offset, "offset", y, ScalarType::Float, width);
   if (in.shift) check_constant(*in.shift, "shift", y, ScalarType::Float, width);
@@ -122,7 +124,7 @@ Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const Initia
   Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
   const auto run = [&](auto storage, auto product) {
     using S = decltype(storage);
-    const auto operands = checked_hopper_operands<decltype(product)>(y, hopper, in);
+    const auto operands = checked_hopper_operands<decltype(product)>(y, hopper, in, std::is_same_v<S, decltype(product)>);
     const Tensor rows = aligned_rows(y);
     check_launch(aniso::sm90_correct(operands, hopper_rows<S>(rows), mutable_data<S>(out), stream_of(y)), "hopper_correct");
   };
