@@ -62,8 +62,11 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
       uint32_t step[kChunks][16];
       wait_phase(team.loaded(), 0);
       team.project_and_send(
-          step, own, parity, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
-          [&] { team.load_after_reading(complement_map, team.tile); });
+          step, own, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
+          [&] {
+            team.load_after_reading(complement_map, team.tile);
+            team.wait_for_last_tile(parity);
+          });
       team.forget_addresses();
       team.load_polar(arguments.state, arguments.deltas, polar);
       wait_phase(exchange.projected(), 0);

@@ -8,6 +8,7 @@
 #include "sm90_correct.cuh"
 #include "sm90_decode.cuh"
 #include "sm90_decode_backward.cuh"
+#include "sm90_encode_backward.cuh"
 #include "sm90_forms.cuh"
 #include "sm90_maps.h"
 
@@ -189,6 +190,27 @@ template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream) {
   if (!sm90::serves(operands, y) || operands.diagonal || operands.rank % 16 != 0) return cudaErrorInvalidValue;
   return sm90::launch_correct<sm90::Form::kState>(operands, y, state, stream);
+}
+
+template <typename S>
+cudaError_t sm90_encode_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                 cudaStream_t stream) {
+  if (!sm90::serves(operands, y) || operands.diagonal || operands.rank % 16 != 0 || grad.count != y.count) return cudaErrorInvalidValue;
+  if (y.count == 0) return cudaSuccess;
+  CUtensorMap rows_map, grad_map, basis_map;
+  cudaError_t error = matrix_map<sm90::kChunkColumns>(&rows_map, y.data, y.count, operands.width, y.stride);
+  if (error == cudaSuccess) {
+    const S* complement = grad.data + operands.rank / 2 * 3;
+    error = matrix_map<sm90::kChunkColumns>(&grad_map, complement, grad.count, operands.width, grad.stride);
+  }
+  if (error == cudaSuccess) {
+    error = matrix_map<sm90::kPanelColumns>(&basis_map, operands.shuffled, sm90_padded(operands.width), kSm90Rank, kSm90Rank);
+  }
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
+    return sm90::launch<sm90::EncodeGradientTeam<S, cluster, chunks>, cluster, sm90::sm90_encode_backward_kernel<S, cluster, chunks>>(
+        y.count, false, stream, rows_map, grad_map, basis_map, sm90::EncodeGradientArguments<S>{operands, grad, grad_y});
+  });
 }
 
 template <typename S>

@@ -29,14 +29,14 @@ struct TeamShared {
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
 };
 
-// P and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
+// kParts and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
 // are.
-template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
+template <typename S, Parts kParts, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
 struct Team {
-  using Shares = Exchange<S, P, kCluster, kKinds>;
+  using Shares = Exchange<S, kParts, kCluster, kKinds>;
   static constexpr int32_t kWarpgroups = kTeams, kThreads = kTeams * kWarpgroupThreads;
   using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors>;
-  static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
+  static_assert(!Shares::kInTile || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
   uint32_t shared;
@@ -176,6 +176,23 @@ struct Team {
     store_line_inside(line + own_column + column, pairs, column < columns_left && row(half) < count);
   }
 
+  // A chunk of the last D columns of rows [N, stride], from `first` on.
+  __device__ __forceinline__ void store_chunk(const float (&w)[32], int32_t c, S* rows, int32_t stride, int32_t first) const {
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+          const float* values = &w[16 * piece + 4 * i + 2 * half];
+          pairs[i] = pack<S>(values[0], values[1]);
+        }
+        store_piece(rows + row(half) * stride + first, half, c, piece, pairs);
+      }
+    }
+  }
+
   // A chunk of the tile, as operands of a product.
   __device__ __forceinline__ void load_chunk(int32_t c, uint32_t (&rows)[16]) const {
     for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&pairs)[4]) {
@@ -207,16 +224,20 @@ struct Team {
   }
 
   // The tile into registers and its projection to the blocks, of which this one's share comes into `own`; `read` comes once the tile has
-  // been read, `parity` is that of the tile.
-  template <typename Change, typename Read>
-  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4], uint32_t parity,
+  // been read, and waits until the others' places are free.
+  template <bool kRound = Shares::kRounded, typename Change, typename Read>
+  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4],
                                                    const Change& change, const Read& read) const {
     float part[64] = {};
     project_tile(rows, part, change);
     read();
-    if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
     projection_done(rows, part);
-    exchange.send_parts(part, own);
+    exchange.template send_parts<kRound>(part, own);
+  }
+
+  // Of the last tile, whose parity is not this one's; of its last phase, where it has several.
+  __device__ __forceinline__ void wait_for_last_tile(uint32_t parity) const {
+    if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
   }
 
   // part += rows of a chunk, in registers, times Q.
