@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from aniso_ext.ops import hopper
 from aniso_ext.ops.schemas import NAMESPACE
 
 _INITIALISATION_LENGTH = 9
@@ -36,7 +37,12 @@ def _hopper_correct_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _hopper_encode_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _encode_backward(ctx, grad) + (None,) * _HOPPER_LENGTH
+    y, *constants = ctx.saved_tensors
+    if hopper.serves_gradient("encode", y.dtype):
+        grad_y = torch.ops.aniso_ext.hopper_encode_backward(grad, y, *constants)
+    else:
+        grad_y = torch.ops.aniso_ext.encode_backward(grad, y, *constants[_HOPPER_LENGTH:])
+    return grad_y, *(None,) * (_HOPPER_LENGTH + _INITIALISATION_LENGTH)
 
 
 def _save_update(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -63,10 +69,10 @@ for _name, _setup, _backward in (
     ("correct", _save_rows_and_constants, _correct_backward),
     ("encode", _save_rows_and_constants, _encode_backward),
     ("hopper_correct", _save_all_but_hopper, _hopper_correct_backward),
-    ("hopper_encode", _save_all_but_hopper, _hopper_encode_backward),
+    ("hopper_encode", _save_rows_and_constants, _hopper_encode_backward),
     ("decode", _save_update, _decode_backward),
     ("hopper_decode", _save_update, _hopper_decode_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)
-for _name in ("correct_backward", "encode_backward", "decode_backward", "hopper_decode_backward"):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative)
+for _name in ("correct", "encode", "decode", "hopper_encode", "hopper_decode"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_backward", _no_second_derivative)

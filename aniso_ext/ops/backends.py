@@ -118,7 +118,9 @@ def ranking(
     else:
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
         forward_only = operation == "correct_sums" or not gradient
-        on_hopper = operation in operations.get(complement, ()) and forward_only
+        differentiated = complement == "scalar" and hopper.serves_gradient(operation, dtype)
+        aligned = operation != "encode" or hopper.aligns(rank)
+        on_hopper = operation in operations.get(complement, ()) and (forward_only or (differentiated and aligned))
     if on_hopper and hopper.serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":

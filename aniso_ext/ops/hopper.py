@@ -60,6 +60,16 @@ def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
+def serves_gradient(operation: str, dtype: torch.dtype) -> bool:
+    """Whether the kernels have the gradient of an operation that they serve.
+
+    That of ``encode`` has the slope of a cell of the table and goes with 1/rho. In bfloat16 radii are off by the
+    distance of knots, so that the slope between two says nothing better; in float16 the rounding of the basis would be
+    the largest error by far.
+    """
+    return operation == "decode" or (operation == "encode" and dtype == torch.bfloat16)
+
+
 def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
     """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
     if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
