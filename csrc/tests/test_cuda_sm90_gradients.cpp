@@ -29,7 +29,16 @@ class Suite : Sm90Case<S> {
   using Base = Sm90Case<S>;
   Suite(const Sm90Size& size, Random& random)
       : Base(size, random),
-        grad_state_(random_values<S>(size.rows * (this->state_columns() + size.padding), -1.0, 1.0, random)) {}
+        grad_state_(random_values<S>(size.rows * (this->state_columns() + size.padding), -1.0, 1.0, random)),
+        grad_(random_values<S>(size.rows * this->stride(), -1.0, 1.0, random)) {}
+
+  void run_correct() {
+    const typename Base::Device device(*this);
+    const OnDevice<S> grad(grad_);
+    const Sm90Rows<S> grads{grad.data(), this->size().rows, this->stride()};
+    run("correct", [&](S* out) { return sm90_correct_backward(device.operands(), grads, device.rows(), out, nullptr); },
+        [&](int64_t i) { return correct_gradient(i); });
+  }
 
   void run_encode() {
     const typename Base::Device device(*this);
@@ -102,6 +111,71 @@ class Suite : Sm90Case<S> {
     return gradient;
   }
 
+  Gradient correct_gradient(int64_t i) const {
+    const int32_t width = this->size().width;
+    const auto grad = [&](int64_t j) { return exact(grad_[size_t(i * this->stride() + j)]); };
+    const std::vector<double> c_t = this->coordinates(i);
+    std::vector<Block> of;
+    std::vector<double> k(c_t.size());
+    double scale = this->scale(0), gain = 0;
+    for (int32_t block = 0; block < this->blocks(); ++block) {
+      of.push_back(block_of(c_t, block));
+      const auto& [length, rho, cos, sin, mapped, slope_error] = of.back();
+      const size_t at = 2 * size_t(block);
+      k[at] = mapped.radius * cos - scale * c_t[at];
+      k[at + 1] = mapped.radius * sin - scale * c_t[at + 1];
+      gain = std::max({gain, std::fabs(mapped.slope), mapped.radius / length});
+    }
+    gain += scale;
+    // The row, its norms, and the gradient at it, a product by a Jacobian at a time.
+    std::vector<double> w = rebuilt([&](int32_t j) { return this->y(i, j); }, k), grad_w;
+    for (int32_t j = 0; j < width; ++j) w[size_t(j)] += this->offset(j);
+    const double norm = length_of(w);
+    std::vector<double> h;
+    double shift_length = 0, grad_length = 0, along = 0, radial = 0;
+    for (int32_t j = 0; j < width; ++j) {
+      h.push_back(w[size_t(j)] / norm + this->shift(j));
+      shift_length += this->shift(j) * this->shift(j);
+      grad_length += grad(j) * grad(j);
+    }
+    shift_length = std::sqrt(shift_length), grad_length = std::sqrt(grad_length);
+    const double outer = 1 / length_of(h);
+    for (int32_t j = 0; j < width; ++j) radial += grad(j) * h[size_t(j)] * outer;
+    for (int32_t j = 0; j < width; ++j) grad_w.push_back((grad(j) - radial * h[size_t(j)] * outer) * outer);
+    for (int32_t j = 0; j < width; ++j) along += grad_w[size_t(j)] * w[size_t(j)] / norm;
+    for (int32_t j = 0; j < width; ++j) grad_w[size_t(j)] = (grad_w[size_t(j)] - along * w[size_t(j)] / norm) / norm;
+
+    const std::vector<double> back = this->projected([&](int32_t j) { return grad_w[size_t(j)]; });
+    std::vector<double> d(k.size()), spread(k.size(), 0.0);
+    double from_sums = 0;
+    for (size_t block = 0; block < of.size(); ++block) {
+      const auto& [length, rho, cos, sin, mapped, slope_error] = of[block];
+      const double a = back[2 * block], b = back[2 * block + 1];
+      const double forward = (a * cos + b * sin) * mapped.slope * length / rho, across = (b * cos - a * sin) * mapped.radius / length;
+      d[2 * block] = cos * forward - sin * across - scale * a;
+      d[2 * block + 1] = sin * forward + cos * across - scale * b;
+      // What a coordinate that is off by kSumError changes: the direction, the radius and the cell.
+      const double changed = slope_error + kSumError * (3 * mapped.slope + 2 * mapped.radius / length) / length;
+      from_sums += (a * a + b * b) * changed * changed;
+    }
+    Gradient gradient{rebuilt([&](int32_t j) { return grad_w[size_t(j)]; }, d), 0};
+
+    // How far Q^T Q k is from k, for the norms and products that take it for that.
+    const std::vector<double> without_rows = rebuilt([](int32_t) { return 0.0; }, k);
+    const std::vector<double> again = this->projected([&](int32_t j) { return without_rows[size_t(j)]; });
+    for (size_t r = 0; r < k.size(); ++r) spread[r] = again[r] - k[r];
+    const double skew = length_of(spread), most = outer * grad_length / norm;  // |alpha t|
+    const double row_squares = std::max(1.0, 1 + shift_length) * outer * outer;
+    // By how much of |alpha t| a relative error of the norms or of w.t, which is at most |w| |t|, changes the gradient at w.
+    const double reaction = 3 * (1 + row_squares * (2 + shift_length));
+    const double dots = (length_of(k) / norm) * std::sqrt(3.0) * Format<S>::kHalfUlp + skew / norm * length_of(k) / norm + kSumError / norm;
+    const double of_grad_w = most * (std::sqrt(3.0) * Format<S>::kHalfUlp + reaction * dots + skew / norm + kSumError);
+    // Rounded are the result, its coefficients (with S beta k, as long as S |alpha t| |k|/|w|), and parts of h from three other blocks.
+    const double rounded = length_of(gradient.row) + length_of(d) + scale * reaction * most * length_of(k) / norm;
+    gradient.allowed = 1.01 * Format<S>::kHalfUlp * rounded + gain * of_grad_w + 1.01 * std::sqrt(from_sums);
+    return gradient;
+  }
+
   template <typename Launch, typename Expected>
   void run(const std::string& what, const Launch& launch, const Expected& expected) const {
     const Sm90Size& size = this->size();
@@ -119,8 +193,26 @@ class Suite : Sm90Case<S> {
     }
   }
 
-  std::vector<S> grad_state_;
+  std::vector<S> grad_state_, grad_;
 };
+
+template <typename S>
+void test_correct() {
+  Random random(61);
+  const auto run = [&](const Sm90Size& size) { Suite<S>(size, random).run_correct(); };
+  run({1, 64, 2, false, false, 0});
+  run({65, 200, 18, false, true, 8});
+  run({70, 512, 128, false, true, 0});
+  // More tiles than a grid holds, so that every barrier goes through several phases.
+  run({small_sizes() ? 9000 : 40000, 64, 16, false, true, 0});
+  if (small_sizes()) return;
+  run({64, 520, 64, false, false, 16});
+  run({200, 768, 128, false, true, 0});
+  run({129, 1000, 48, false, true, 0});
+  run({90, 1152, 126, false, false, 0});
+  run({150, 1280, 128, false, true, 0});
+  run({20000, 1280, 16, false, true, 0});
+}
 
 void test_encode() {
   Random random(59);
@@ -146,7 +238,9 @@ void test_refusals() {
   CHECK(sm90_encode_backward(in, rows, rows, out, nullptr) == cudaErrorInvalidValue, "rank 24 must be refused");
   in.rank = 128;
   CHECK(sm90_encode_backward(in, fewer, rows, out, nullptr) == cudaErrorInvalidValue, "other rows must be refused");
+  CHECK(sm90_correct_backward(in, fewer, rows, out, nullptr) == cudaErrorInvalidValue, "other rows must be refused");
   in.diagonal = true;
+  CHECK(sm90_correct_backward(in, rows, rows, out, nullptr) == cudaErrorInvalidValue, "a diagonal complement must be refused");
   CHECK(sm90_encode_backward(in, rows, rows, out, nullptr) == cudaErrorInvalidValue, "a diagonal complement must be refused");
 }
 
@@ -160,4 +254,6 @@ void aniso_test::run_tests() {
   }
   test_refusals();
   test_encode();
+  test_correct<BFloat16>();
+  test_correct<Float16>();
 }

@@ -36,12 +36,10 @@ template <typename S, int kCluster, int kChunks>
 struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0> {
   using Base = Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0>;
   using typename Base::Shares;
-  using Base::Base, Base::blocks, Base::first_block, Base::kTurnGroups, Base::quarter, Base::readable_row;
+  using Base::Base, Base::blocks, Base::first_block, Base::kTurnGroups, Base::readable_row;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;
   static constexpr uint32_t kBytes = Base::Layout::kOther + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
-
-  __device__ __forceinline__ int32_t column_of(int32_t g) const { return g / 4 * 32 + quarter * 8 + g % 4 * 2; }
 
   __device__ __forceinline__ void load_polar(const Sm90Rows<S>& grad, PolarGradients (&polar)[kTurnGroups]) const {
 #pragma unroll
@@ -61,7 +59,7 @@ struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks,
                                                     float (&own)[kOwnGroups][4], const float (&back)[kOwnGroups][4],
                                                     uint32_t (&k)[1][Shares::kOwnSteps][4]) const {
     for_each_mapped(
-        in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, [&](int32_t g) { return column_of(g); }, own, cells,
+        in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, [&](int32_t g) { return this->column_of(g); }, own, cells,
         [&](int32_t g, int32_t half, const Polar<float>& at, const Mapped<float>& mapped) {
           const uint2(&of)[3] = polar[g / 4].of[half];
           float a, b;
@@ -120,7 +118,6 @@ __global__ void __launch_bounds__(EncodeGradientTeam<S, kCluster, kChunks>::kThr
       });
     }
     team.forget_addresses();
-    team.load_polar(arguments.grad, polar);
     wait_phase(exchange.projected(), 0);
     if (team.leader) exchange.template expect_parts<true>();
     exchange.add_parts(own);
@@ -138,6 +135,7 @@ __global__ void __launch_bounds__(EncodeGradientTeam<S, kCluster, kChunks>::kThr
       wait_phase(exchange.free(), 0);
     });
     team.forget_addresses();
+    team.load_polar(arguments.grad, polar);
     wait_phase(exchange.projected(), 1);
     exchange.template add_parts<true>(back);
 

@@ -201,6 +201,9 @@ struct Team {
     });
   }
 
+  // Where the pair of group g lies in the share of the rank that this block collects.
+  __device__ __forceinline__ int32_t column_of(int32_t g) const { return g / 4 * 32 + quarter * 8 + g % 4 * 2; }
+
   // The tile into registers, as change() makes its pairs, and its projection on this block's columns. The product runs on: projection_done().
   template <typename Change>
   __device__ __forceinline__ void project_tile(uint32_t (&rows)[kChunks][16], float (&part)[64], const Change& change) const {
@@ -238,6 +241,26 @@ struct Team {
   // Of the last tile, whose parity is not this one's; of its last phase, where it has several.
   __device__ __forceinline__ void wait_for_last_tile(uint32_t parity) const {
     if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
+  }
+
+  // The same of a tile that stays where it is, two chunks in registers at a time; `wait` comes while the product runs.
+  template <bool kRound, typename Wait>
+  __device__ __forceinline__ void project_standing_and_send(float (&own)[Shares::kOwnGroups][4], const Wait& wait) const {
+    float part[64] = {};
+    uint32_t rows[2][16];
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      if (c >= 2) products_wait(1);
+      load_chunk(c, rows[c % 2]);
+      pin(rows[c % 2]);
+      products_begin();
+      project_chunk(part, c, rows[c % 2]);
+      products_commit();
+    }
+    wait();
+    products_wait();
+    pin(part);
+    exchange.template send_parts<kRound>(part, own);
   }
 
   // part += rows of a chunk, in registers, times Q.

@@ -69,6 +69,11 @@ int32_t sm90_sum_slots(int32_t width);
 template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream);
 
+// grad_y [N, D], contiguous, of y [N, D] from grad [N, D]. Scalar complement.
+template <typename S>
+cudaError_t sm90_correct_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                  cudaStream_t stream);
+
 // grad_y [N, D], contiguous, of y [N, D] from grad [N, 3M + D]; limits as for the state. Only bfloat16: gradients of phases enlarge what a
 // basis that is rounded to the format of the rows leaves of a coordinate, more than gradients of float16 rows may be off.
 template <typename S>
