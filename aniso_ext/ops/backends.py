@@ -117,10 +117,10 @@ def ranking(
         on_hopper = hopper.aligns(rank)
     else:
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
-        forward_only = operation == "correct_sums" or not gradient
-        differentiated = complement == "scalar" and hopper.serves_gradient(operation, dtype)
+        differentiable = hopper.serves_gradient(operation, dtype, scalar=complement == "scalar")
         aligned = operation != "encode" or hopper.aligns(rank)
-        on_hopper = operation in operations.get(complement, ()) and (forward_only or (differentiated and aligned))
+        forward_only = operation == "correct_sums" or not gradient
+        on_hopper = operation in operations.get(complement, ()) and (forward_only or (differentiable and aligned))
     if on_hopper and hopper.serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":

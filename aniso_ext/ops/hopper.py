@@ -60,14 +60,16 @@ def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
-def serves_gradient(operation: str, dtype: torch.dtype) -> bool:
-    """Whether the kernels have the gradient of an operation that they serve.
+def serves_gradient(operation: str, dtype: torch.dtype, *, scalar: bool = True) -> bool:
+    """Whether the kernels have the gradient of an operation that they serve, with a number as complement or without.
 
-    That of ``encode`` has the slope of a cell of the table and goes with 1/rho. In bfloat16 radii are off by the
-    distance of knots, so that the slope between two says nothing better; in float16 the rounding of the basis would be
-    the largest error by far.
+    A slope is that of a cell of the table. In bfloat16 radii are off by the distance of knots, so that the slope
+    between two says nothing better. The gradient of ``encode`` goes with 1/rho: in float16 the rounding of the basis
+    would be its largest error by far.
     """
-    return operation == "decode" or (operation == "encode" and dtype == torch.bfloat16)
+    if operation == "encode":
+        return scalar and dtype == torch.bfloat16
+    return operation == "decode" or (operation == "correct" and scalar)
 
 
 def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:

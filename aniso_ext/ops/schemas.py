@@ -1,8 +1,8 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
 ``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read
-those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or a shuffled basis. Those without a backward of
-their own take that of the operator without the prefix.
+those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or a shuffled basis. Where their backward does not
+serve (:func:`aniso_ext.ops.hopper.serves_gradient`) that of the operator without the prefix does.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCHEMAS = {
     "encode_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}) -> Tensor",
     "hopper_correct": f"(Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_correct_sums": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
+    "hopper_correct_backward": f"(Tensor grad, Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_encode": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "hopper_encode_backward": f"(Tensor grad, Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "hopper_decode": f"({_HOPPER_UPDATE}) -> Tensor",
@@ -56,6 +57,7 @@ def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_backward")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_correct_backward")
 def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 

@@ -122,6 +122,21 @@ Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const Initia
   return out;
 }
 
+Tensor hopper_correct_backward(const Tensor& grad, const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  Tensor grad_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  dispatch_half(y, [&](auto storage) {
+    using S = decltype(storage);
+    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    check_rows(grad, "grad", y, operands.width);
+    const Tensor grads = aligned_rows(grad), rows = aligned_rows(y);
+    check_launch(aniso::sm90_correct_backward(operands, hopper_rows<S>(grads), hopper_rows<S>(rows), mutable_data<S>(grad_y), stream_of(y)),
+                 "hopper_correct_backward");
+  });
+  return grad_y;
+}
+
 Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
   check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
   const DeviceGuard guard(y.get_device_index());
