@@ -279,6 +279,17 @@ def test_a_full_device_repeats_bit_for_bit(case, run):
         for _ in range(500 if name == "correct" else 100):
             different += (operation(y, frame, backend=run.backend) != first).any(-1).sum()
         assert int(different) == 0, name
+    if case.complement != "scalar":
+        return
+    y.requires_grad_()
+    for name in ("correct", "encode"):
+        z = operations[name](y, frame, backend=run.backend)
+        grad = torch.cos(1e3 * torch.arange(z.shape[1], device=z.device)).to(z).expand_as(z).contiguous()
+        (first,) = torch.autograd.grad(z, y, grad, retain_graph=True)
+        different = torch.zeros((), dtype=torch.int64, device=run.device)
+        for _ in range(100):
+            different += (torch.autograd.grad(z, y, grad, retain_graph=True)[0] != first).any(-1).sum()
+        assert int(different) == 0, f"gradient of {name}"
 
 
 @runs(ON_GPU, HALF_AND_SINGLE)
@@ -302,7 +313,7 @@ def test_graphs_capture_and_replay_with_other_inputs(run):
             assert torch.equal(captured[name], function()), name
 
 
-@runs(ON_GPU, ["float32"])
+@runs(ON_GPU, HALF_AND_SINGLE)
 def test_graphs_capture_the_backward(run):
     y = run.rows(WIDE, 129).requires_grad_()
     grad = torch.ones_like(y)

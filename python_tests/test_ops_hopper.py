@@ -6,9 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import BRANCHES, Case, arrays_of, frame_of
+from cases import BRANCHES, Case, arrays_of, frame_of, rows_of
 
 from aniso_ext.ops import backends, hopper
+from aniso_ext.ops.operands import operands
 
 CPU = torch.device("cpu")
 SAMPLED = Case(96, 48, knots=1024, sampled=True)
@@ -224,9 +225,14 @@ def test_float32_rows_at_a_lower_precision_have_one_hopper_kernel(operation, com
         ("correct", torch.bfloat16, "scalar", False, "cuda"),
         ("correct", torch.bfloat16, "diagonal", False, "cuda"),
         ("correct", torch.bfloat16, "diagonal_projected", False, "triton"),
-        ("correct", torch.bfloat16, "scalar", True, "triton"),
+        ("correct", torch.bfloat16, "scalar", True, "cuda"),
+        ("correct", torch.float16, "scalar", True, "cuda"),
+        ("correct", torch.bfloat16, "diagonal", True, "triton"),
         ("correct_sums", torch.float16, "scalar", True, "cuda"),
         ("encode", torch.bfloat16, "diagonal", False, "triton"),
+        ("encode", torch.bfloat16, "scalar", True, "cuda"),
+        ("encode", torch.bfloat16, "diagonal", True, "triton"),
+        ("encode", torch.float16, "scalar", True, "triton"),
         ("decode", torch.bfloat16, "scalar", False, "cuda"),
         ("decode", torch.bfloat16, "diagonal_projected", False, "cuda"),
         ("decode", torch.bfloat16, "scalar", True, "cuda"),
@@ -239,3 +245,39 @@ def test_the_ranking_follows_the_measurements(operation, dtype, complement, grad
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     order = backends.ranking(torch.device("cuda", 0), operation, dtype, 1280, 128, complement, gradient)
     assert order[0] == first and set(order) == {"cuda", "triton", "reference"} and order[-1] == "reference"
+
+
+@pytest.mark.parametrize(
+    "operation, dtype, scalar, served",
+    [
+        ("correct", torch.bfloat16, True, True),
+        ("correct", torch.float16, True, True),
+        ("correct", torch.bfloat16, False, False),
+        ("correct_sums", torch.bfloat16, True, False),
+        ("encode", torch.bfloat16, True, True),
+        ("encode", torch.float16, True, False),
+        ("encode", torch.bfloat16, False, False),
+        ("decode", torch.float16, False, True),
+    ],
+)
+def test_which_gradients_the_kernels_have(operation, dtype, scalar, served):
+    assert hopper.serves_gradient(operation, dtype, 1280, 128, scalar=scalar) is served
+    assert not hopper.serves_gradient(operation, dtype, 1280, 256, scalar=scalar)
+    assert not hopper.serves_gradient(operation, torch.float32, 1280, 128, scalar=scalar)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", ["correct_backward", "encode_backward"])
+def test_operators_of_gradients_are_what_torch_expects(operation):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU of compute capability 9.0")
+    frame, y = frame_of(CALIBRATED), rows_of(CALIBRATED, 70, torch.bfloat16).cuda()
+    special = hopper.operands(y, frame)
+    assert special is not None
+    constants = operands(frame, torch.float32, torch.float32, y.device)
+    shift = (constants.shift,) if operation == "correct_backward" else ()
+    columns = CALIBRATED.width + (0 if shift else 3 * CALIBRATED.blocks)
+    grad = torch.ones(70, columns, dtype=y.dtype, device=y.device)
+    operator = getattr(torch.ops.aniso_ext, f"hopper_{operation}").default
+    arguments = (grad, y, *special.tensors(), *constants.initialisation(), *shift)
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}

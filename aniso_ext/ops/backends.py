@@ -121,9 +121,12 @@ def ranking(
         on_hopper = hopper.aligns(rank)
     else:
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
+        differentiable = hopper.serves_gradient(operation, dtype, width, rank, scalar=complement == "scalar")
+        aligned = operation != "encode" or hopper.aligns(rank)
         forward_only = operation == "correct_sums" or not gradient
-        on_hopper = operation in operations.get(complement, ()) and forward_only
-    serves = hopper.serves_correct if (operation, complement) == ("correct", "scalar") else hopper.serves
+        on_hopper = operation in operations.get(complement, ()) and (forward_only or (differentiable and aligned))
+    widely = (operation, complement) == ("correct", "scalar")
+    serves = hopper.serves_correct if widely else hopper.serves
     if on_hopper and serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":

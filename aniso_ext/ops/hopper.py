@@ -86,6 +86,20 @@ def streams(width: int, rank: int) -> bool:
     return width > LARGEST_WIDTH or rank > LARGEST_RANK
 
 
+def serves_gradient(operation: str, dtype: torch.dtype, width: int, rank: int, *, scalar: bool = True) -> bool:
+    """Whether the kernels have the gradient of an operation that they serve, with a number as complement or without.
+
+    A slope is that of a cell of the table. In bfloat16 radii are off by the distance of knots, so that the slope
+    between two says nothing better. The gradient of ``encode`` goes with 1/rho: in float16 the rounding of the basis
+    would be its largest error by far.
+    """
+    if dtype == torch.float32 or streams(width, rank):
+        return False
+    if operation == "encode":
+        return scalar and dtype == torch.bfloat16
+    return operation == "decode" or (operation == "correct" and scalar)
+
+
 def operands(
     rows: torch.Tensor, frame: Frame, serves: Callable[[str, torch.dtype, int, int], bool] = serves
 ) -> HopperOperands | None:

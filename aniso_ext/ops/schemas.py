@@ -1,8 +1,8 @@
 """Operator schemas, defined once for every backend, and their shape rules for tracing.
 
 ``input_weight`` to ``offset`` are the fields of :class:`aniso_ext.ops.operands.Operands`. The Hopper operators read
-those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or a shuffled basis; gradients of the former are
-those of the operators without the prefix.
+those of :class:`aniso_ext.ops.hopper.HopperOperands` before them, or a shuffled basis. Where their backward does not
+serve (:func:`aniso_ext.ops.hopper.serves_gradient`) that of the operator without the prefix does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ SCHEMAS = {
     "encode_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}) -> Tensor",
     "hopper_correct": f"(Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_correct_sums": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
+    "hopper_correct_backward": f"(Tensor grad, Tensor y, {_HOPPER}, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "hopper_encode": f"(Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
+    "hopper_encode_backward": f"(Tensor grad, Tensor y, {_HOPPER}, {_INITIALISATION}) -> Tensor",
     "hopper_decode": f"({_HOPPER_UPDATE}) -> Tensor",
     "hopper_decode_backward": f"(Tensor grad, {_HOPPER_UPDATE}) -> (Tensor, Tensor)",
     "decode": f"({_UPDATE}) -> Tensor",
@@ -61,6 +63,7 @@ def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_backward")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_correct_backward")
 def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 
@@ -83,6 +86,7 @@ def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::encode_backward")
+@torch.library.register_fake(f"{NAMESPACE}::hopper_encode_backward")
 def _(grad: torch.Tensor, y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
 

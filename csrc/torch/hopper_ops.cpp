@@ -137,6 +137,21 @@ Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const Initia
   return out;
 }
 
+Tensor hopper_correct_backward(const Tensor& grad, const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  Tensor grad_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  dispatch_half(y, [&](auto storage) {
+    using S = decltype(storage);
+    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    check_rows(grad, "grad", y, operands.width);
+    const Tensor grads = aligned_rows(grad), rows = aligned_rows(y);
+    check_launch(aniso::sm90_correct_backward(operands, hopper_rows<S>(grads), hopper_rows<S>(rows), mutable_data<S>(grad_y), stream_of(y)),
+                 "hopper_correct_backward");
+  });
+  return grad_y;
+}
+
 Tensor hopper_correct_sums(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
   check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
   const DeviceGuard guard(y.get_device_index());
@@ -168,6 +183,22 @@ Tensor hopper_encode(const Tensor& y, const HopperTensors& hopper, const Initial
     check_launch(aniso::sm90_encode(operands, hopper_rows<S>(rows), mutable_data<S>(state), stream_of(y)), "hopper_encode");
   });
   return state;
+}
+
+Tensor hopper_encode_backward(const Tensor& grad, const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+  check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
+  const DeviceGuard guard(y.get_device_index());
+  check(aniso::sm90_present(), "the Hopper kernels need a GPU of compute capability 9.0");
+  check(y.scalar_type() == ScalarType::BFloat16, "hopper_encode_backward is for bfloat16 rows");
+  using S = aniso::BFloat16;
+  const auto operands = checked_hopper_operands<S>(y, hopper, in);
+  check(operands.rank % 16 == 0, "hopper_encode_backward needs a rank that is a multiple of 16, got ", operands.rank);
+  check_rows(grad, "grad", y, int64_t(operands.rank) / 2 * 3 + operands.width);
+  Tensor grad_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  const Tensor grads = aligned_rows(grad), rows = aligned_rows(y);
+  check_launch(aniso::sm90_encode_backward(operands, hopper_rows<S>(grads), hopper_rows<S>(rows), mutable_data<S>(grad_y), stream_of(y)),
+               "hopper_encode_backward");
+  return grad_y;
 }
 
 Tensor hopper_decode(const Tensor& state, const Tensor& deltas, const Tensor& shuffled, const UpdateArguments& in) {

@@ -4,6 +4,8 @@
 namespace aniso {
 
 ANISO_INSTANTIATE_SM90(BFloat16);
+template cudaError_t sm90_encode_backward<BFloat16>(const Sm90Operands<BFloat16>&, const Sm90Rows<BFloat16>&, const Sm90Rows<BFloat16>&,
+                                                    BFloat16*, cudaStream_t);
 
 bool sm90_present() {
   int device = 0, major = 0, minor = 0;

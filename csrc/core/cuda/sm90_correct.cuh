@@ -37,7 +37,7 @@ struct CorrectArguments {
 constexpr int32_t correct_teams(int32_t chunks) { return chunks <= 3 ? 3 : 2; }
 
 template <typename S, int kCluster, int kChunks, Form kForm, int kTeams>
-using CorrectBase = Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kTeams, 3>;
+using CorrectBase = Team<S, Parts::kExact, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kTeams, 3>;
 
 template <typename S, int kCluster, int kChunks, Form kForm, int kTeams = correct_teams(kChunks)>
 struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm, kTeams> {
@@ -65,23 +65,6 @@ struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm, kTeams> {
         const int32_t at = 16 * piece + 2 * i, column = i / 2 * 2;
         w[at] = body(at, pair.x, offset[column], scale[column]);
         w[at + 1] = body(at + 1, pair.y, offset[column + 1], scale[column + 1]);
-      }
-    }
-  }
-
-  // A chunk of complements as it is.
-  __device__ __forceinline__ void store_complement(const float (&w)[32], int32_t c, S* states) const {
-#pragma unroll
-    for (int32_t half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int32_t piece = 0; piece < 2; ++piece) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int32_t i = 0; i < 4; ++i) {
-          const float* values = &w[16 * piece + 4 * i + 2 * half];
-          pairs[i] = pack<S>(values[0], values[1]);
-        }
-        this->store_piece(states + row(half) * (3 * blocks + width) + 3 * blocks, half, c, piece, pairs);
       }
     }
   }
@@ -168,7 +151,7 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     uint32_t y[kChunks][16];  // operands of the product
     float own[Mates::kOwnGroups][4];
     wait_phase(team.loaded(), parity);
-    team.project_and_send(y, own, parity, [](uint32_t pair) { return pair; }, [] {});
+    team.project_and_send(y, own, [](uint32_t pair) { return pair; }, [&] { team.wait_for_last_tile(parity); });
 
     // ---- the share of the rank that this block maps
     team.forget_addresses();
@@ -208,7 +191,7 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     for (int32_t c = 0; c < kChunks; ++c) {
       team.rebuilt(w[c], c);
       if constexpr (kForm == Form::kState) {
-        team.store_complement(w[c], c, arguments.out);
+        team.store_chunk(w[c], c, arguments.out, 3 * team.blocks + team.width, 3 * team.blocks);
       } else {
         team.add_squares(w[c], c, sums);
       }

@@ -56,8 +56,11 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     float own[kOwnGroups][4];
     wait_phase(team.loaded(), 0);
     team.project_and_send(
-        step, own, parity, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
-        [&] { team.load_after_reading(complement_map, team.tile); });
+        step, own, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
+        [&] {
+          team.load_after_reading(complement_map, team.tile);
+          team.wait_for_last_tile(parity);
+        });
 
     // ---- k of the blocks of the rank that this block collects
     PolarFours polar[Mates::kTurnGroups];

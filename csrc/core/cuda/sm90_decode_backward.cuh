@@ -13,7 +13,6 @@
 // FLOP     8 D R for each row; 2 D tanh.
 #pragma once
 
-#include "aniso/row_scales.h"
 #include "sm90_decode.cuh"
 
 namespace aniso::sm90 {
@@ -62,8 +61,11 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
       uint32_t step[kChunks][16];
       wait_phase(team.loaded(), 0);
       team.project_and_send(
-          step, own, parity, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
-          [&] { team.load_after_reading(complement_map, team.tile); });
+          step, own, [&](uint32_t moves) { return step_of<S>(moves, in.a_v); },
+          [&] {
+            team.load_after_reading(complement_map, team.tile);
+            team.wait_for_last_tile(parity);
+          });
       team.forget_addresses();
       team.load_polar(arguments.state, arguments.deltas, polar);
       wait_phase(exchange.projected(), 0);
@@ -112,12 +114,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     {
       RowGradient<float> at[2];
 #pragma unroll
-      for (int32_t half = 0; half < 2; ++half) {
-        const float* of = &sums[4 * half];
-        const Scales scales = fast_scales(of[0], of[1], shift_squares, shifted);
-        const RowScales<float> norms{scales.inverse, scales.outer, of[0] * scales.inverse * scales.inverse, of[1] * scales.inverse};
-        at[half] = row_gradient(norms, of[2], of[3], shifted);
-      }
+      for (int32_t half = 0; half < 2; ++half) at[half] = fast_row_gradient(&sums[4 * half], shift_squares, shifted);
 #pragma unroll
       for (int32_t c = 0; c < kChunks; ++c) {
         team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&grads)[4]) {

@@ -4,7 +4,8 @@
 // slot from - 1 is from the block `from` ranks on. All that a warp reads was sent to it by its twins in the other blocks: no warp waits
 // for another. Parts of a projection, coefficients and sums have places of their own, so that nothing is overwritten before the tile is
 // done or what follows from it has come back. Parts in fp32 leave no room for coefficients: they go where the receiving warp had its rows of
-// the tile, which it has read when its parts come.
+// the tile, which it has read when its parts come. Where a tile has two projections, the second's parts and the coefficients take the place of
+// the first's parts, once the receiver has told that it has used them.
 #pragma once
 
 #include "sm90_instructions.cuh"
@@ -13,17 +14,20 @@
 
 namespace aniso::sm90 {
 
-// P: the format that parts travel in, float or that of the rows. kKinds: sets of coefficients.
-template <typename S, typename P, int kCluster, int kKinds>
+// How parts of a projection travel: in fp32; in the format of the rows, which is for what only meets coefficients that are rounded
+// themselves; or, of two projections of a tile, the first in fp32 and the second rounded.
+enum class Parts { kExact, kRounded, kExactThenRounded };
+
+// kKinds: sets of coefficients.
+template <typename S, Parts kParts, int kCluster, int kKinds>
 struct Exchange {
-  static constexpr bool kRounded = sizeof(P) == 2;
+  static constexpr bool kRounded = kParts == Parts::kRounded, kInTile = kParts == Parts::kExact;  // parts; coefficients
   static constexpr int32_t kOwnColumns = kRank / kCluster;  // of a projection, that a block collects; first in the order of its basis
   static constexpr int32_t kOwnGroups = kOwnColumns / 8, kOwnSteps = kSteps / kCluster;
-  static constexpr uint32_t kPartBytes = kTileRows * kOwnColumns * uint32_t(sizeof(P));  // of a projection, for one receiver
-  static constexpr uint32_t kShareBytes = kTileRows * kOwnColumns * 2;                   // of coefficients
+  static constexpr uint32_t kShareBytes = kTileRows * kOwnColumns * 2;  // of coefficients or of rounded parts, for one receiver
   static constexpr uint32_t kSumsBytes = kTileRows / 2 * 32;  // of up to eight sums for each pair of rows
-  static constexpr uint32_t kCoefficients = (kCluster - 1) * kPartBytes;
-  static constexpr uint32_t kSums = kCoefficients + (kRounded ? (kCluster - 1) * kKinds * kShareBytes : 0);
+  static constexpr uint32_t kCoefficients = (kCluster - 1) * kShareBytes;
+  static constexpr uint32_t kSums = (kCluster - 1) * (kInTile ? 2 : 1 + kKinds) * kShareBytes;
   static constexpr uint32_t kBytes = kSums + (kCluster - 1) * kSumsBytes;
 
   uint32_t memory, tile, barriers;  // of this warpgroup
@@ -37,26 +41,32 @@ struct Exchange {
   __device__ __forceinline__ uint32_t summed() const { return barrier(offsetof(Barriers, summed)); }
   __device__ __forceinline__ uint32_t free() const { return barrier(offsetof(Barriers, free)); }
 
-  __device__ __forceinline__ void expect_parts() const { arrive_expecting(projected(), (kCluster - 1) * kPartBytes); }
+  template <bool kRound>
+  static constexpr uint32_t kPartBytes = kRound ? kShareBytes : 2 * kShareBytes;  // for one receiver
+
+  template <bool kRound = kRounded>
+  __device__ __forceinline__ void expect_parts() const {
+    arrive_expecting(projected(), (kCluster - 1) * kPartBytes<kRound>);
+  }
   __device__ __forceinline__ void expect_coefficients() const { arrive_expecting(mapped(), (kCluster - 1) * kKinds * kShareBytes); }
   __device__ __forceinline__ void expect_sums(uint32_t count) const {
     arrive_expecting(summed(), (kCluster - 1) * kTileRows / 2 * count * uint32_t(sizeof(float)));
   }
 
-  // Of a projection over this block's columns, to each block the share that it collects. Rounded is for what only meets coefficients that
-  // are rounded themselves. This block's own share comes into `own`.
+  // Of a projection over this block's columns, to each block the share that it collects. This block's own share comes into `own`.
+  template <bool kRound = kRounded>
   __device__ __forceinline__ void send_parts(const float (&part)[64], float (&own)[kOwnGroups][4]) const {
 #pragma unroll
     for (int32_t i = 0; i < kOwnGroups * 4; ++i) own[i / 4][i % 4] = part[i];
-    constexpr int32_t kEach = kRounded ? 8 : 4;  // values in a store
+    constexpr int32_t kEach = kRound ? 8 : 4;  // values in a store
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
       const uint32_t signal = remote_address(projected(), ranks_on(to));
-      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kPartBytes + thread * 16, ranks_on(to));
+      const uint32_t target = remote_address(memory + (kCluster - 1 - to) * kPartBytes<kRound> + thread * 16, ranks_on(to));
 #pragma unroll
       for (int32_t v = 0; v < kOwnGroups * 4 / kEach; ++v) {
         const float* values = &part[to * kOwnGroups * 4 + v * kEach];
-        if constexpr (kRounded) {
+        if constexpr (kRound) {
           store_remote(target + v * kWarpgroupThreads * 16, signal, pack<S>(values[0], values[1]), pack<S>(values[2], values[3]),
                        pack<S>(values[4], values[5]), pack<S>(values[6], values[7]));
         } else {
@@ -67,17 +77,18 @@ struct Exchange {
     }
   }
 
+  template <bool kRound = kRounded>
   __device__ __forceinline__ void add_parts(float (&own)[kOwnGroups][4]) const {
-    constexpr int32_t kEach = kRounded ? 2 : 1;  // groups in a load
+    constexpr int32_t kEach = kRound ? 2 : 1;  // groups in a load
 #pragma unroll
     for (uint32_t slot = 0; slot < kCluster - 1; ++slot) {
 #pragma unroll
       for (int32_t v = 0; v < kOwnGroups / kEach; ++v) {
         uint32_t words[4];
-        load_shared(memory + slot * kPartBytes + (v * kWarpgroupThreads + thread) * 16, words);
+        load_shared(memory + slot * kPartBytes<kRound> + (v * kWarpgroupThreads + thread) * 16, words);
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-          if constexpr (kRounded) {
+          if constexpr (kRound) {
             const float2 pair = unpack<S>(words[i]);
             own[2 * v + i / 2][i % 2 * 2] += pair.x;
             own[2 * v + i / 2][i % 2 * 2 + 1] += pair.y;
@@ -91,7 +102,7 @@ struct Exchange {
 
   // Where a warp receives its nth operand.
   __device__ __forceinline__ uint32_t operand_place(uint32_t n) const {
-    if constexpr (kRounded) return memory + kCoefficients + (n * kWarpgroupThreads + thread) * 16;
+    if constexpr (!kInTile) return memory + kCoefficients + (n * kWarpgroupThreads + thread) * 16;
     return tile + n / 4 * kTileChunkBytes + warp * 2048 + n % 4 * 512 + lane * 16;
   }
 
@@ -170,7 +181,7 @@ struct Exchange {
     }
   }
 
-  // This tile's exchange is over, and what it brought has been used: an arrival would overtake loads.
+  // What came to this warp has been used, and its place is free: an arrival would overtake loads.
   __device__ __forceinline__ void warp_is_done() const {
     __syncwarp();
     if (lane != 0) return;

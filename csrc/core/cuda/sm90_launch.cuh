@@ -6,8 +6,10 @@
 #include <type_traits>
 
 #include "sm90_correct.cuh"
+#include "sm90_correct_backward.cuh"
 #include "sm90_decode.cuh"
 #include "sm90_decode_backward.cuh"
+#include "sm90_encode_backward.cuh"
 #include "sm90_forms.cuh"
 #include "sm90_maps.h"
 #include "sm90_stream.cuh"
@@ -106,6 +108,19 @@ struct UpdateMaps {
     if (error == cudaSuccess) {
       error = matrix_map<kChunkColumns>(&complement, state.data + in.rank / 2 * 3, state.count, in.width, state.stride);
     }
+    if (error != cudaSuccess) return error;
+    return matrix_map<kPanelColumns>(&basis, in.shuffled, sm90_padded(in.width), kRank, kRank);
+  }
+};
+
+// The maps of a gradient of the closed form: of y, of the D columns of grad from `first` on, and of the shuffled basis.
+template <typename S>
+struct GradientMaps {
+  CUtensorMap rows, grads, basis;
+
+  cudaError_t encode(const Sm90Operands<S>& in, const Sm90Rows<S>& grad, int32_t first, const Sm90Rows<S>& y) {
+    cudaError_t error = matrix_map<kChunkColumns>(&rows, y.data, y.count, in.width, y.stride);
+    if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&grads, grad.data + first, grad.count, in.width, grad.stride);
     if (error != cudaSuccess) return error;
     return matrix_map<kPanelColumns>(&basis, in.shuffled, sm90_padded(in.width), kRank, kRank);
   }
@@ -228,6 +243,34 @@ cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S
 }
 
 template <typename S>
+cudaError_t sm90_encode_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                 cudaStream_t stream) {
+  if (!sm90::serves(operands, y) || operands.diagonal || operands.rank % 16 != 0 || grad.count != y.count) return cudaErrorInvalidValue;
+  if (y.count == 0) return cudaSuccess;
+  sm90::GradientMaps<S> maps;
+  const cudaError_t error = maps.encode(operands, grad, operands.rank / 2 * 3, y);
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
+    return sm90::launch<sm90::EncodeGradientTeam<S, cluster, chunks>, cluster, sm90::sm90_encode_backward_kernel<S, cluster, chunks>>(
+        y.count, false, stream, maps.rows, maps.grads, maps.basis, sm90::EncodeGradientArguments<S>{operands, grad, grad_y});
+  });
+}
+
+template <typename S>
+cudaError_t sm90_correct_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                  cudaStream_t stream) {
+  if (!sm90::serves(operands, y) || operands.diagonal || grad.count != y.count) return cudaErrorInvalidValue;
+  if (y.count == 0) return cudaSuccess;
+  sm90::GradientMaps<S> maps;
+  const cudaError_t error = maps.encode(operands, grad, 0, y);
+  if (error != cudaSuccess) return error;
+  return sm90::by_width(operands.width, [&](auto cluster, auto chunks) {
+    return sm90::launch<sm90::CorrectGradientTeam<S, cluster, chunks>, cluster, sm90::sm90_correct_backward_kernel<S, cluster, chunks>>(
+        y.count, false, stream, maps.rows, maps.grads, maps.basis, sm90::CorrectGradientArguments<S>{operands, y.count, grad_y});
+  });
+}
+
+template <typename S>
 cudaError_t sm90_correct_sums(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, float* partial, double* sums,
                               cudaStream_t stream) {
   if (!sm90::serves(operands, y) || operands.diagonal) return cudaErrorInvalidValue;
@@ -278,6 +321,7 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   template cudaError_t sm90_correct<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);         \
   template cudaError_t sm90_correct_sums<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, float*, double*,       \
                                               cudaStream_t);                                                    \
+  template cudaError_t sm90_correct_backward<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t); \
   template cudaError_t sm90_encode<S>(const Sm90Operands<S>&, const Sm90Rows<S>&, S*, cudaStream_t);          \
   template cudaError_t sm90_decode<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&, S*, cudaStream_t); \
   template cudaError_t sm90_decode_backward<S>(const Sm90Update<S>&, const Sm90Rows<S>&, const Sm90Rows<S>&,   \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "aniso/cuda_sm90.h"
+#include "aniso/row_scales.h"
 #include "aniso/turn.h"
 #include "sm90_instructions.cuh"
 
@@ -32,6 +33,13 @@ __device__ __forceinline__ Scales fast_scales(float squares, float dot_shift, fl
   const float inverse = inverse_of(squares), length = squares < kLeast ? kFloor : squares * inverse;
   if (!shifted) return {length, inverse, 1.f};
   return {length, inverse, inverse_of(squares * inverse * inverse + 2.f * dot_shift * inverse + shift_squares)};
+}
+
+// The gradient of those of a row, from |w|^2, w.shift, w.grad and grad.shift.
+__device__ __forceinline__ RowGradient<float> fast_row_gradient(const float* sums, float shift_squares, bool shifted) {
+  const Scales scales = fast_scales(sums[0], sums[1], shift_squares, shifted);
+  const RowScales<float> norms{scales.inverse, scales.outer, sums[0] * scales.inverse * scales.inverse, sums[1] * scales.inverse};
+  return row_gradient(norms, sums[2], sums[3], shifted);
 }
 
 // Of both rows of a thread, from |w|^2 and w.shift of each.

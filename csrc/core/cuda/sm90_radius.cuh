@@ -27,12 +27,19 @@ struct BlockLookup {
   uint32_t cell;              // two half-precision numbers
 };
 
-__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
+// All of a block's lookup but what its cell says; `cell` is which one it is.
+__device__ __forceinline__ BlockLookup locate(float cell_scale, int32_t cell_count, float a, float b, int32_t* cell) {
   const float squared = a * a + b * b;
   BlockLookup block = {inverse_root(squared), square_root(squared + float(kRadiusEps)), 0.f, 0};
   const float place = fminf(block.rho * cell_scale, float(cell_count));  // a NaN falls in the last cell
-  const int32_t cell = int32_t(place);
-  block.place = place - float(cell);
+  *cell = int32_t(place);
+  block.place = place - float(*cell);
+  return block;
+}
+
+__device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
+  int32_t cell;
+  BlockLookup block = locate(cell_scale, cell_count, a, b, &cell);
   asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
   return block;
 }
@@ -47,19 +54,22 @@ __device__ __forceinline__ float mapped_radius(const BlockLookup& block, float l
 
 // The exact map of one block, for the few radii whose cell is too coarse.
 template <typename S>
-__device__ __forceinline__ float search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
+__device__ __forceinline__ Mapped<float> search_map(const Sm90Operands<S>& in, int32_t block, float rho) {
   const Segment<float>* segments = in.segments + int64_t(block) * in.pieces;
   const int32_t bucket = bucket_of(rho, float(in.bucket_count) / segments[in.pieces - 1].start, in.bucket_count);
   const int32_t base = in.buckets[int64_t(block) * in.bucket_count + bucket];
-  return map_radius(segments, base, in.windows[block], rho).radius;
+  return map_radius(segments, base, in.windows[block], rho);
 }
 
 struct Direction {
   float cos, sin;
 };
 
+// a^2 + b^2 is zero or below the normal numbers.
+__device__ __forceinline__ bool is_at_origin(const BlockLookup& block) { return block.inverse > 1e18f; }
+
 __device__ __forceinline__ Direction direction_of(const BlockLookup& block, float a, float b) {
-  if (block.inverse > 1e18f) return {1.f, 0.f};  // a^2 + b^2 is zero or below the normal numbers
+  if (is_at_origin(block)) return {1.f, 0.f};
   return {a * block.inverse, b * block.inverse};
 }
 
@@ -116,8 +126,59 @@ __device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const Coord
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         if (!is_coarse(lookups[i][half].cell)) continue;
-        radii[i][half] = search_map(in, (first_column + column_of(first + i)) / 2, lookups[i][half].rho);
+        radii[i][half] = search_map(in, (first_column + column_of(first + i)) / 2, lookups[i][half].rho).radius;
       }
+    }
+  }
+}
+
+// For gradients, which have other work while the cells come, in registers that lookups would take: add the bias to the coordinates and ask
+// for the cells, each one register.
+template <typename S, int kColumns, int kOwnGroups, typename Column>
+__device__ __forceinline__ void ask_for_cells(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates, int32_t first_column,
+                                              const Column& column_of, float (&own)[kOwnGroups][4], uint32_t (&cells)[kOwnGroups][2]) {
+#pragma unroll
+  for (int32_t g = 0; g < kOwnGroups; ++g) {
+    const int32_t column = column_of(g);
+    const float2 turned_bias = load_pair(coordinates.turned_bias + column);
+    const float cell_scale = coordinates.cell_scale[column / 2];
+    const uint32_t* of_block = in.cells + int64_t((first_column + column) / 2) * (in.cell_count + 1);
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      own[g][2 * half] += turned_bias.x;
+      own[g][2 * half + 1] += turned_bias.y;
+      cells[g][half] = look_up(of_block, cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1]).cell;
+    }
+  }
+}
+
+// The rest once the cells are there: body(group, half, polar form, mapped radius) for every block. The slope is that of the cell, which is
+// right to what the rounding of the basis leaves of a radius; of a cell that is too coarse, that of the map.
+template <typename S, int kColumns, int kOwnGroups, typename Column, typename Body>
+__device__ __forceinline__ void for_each_mapped(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates,
+                                                int32_t first_column, const Column& column_of, float (&own)[kOwnGroups][4],
+                                                const uint32_t (&cells)[kOwnGroups][2], const Body& body) {
+  bool coarse = false;
+#pragma unroll
+  for (int32_t g = 0; g < kOwnGroups; ++g) coarse = coarse || is_coarse(cells[g][0]) || is_coarse(cells[g][1]);
+  coarse = __any_sync(0xffffffffu, coarse);
+#pragma unroll
+  for (int32_t g = 0; g < kOwnGroups; ++g) {
+    pin(own[g]);  // what follows from it is made again
+    const int32_t column = column_of(g);
+    const float cell_scale = coordinates.cell_scale[column / 2];
+    const float2 map = load_pair(coordinates.map + column);
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+      const float a = own[g][2 * half], b = own[g][2 * half + 1];
+      int32_t cell;
+      BlockLookup block = locate(cell_scale, in.cell_count, a, b, &cell);
+      block.cell = cells[g][half];
+      const float rise = unpack<Float16>(block.cell).y;
+      Mapped<float> mapped = {mapped_radius(block, map.x, map.y), fmaf(map.y * cell_scale, rise, map.x)};
+      if (coarse && is_coarse(block.cell)) mapped = search_map(in, (first_column + column) / 2, block.rho);
+      const auto [cos, sin] = direction_of(block, a, b);
+      body(g, half, Polar<float>{block.rho, is_at_origin(block) ? 0.f : block.inverse, cos, sin}, mapped);
     }
   }
 }

@@ -29,14 +29,14 @@ struct TeamShared {
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
 };
 
-// P and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
+// kParts and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
 // are.
-template <typename S, typename P, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
+template <typename S, Parts kParts, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
 struct Team {
-  using Shares = Exchange<S, P, kCluster, kKinds>;
+  using Shares = Exchange<S, kParts, kCluster, kKinds>;
   static constexpr int32_t kWarpgroups = kTeams, kThreads = kTeams * kWarpgroupThreads;
   using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors>;
-  static_assert(Shares::kRounded || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
+  static_assert(!Shares::kInTile || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
   uint32_t shared;
@@ -180,6 +180,23 @@ struct Team {
     store_line_inside(line + own_column + column, pairs, column < columns_left && row(half) < count);
   }
 
+  // A chunk of the last D columns of rows [N, stride], from `first` on.
+  __device__ __forceinline__ void store_chunk(const float (&w)[32], int32_t c, S* rows, int32_t stride, int32_t first) const {
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int32_t piece = 0; piece < 2; ++piece) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) {
+          const float* values = &w[16 * piece + 4 * i + 2 * half];
+          pairs[i] = pack<S>(values[0], values[1]);
+        }
+        store_piece(rows + row(half) * stride + first, half, c, piece, pairs);
+      }
+    }
+  }
+
   // A chunk of the tile, as operands of a product.
   __device__ __forceinline__ void load_chunk(int32_t c, uint32_t (&rows)[16]) const {
     for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&pairs)[4]) {
@@ -187,6 +204,9 @@ struct Team {
       for (int32_t i = 0; i < 4; ++i) rows[8 * piece + 2 * i + half] = pairs[i];
     });
   }
+
+  // Where the pair of group g lies in the share of the rank that this block collects.
+  __device__ __forceinline__ int32_t column_of(int32_t g) const { return g / 4 * 32 + quarter * 8 + g % 4 * 2; }
 
   // The tile into registers, as change() makes its pairs, and its projection on this block's columns. The product runs on: projection_done().
   template <typename Change>
@@ -211,16 +231,40 @@ struct Team {
   }
 
   // The tile into registers and its projection to the blocks, of which this one's share comes into `own`; `read` comes once the tile has
-  // been read, `parity` is that of the tile.
-  template <typename Change, typename Read>
-  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4], uint32_t parity,
+  // been read, and waits until the others' places are free.
+  template <bool kRound = Shares::kRounded, typename Change, typename Read>
+  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4],
                                                    const Change& change, const Read& read) const {
     float part[64] = {};
     project_tile(rows, part, change);
     read();
-    if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
     projection_done(rows, part);
-    exchange.send_parts(part, own);
+    exchange.template send_parts<kRound>(part, own);
+  }
+
+  // Of the last tile, whose parity is not this one's; of its last phase, where it has several.
+  __device__ __forceinline__ void wait_for_last_tile(uint32_t parity) const {
+    if (!is_first()) wait_phase(exchange.free(), parity ^ 1);
+  }
+
+  // The same of a tile that stays where it is, two chunks in registers at a time; `wait` comes while the product runs.
+  template <bool kRound, typename Wait>
+  __device__ __forceinline__ void project_standing_and_send(float (&own)[Shares::kOwnGroups][4], const Wait& wait) const {
+    float part[64] = {};
+    uint32_t rows[2][16];
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      if (c >= 2) products_wait(1);
+      load_chunk(c, rows[c % 2]);
+      pin(rows[c % 2]);
+      products_begin();
+      project_chunk(part, c, rows[c % 2]);
+      products_commit();
+    }
+    wait();
+    products_wait();
+    pin(part);
+    exchange.template send_parts<kRound>(part, own);
   }
 
   // part += rows of a chunk, in registers, times Q.

@@ -83,6 +83,17 @@ int32_t sm90_sum_slots(int32_t width);
 template <typename S>
 cudaError_t sm90_encode(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* state, cudaStream_t stream);
 
+// grad_y [N, D], contiguous, of y [N, D] from grad [N, D]. Scalar complement.
+template <typename S>
+cudaError_t sm90_correct_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                  cudaStream_t stream);
+
+// grad_y [N, D], contiguous, of y [N, D] from grad [N, 3M + D]; limits as for the state. Only bfloat16: gradients of phases enlarge what a
+// basis that is rounded to the format of the rows leaves of a coordinate, more than gradients of float16 rows may be off.
+template <typename S>
+cudaError_t sm90_encode_backward(const Sm90Operands<S>& operands, const Sm90Rows<S>& grad, const Sm90Rows<S>& y, S* grad_y,
+                                 cudaStream_t stream);
+
 // Constants of the bounded update. `shuffled` has the columns of Q in groups of 32, and its rows too, each in the order that lets a
 // thread hold neighbours: 2 (4 quarter + pair) + side of a group comes at 2 (4 pair + quarter) + side, for pair and quarter from 0 to 3.
 template <typename S>
