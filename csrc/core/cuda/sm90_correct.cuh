@@ -217,8 +217,10 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     // A loop indeed: side by side, its passes would keep the operands' addresses in common, and have no registers for them.
 #pragma unroll 1
     for (uint32_t kind = 0; kind <= kLast; ++kind) {
-      wait_phase(exchange.mapped(kind), parity);
-      if (kind > 0) {
+      if (kind == 0) {
+        wait_phase(exchange.mapped(0), parity);
+      } else {
+        wait_phase(exchange.mapped(kLast), parity);
 #pragma unroll
         for (int32_t i = 0; i < Mates::Shares::kOwnSteps * 4; ++i) own_k[0][i / 4][i % 4] = own_k[kLast][i / 4][i % 4];
       }
