@@ -20,7 +20,7 @@ from layouts import LAYOUTS, case_strategy, check_layouts
 
 from aniso_ext import ops
 from aniso_ext.errors import InputError
-from aniso_ext.ops import backends
+from aniso_ext.ops import backends, hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -264,7 +264,7 @@ def test_a_hundred_runs_are_equal_bit_for_bit(case, run):
 
 
 @pytest.mark.parametrize("case", **named([*map(calibrated, ENCODERS), Case(1280, 128, 1024, "diagonal", True)]))
-@runs(ON_GPU, ["bfloat16"])
+@runs(ON_GPU, ["bfloat16", "tf32"], fewer={"triton": ["bfloat16"]})
 def test_a_full_device_repeats_bit_for_bit(case, run):
     """Blocks that hand parts of a row to each other meet at every possible moment only where all of them are busy for
     many tiles: a handover that comes too early once in a million tiles shows here, and hardly in a few thousand rows.
@@ -272,8 +272,8 @@ def test_a_full_device_repeats_bit_for_bit(case, run):
     frame, y = frame_of(case), rows_on(case, 2**19, run.dtype, run.device)
     operations = {"correct": ops.correct, "encode": ops.encode, "correct_sums": ops.correct_sums}
     for name, operation in operations.items():
-        if name != "correct" and case.complement != "scalar":
-            continue
+        if name != "correct" and (case.complement != "scalar" or run.format == "tf32"):
+            continue  # without a kernel in which blocks hand over
         first = operation(y, frame, backend=run.backend)
         different = torch.zeros((), dtype=torch.int64, device=run.device)
         for _ in range(500 if name == "correct" else 100):
@@ -392,6 +392,71 @@ def test_autocast_and_the_default_dtype_change_nothing(run):
     finally:
         torch.set_default_dtype(before)
     assert [name for name, value in outputs.items() if not torch.equal(value, plain[name])] == []
+
+
+# Float32 rows whose products may round to TF32 have kernels of their own on Hopper: widths of all their shapes.
+TF32_SHAPES = [
+    Case(64, 2, knots=9),
+    Case(204, 22, knots=64, calibrated=True),
+    Case(516, 64, knots=17),
+    Case(768, 128, knots=64, calibrated=True),
+    Case(1000, 48, knots=64, calibrated=True, basis_dtype="bfloat16"),
+    Case(1276, 126, knots=64),
+]
+
+
+@pytest.mark.parametrize("case", **named(TF32_SHAPES))
+@runs(ON_GPU, ["tf32"], fewer={"triton": []})
+def test_float32_rows_of_any_shape_meet_the_contract_of_tf32(case, run):
+    for rows in (1, 65, 1000):
+        y = run.rows(case, rows)
+        exact = ops.correct(y.double(), frame_of(case), backend="reference")
+        found = ops.correct(y, frame_of(case), backend=run.backend)
+        assert cosine_loss(found, exact) <= run.cosine_loss
+        # products round, but neither what is added to them nor the norms
+        assert (found.double().norm(dim=1) - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("layout", ["offset", "strided", "transposed", "expanded"])
+@runs(ON_GPU, ["tf32"], fewer={"triton": []})
+def test_float32_rows_of_any_layout_are_those_of_the_contiguous_copy_at_tf32(layout, run):
+    y = run.rows(WIDE, 130)
+    wide = torch.empty(130, 2 * WIDE.width + 1, device=run.device)
+    spread = {
+        "offset": wide[:, 1 : 1 + WIDE.width],  # begins at no multiple of 16 bytes
+        "strided": wide[:, : 2 * WIDE.width : 2],
+        "transposed": torch.empty(WIDE.width, 130, device=run.device).T,
+        "expanded": y[:1].expand(130, -1),
+    }[layout]
+    if layout == "expanded":
+        y = y[:1].repeat(130, 1)
+    else:
+        spread.copy_(y)
+    frame = frame_of(WIDE)
+    assert torch.equal(ops.correct(spread, frame, backend=run.backend), ops.correct(y, frame, backend=run.backend))
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "beyond fp16"])
+@runs(ON_GPU, ["tf32"], fewer={"triton": []})
+def test_a_bad_row_stays_in_its_row_at_tf32(kind, run):
+    """A number past 65 504 has no place in fp16: the row comes out as NaN, and as nothing that looks like a row."""
+    y, at = run.rows(WIDE, 200), [0, 77, 199]
+    clean = ops.correct(y, frame_of(WIDE), backend=run.backend)
+    y[at, 5] = {"nan": float("nan"), "inf": float("inf"), "beyond fp16": 7e4}[kind]
+    spoilt = ops.correct(y, frame_of(WIDE), backend=run.backend)
+    good = [row for row in range(200) if row not in at]
+    assert torch.equal(clean[good], spoilt[good])
+    on_hopper = run.backend == "cuda" and hopper.serves_tf32("cuda:0", torch.float32, WIDE.width, WIDE.rank)
+    if kind != "beyond fp16" or on_hopper:
+        assert not spoilt[at].isfinite().all(dim=1).any()
+
+
+@pytest.mark.parametrize("length", [1e-3, 30.0, 1e3])
+@runs(ON_GPU, ["tf32"], fewer={"triton": []})
+def test_rows_of_other_lengths_meet_the_contract_of_tf32(length, run):
+    y = length * run.rows(WIDE, 300)
+    exact = ops.correct(y.double(), frame_of(WIDE), backend="reference")
+    assert cosine_loss(ops.correct(y, frame_of(WIDE), backend=run.backend), exact) <= run.cosine_loss
 
 
 @runs(ON_GPU, ["float32"])

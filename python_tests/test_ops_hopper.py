@@ -31,14 +31,15 @@ def table_values(found: hopper.HopperOperands, block: int, radii: np.ndarray) ->
     return radii * last_slope + unit * (cells[cell, 0] + cells[cell, 1] * (place - cell))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [SAMPLED, SMOOTH, BRANCHES[0], Case(48, 48, knots=2)], ids=str)
 def test_a_cell_is_off_by_no_more_than_it_may_or_is_marked(case, dtype):
     """At radii from zero to past the last knot, against NumPy's interpolation of the knots."""
     found, arrays = folded(case, dtype), arrays_of(case)
     source, target = arrays["radius_source_knots"], arrays["radius_target_knots"]
     size = np.sqrt(np.square(target).mean())
-    allowed = hopper.LARGEST_CELL_ERROR * torch.finfo(dtype).eps / 2 * size
+    rounding = torch.finfo(hopper.product_dtype(dtype)).eps / 2
+    allowed = hopper.largest_errors(dtype, case.blocks)[1] * rounding * size
     marked = 0.0
     for block in range(case.blocks):
         radii = np.concatenate((source[block], np.linspace(0, 1.3 * source[block, -1], 4001)))
@@ -56,6 +57,15 @@ def test_the_table_is_as_small_as_its_error_allows():
     """Half the rounding of a coefficient: a format with finer rounding needs more cells."""
     few, many = (folded(SAMPLED, dtype).cells.shape[1] - 1 for dtype in (torch.bfloat16, torch.float16))
     assert few == hopper.CELL_COUNTS[0] < many <= hopper.CELL_COUNTS[-1]
+
+
+def test_the_table_of_float32_rows_moves_no_row_by_more_than_the_contract_leaves():
+    """1 - cos is half the square of the error over |w| >= |T(rho)|: of all cells in the mean, and of the worst one."""
+    rounding = 2.0**-11  # of a TF32 factor
+    for blocks in (1, 24, 64):
+        most, most_of_cell = hopper.largest_errors(torch.float32, blocks)
+        assert 0.5 * (most * rounding) ** 2 <= 1e-7
+        assert 0.5 * (most_of_cell * rounding) ** 2 / blocks <= 1.2e-7
 
 
 def test_maps_with_many_jumps_have_no_table():
@@ -80,9 +90,19 @@ def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():
     assert torch.allclose(found.coordinates.double(), exact, rtol=2.0**-24, atol=SAMPLED.width * 2.0**-53)
 
 
+def test_products_of_float32_rows_are_float16():
+    """Which keeps the 10 bits of TF32; sums and constants stay float32."""
+    found = folded(CALIBRATED, torch.float32)
+    exact = frame_of(CALIBRATED).basis
+    assert torch.equal(found.basis[:, : CALIBRATED.rank], exact.half())
+    assert torch.equal(found.shuffled, hopper.shuffle(exact.half(), run=4))
+    assert found.coordinates.dtype == found.map_scales.dtype == torch.float32
+
+
 def test_a_basis_that_is_not_orthonormal_to_the_rounding_is_not_served():
-    """The norms come from quadratic forms that take Q^T Q for I."""
+    """The norms come from quadratic forms that take Q^T Q for I; those of float32 rows are summed from the rows."""
     skewed = frame_of(Case(96, 48, knots=256, basis_dtype="bfloat16"))
+    assert hopper.fold_hopper(skewed, torch.float32, CPU) is not None
     assert hopper.fold_hopper(skewed, torch.bfloat16, CPU) is not None
     assert hopper.fold_hopper(skewed, torch.float16, CPU) is None
 
@@ -109,16 +129,67 @@ def test_which_rows_a_hopper_gpu_serves(dtype, width, rank, served, monkeypatch)
     assert hopper.serves("cuda:0", dtype, width, rank) is served
 
 
-def test_a_shuffled_basis_gives_every_thread_neighbours():
-    """Product entry 8 pair + 2 quarter + side of a group of 32 is the entry 8 quarter + 2 pair + side of the matrix."""
+@pytest.mark.parametrize(
+    "width, rank, served",
+    [(1280, 128, True), (100, 2, True), (1284, 128, False), (1280, 130, False), (514, 128, False), (60, 16, False)],
+)
+def test_which_float32_rows_correct_serves(width, rank, served, monkeypatch):
+    """Where products may round to TF32, and at no other time."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    kind = ("cuda:0", torch.float32, width, rank)
+    assert not hopper.serves_correct(*kind)
+    for precision in ("high", "medium"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert hopper.serves_correct(*kind) is served
+        assert not hopper.serves(*kind)
+
+
+@pytest.mark.parametrize(
+    "dtype, width, rank, served",
+    [
+        (torch.bfloat16, 1280, 256, True),
+        (torch.float16, 4096, 64, True),
+        (torch.bfloat16, 1280, 128, True),
+        (torch.bfloat16, 1280, 258, False),
+        (torch.bfloat16, 4104, 64, False),
+        (torch.bfloat16, 1284, 64, False),
+        (torch.float32, 1280, 256, False),
+    ],
+)
+def test_which_large_bases_correct_serves(dtype, width, rank, served, monkeypatch):
+    """Those that stream, and those that stay."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert hopper.serves_correct("cuda:0", dtype, width, rank) is served
+
+
+def test_a_basis_that_streams_has_its_rows_shuffled_alone():
+    case = Case(400, 140, knots=64)
+    found = folded(case, torch.float16)
+    assert found.basis.shape == (400, 256) and found.cells.shape[0] == found.map_scales.shape[1] == 128
+    assert not found.basis[:, 140:].any() and not found.cells[70:].any()
+    rows = np.arange(448).reshape(-1, 4, 4, 2).transpose(0, 2, 1, 3).ravel()
+    expected = np.zeros((448, 256), np.float16)
+    expected[:400] = found.basis.numpy()
+    np.testing.assert_array_equal(found.shuffled.numpy(), expected[rows])
+
+
+@pytest.mark.parametrize("run", [8, 4])
+def test_a_shuffled_basis_gives_every_thread_neighbours(run):
+    """Product entry 8 pair + 2 quarter + side of a group of 32 is the entry 8 quarter + 2 pair + side of the matrix; of
+    a group of 16 it is 4 quarter + 2 pair + side."""
     basis = torch.arange(72 * 48, dtype=torch.float64).reshape(72, 48)
-    shuffled = hopper.shuffle(basis)
+    shuffled = hopper.shuffle(basis, run)
     assert shuffled.shape == (128, 128)
-    place = np.array([8 * quarter + 2 * pair + side for pair in range(4) for quarter in range(4) for side in range(2)])
+
+    def place(run: int) -> np.ndarray:
+        pairs, sides = range(run // 2), range(2)
+        return np.array([run * quarter + 2 * pair + side for pair in pairs for quarter in range(4) for side in sides])
+
     expected = np.zeros((128, 128))
     for row in range(128):
         for column in range(128):
-            j, r = row // 32 * 32 + place[row % 32], column // 32 * 32 + place[column % 32]
+            j, r = row // (4 * run) * (4 * run) + place(run)[row % (4 * run)], column // 32 * 32 + place(8)[column % 32]
             expected[row, column] = float(basis[j, r]) if j < 72 and r < 48 else 0.0
     np.testing.assert_array_equal(shuffled.numpy(), expected)
 
@@ -127,6 +198,24 @@ def test_decode_of_an_unaligned_rank_has_no_hopper_kernel(monkeypatch):
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     order = backends.ranking(torch.device("cuda", 0), "decode", torch.bfloat16, 1280, 24, "scalar", False)
     assert order[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    "operation, complement, gradient, first",
+    [
+        ("correct", "scalar", False, "cuda"),
+        ("correct", "scalar", True, "triton"),
+        ("correct", "diagonal", False, "triton"),
+        ("correct_sums", "scalar", False, "triton"),
+        ("encode", "scalar", False, "triton"),
+        ("decode", "scalar", False, "triton"),
+    ],
+)
+def test_float32_rows_at_a_lower_precision_have_one_hopper_kernel(operation, complement, gradient, first, monkeypatch):
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    order = backends.ranking(torch.device("cuda", 0), operation, torch.float32, 1280, 128, complement, gradient)
+    assert order[0] == first
 
 
 @pytest.mark.parametrize(
@@ -150,4 +239,3 @@ def test_the_ranking_follows_the_measurements(operation, dtype, complement, grad
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     order = backends.ranking(torch.device("cuda", 0), operation, dtype, 1280, 128, complement, gradient)
     assert order[0] == first and set(order) == {"cuda", "triton", "reference"} and order[-1] == "reference"
-

@@ -294,22 +294,36 @@ class AnisoAlign(Aligner):
         self._check_fitted()
         return self._map(self._refined, batch, self.frame_).to(batch.device)
 
+    def transform_into(self, batch: torch.Tensor, out: torch.Tensor) -> None:
+        """:meth:`transform_batch` into contiguous memory like that of the batch, and apart from it."""
+        self._check_fitted()
+        moved = self._moved(batch)
+        if moved.device == out.device:
+            self._map(self._refined, moved, self.frame_, out)
+        else:
+            out.copy_(self._map(self._refined, moved, self.frame_))
+
     def _exact(self, refined: RefinedMap | None) -> Callable[[torch.Tensor, Frame], torch.Tensor]:
         """Rows to e, on the CPU: what a calibration averages."""
         return lambda batch, frame: self._map(refined, batch, frame).cpu()
 
-    def _map(self, refined: RefinedMap | None, batch: torch.Tensor, frame: Frame) -> torch.Tensor:
-        moved = batch.to(self.device) if self.device is not None else batch
+    def _moved(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.to(self.device) if self.device is not None else batch
+
+    def _map(
+        self, refined: RefinedMap | None, batch: torch.Tensor, frame: Frame, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        moved = self._moved(batch)
         if refined is None:
-            return correct(moved, frame, backend=self.backend)
-        return refined(moved, frame, backend=self.backend)
+            return correct(moved, frame, backend=self.backend, out=out)
+        return refined(moved, frame, backend=self.backend, out=out)
 
     @property
     def corpus_passes(self) -> int:
         return 1 + self._steps()
 
     def _corpus_sums(self, batch: torch.Tensor, number: int) -> torch.Tensor:
-        moved = batch.to(self.device) if self.device is not None else batch
+        moved = self._moved(batch)
         if number == 0 and self._refined is None:
             return correct_sums(moved, self.frame_, backend=self.backend).cpu()
         working = moved.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)

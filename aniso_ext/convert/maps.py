@@ -111,6 +111,9 @@ class TensorMap:
 
         self.source_dtype, self.stored_dtype = source_dtype, stored_dtype
         self._transform: Callable[[torch.Tensor], torch.Tensor] = aligner.transform_batch
+        self._transform_into: Callable[[torch.Tensor, torch.Tensor], None] | None = getattr(
+            aligner, "transform_into", None
+        )
         self._source: torch.dtype = getattr(torch, source_dtype)
         self._stored: torch.dtype = getattr(torch, stored_dtype)
         self._tile_bytes: int | None = getattr(aligner, "tile_bytes", None)
@@ -137,9 +140,23 @@ class TensorMap:
 
     def _map(self, stored: np.ndarray, result: Mapped) -> None:
         magnitudes(stored, result.source_magnitudes)
-        mapped = self._transformed(as_tensor(padded(stored), self._source))
-        as_tensor(result.rows, self._stored).copy_(mapped[: len(stored)])
+        target = as_tensor(result.rows, self._stored)
+        whole = len(stored) // ROW_MULTIPLE * ROW_MULTIPLE if self._transform_into is not None else 0
+        if whole:
+            self._map_into(as_tensor(stored[:whole], self._source), target[:whole])
+        if whole < len(stored):
+            mapped = self._transformed(as_tensor(padded(stored[whole:]), self._source))
+            target[whole:].copy_(mapped[: len(stored) - whole])
         magnitudes(result.rows, result.magnitudes)
+
+    def _map_into(self, stored: torch.Tensor, target: torch.Tensor) -> None:
+        """The rows to the memory of their stand-ins, by way of the working dtype where that is another one."""
+        assert self._transform_into is not None
+        rows = stored if stored.dtype == self._working else _empty(stored.shape, self._working).copy_(stored)
+        mapped = target if target.dtype == self._working else _empty(target.shape, self._working)
+        self._transform_into(rows, mapped)
+        if mapped is not target:
+            target.copy_(mapped)
 
     def apply(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stand-ins, and magnitudes of rows and stand-ins, on the device of the rows.
@@ -205,6 +222,17 @@ def as_tensor(stored: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.bfloat16:
         return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(stored)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of NumPy's, whose blocks are used again.
+
+    Those of torch are aligned, and such a block that was freed is not found for the next one of its size by the C
+    library (glibc before 2.38): each time that something else comes to lie behind it, the process grows by a block.
+    """
+    import torch
+
+    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

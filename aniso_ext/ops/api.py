@@ -13,7 +13,7 @@ from aniso_ext.ops.frame import Frame
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
+def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto", out: torch.Tensor | None = None) -> torch.Tensor:
     """Closed-form stand-ins for source embeddings: project, polar, radius map, rebuild, renormalise, calibrate.
 
     e' = Norm(Q c(T(rho), theta) + v0), e = Norm(e' - m_hat + m_t) when the frame is calibrated (METHOD section 4).
@@ -22,10 +22,12 @@ def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Te
         y: source embeddings, [N, D], float16, bfloat16, float32 or float64, any strides. N may be 0.
         frame: fitted constants for width D.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        out: contiguous memory for the result, of shape, dtype and device of ``y`` and apart from it; without gradients.
+            The backend ``cpu`` writes the result there, others copy it.
 
     Returns:
-        Unit rows [N, D], dtype and device of ``y``. Sums are float32 (float64 for float64 input). A non-finite row
-        stays non-finite and touches no other row. Differentiable in ``y``.
+        Unit rows [N, D], dtype and device of ``y``; ``out`` if it was given. Sums are float32 (float64 for float64
+        input). A non-finite row stays non-finite and touches no other row. Differentiable in ``y``.
 
     Raises:
         InputError: shape, width, dtype or device do not fit.
@@ -39,7 +41,14 @@ def correct(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Te
         tensor([[0.6000, 0.0000, 0.8000, 0.0000]])
     """
     _check("y", y, frame.width, "D")
-    return backends.resolve(backend, y, frame, "correct").correct(y, frame)
+    chosen = backends.resolve(backend, y, frame, "correct")
+    if out is None:
+        return chosen.correct(y, frame)
+    _check_out(out, y)
+    if chosen.correct_into is None:
+        return out.copy_(chosen.correct(y, frame))
+    chosen.correct_into(y, frame, out)
+    return out
 
 
 def correct_sums(y: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
@@ -171,3 +180,14 @@ def _check(name: str, rows: torch.Tensor, width: int, letters: str) -> None:
         raise InputError(f"{name} has width {rows.shape[1]}, but this frame needs {letters} = {width}")
     if rows.dtype not in FLOATING:
         raise InputError(f"{name} is {rows.dtype}: pass float16, bfloat16, float32 or float64")
+
+
+def _check_out(out: torch.Tensor, y: torch.Tensor) -> None:
+    expected, given = ((tuple(x.shape), x.dtype, x.device) for x in (y, out))
+    if given != expected or not out.is_contiguous():
+        raise InputError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, y is {y.dtype} {list(y.shape)} on {y.device}: pass "
+            "contiguous memory like y"
+        )
+    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
+        raise InputError("out takes no part in gradients: leave it out, or call correct under torch.no_grad()")

@@ -26,6 +26,8 @@ class Backend:
     correct_sums: Callable[..., torch.Tensor]
     encode: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
+    correct_into: Callable[..., None] | None = None
+    """``correct`` that writes to the memory given to it; None if its result can only be copied there."""
 
     def accepts(self, device: torch.device) -> bool:
         return self.device_type is None or self.device_type == device.type
@@ -49,7 +51,9 @@ REFERENCE = Backend(
     _on_device(reference.encode),
     _on_device(reference.decode),
 )
-CPU = Backend("cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode)
+CPU = Backend(
+    "cpu", "cpu", native.correct, native.correct_sums, native.encode, native.decode, correct_into=native.correct_into
+)
 CUDA = Backend("cuda", "cuda", cuda_native.correct, cuda_native.correct_sums, cuda_native.encode, cuda_native.decode)
 
 
@@ -119,7 +123,8 @@ def ranking(
         operations = {"scalar": ("correct", "correct_sums", "encode"), "diagonal": ("correct",)}
         forward_only = operation == "correct_sums" or not gradient
         on_hopper = operation in operations.get(complement, ()) and forward_only
-    if on_hopper and hopper.serves(str(device), dtype, width, rank):
+    serves = hopper.serves_correct if (operation, complement) == ("correct", "scalar") else hopper.serves
+    if on_hopper and serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")

@@ -80,7 +80,10 @@ def _folded(rows: torch.Tensor, frame: Frame) -> Operands:
 
 def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     constants = _folded(y, frame)
-    special = hopper.operands(y, frame) if frame.complement != "diagonal_projected" else None
+    special = None
+    if frame.complement != "diagonal_projected":
+        serves = hopper.serves_correct if frame.complement == "scalar" else hopper.serves
+        special = hopper.operands(y, frame, serves)
     if special is not None:
         return torch.ops.aniso_ext.hopper_correct(y, *special.tensors(), *constants.initialisation(), constants.shift)
     return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)

@@ -1,7 +1,13 @@
-"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh)."""
+"""What the kernels for Hopper GPUs read, and which rows they serve (csrc/core/cuda/sm90_correct.cuh).
+
+Where the complement is a number, ``correct`` has two more kernels: for float32 rows whose products may round to TF32,
+with products of float16, which keeps as many bits; and for half-precision rows whose basis is too large to stay in
+shared memory, and streams.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,24 +22,27 @@ from aniso_ext.ops.tracing import constant_while_tracing
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
 LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
+LARGEST_STREAMED_WIDTH, LARGEST_STREAMED_RANK = 4096, 256
 CHUNK = 64  # columns that a block of the kernels takes at a time
 # A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
 CELL_COUNTS = (512, 1024, 2048)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
+# For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.
+LARGEST_ERROR_TF32 = 0.75
 MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
 @dataclass(frozen=True, eq=False)
 class HopperOperands:
-    """Constants of a frame beside its :class:`~aniso_ext.ops.operands.Operands`; M is padded to 64 blocks.
+    """Constants of a frame beside its :class:`~aniso_ext.ops.operands.Operands`; R is padded to C, 128 or 256.
 
     ============ ======================== =========================================================================
-    basis        [D, 128] storage dtype   Q, zero columns past R
-    shuffled     [ceil64(D), 128] same    the same as :func:`shuffle` orders it
+    basis        [D, C] product dtype     Q, zero columns past R
+    shuffled     [ceil64(D), C] same      the same as :func:`shuffle` orders it for the rows
     coordinates  [3, R] float32           -Q^T m_s, Q^T offset and Q^T shift for the rounded basis
-    cells        [64, cells + 1] int32    two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
-    map_scales   [3, 64] float32          its scales
+    cells        [C/2, cells + 1] int32   two float16 numbers each: a :class:`~aniso_ext.ops.radius_table.PackedTable`
+    map_scales   [3, C/2] float32         its scales
     ============ ======================== =========================================================================
     """
 
@@ -60,8 +69,31 @@ def serves(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
 
 
-def operands(rows: torch.Tensor, frame: Frame) -> HopperOperands | None:
-    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve."""
+@constant_while_tracing
+def serves_correct(device: str, dtype: torch.dtype, width: int, rank: int) -> bool:
+    """The same for ``correct`` where the complement is a number, as products may round now."""
+    if streams(width, rank):
+        shape = width <= LARGEST_STREAMED_WIDTH and width % 8 == 0 and rank <= LARGEST_STREAMED_RANK
+        return dtype in (torch.bfloat16, torch.float16) and shape and _is_hopper(device)
+    if dtype == torch.float32:
+        rounds = torch.get_float32_matmul_precision() != "highest"
+        return rounds and width >= LEAST_WIDTH and width % 4 == 0 and _is_hopper(device)
+    return serves(device, dtype, width, rank)
+
+
+def streams(width: int, rank: int) -> bool:
+    """Whether Q is too large to stay in the shared memory of a cluster."""
+    return width > LARGEST_WIDTH or rank > LARGEST_RANK
+
+
+def operands(
+    rows: torch.Tensor, frame: Frame, serves: Callable[[str, torch.dtype, int, int], bool] = serves
+) -> HopperOperands | None:
+    """Operands of a frame for these rows, folded on first use and kept with it; None where other kernels must serve.
+
+    Args:
+        serves: :func:`serves`, or :func:`serves_correct`.
+    """
     if not serves(str(rows.device), rows.dtype, frame.width, frame.rank):
         return None
     dtype, device = rows.dtype, str(rows.device)
@@ -85,54 +117,80 @@ def shuffled_basis(state: torch.Tensor, frame: Frame) -> torch.Tensor | None:
     return shuffled
 
 
-def shuffle(basis: torch.Tensor) -> torch.Tensor:
-    """Q [D, R] as [ceil64(D), 128], rows and columns reordered in groups of 32 (csrc/core/include/aniso/cuda_sm90.h).
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the factors of products are rounded to for rows of a dtype."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
-    Entry 2 (4 quarter + pair) + side of a group comes to 2 (4 pair + quarter) + side: a thread's share of a product is
-    every fourth pair, and so becomes a run of neighbours in the row.
+
+def padded_rank(rank: int) -> int:
+    """The columns of Q that kernels read."""
+    return LARGEST_RANK if rank <= LARGEST_RANK else LARGEST_STREAMED_RANK
+
+
+def shuffle(basis: torch.Tensor, run: int = 8, *, columns: bool = True) -> torch.Tensor:
+    """Q [D, R] as [ceil64(D), 128 or 256], reordered: columns in groups of 32, unless left as they are, rows in groups
+    of ``4 run``, where ``run`` neighbours of a row have 16 bytes (csrc/core/include/aniso/cuda_sm90.h).
+
+    Entry 2 (4 quarter + pair) + side of a group of 32 comes to 2 (4 pair + quarter) + side, and entry 2 (2 quarter +
+    pair) + side of one of 16 likewise: a thread's share of a product is every fourth pair, and so becomes a run of
+    neighbours in the row.
     """
     width, rank = basis.shape
-    padded = basis.new_zeros(-(-width // CHUNK) * CHUNK, LARGEST_RANK)
+    padded = basis.new_zeros(-(-width // CHUNK) * CHUNK, padded_rank(rank))
     padded[:width, :rank] = basis
-    groups = padded.view(-1, 4, 4, 2, LARGEST_RANK // 32, 4, 4, 2)
-    return groups.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(padded.shape)
+    groups = padded.view(-1, 4, run // 2, 2, padded.shape[1] // 32, 4, 4, 2).transpose(1, 2)
+    return (groups.transpose(5, 6) if columns else groups).reshape(padded.shape)
 
 
-def _radius_table(segments: torch.Tensor, rounding: float) -> PackedTable | None:
-    """The smallest table that is good enough, NaN in its coarse cells; None if none is."""
+def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
+    """What a table for rows of a dtype may be off by in the root of the mean square, and in one cell, in roundings.
+
+    A cell that is off by sqrt(M) moves a row as much as the roundings of all its coefficients do.
+    """
+    most = LARGEST_ERROR_TF32 if dtype == torch.float32 else LARGEST_ERROR
+    streamed = blocks > LARGEST_RANK // 2
+    return most, blocks**0.5 if dtype == torch.float32 or streamed else LARGEST_CELL_ERROR
+
+
+def _radius_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:
+    """The smallest table that is good enough for rows of a dtype, NaN in its coarse cells; None if none is."""
+    rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
+    most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
     for count in CELL_COUNTS:
         table = pack_table(segments, count)
         secants = table.secants()
         error = table_error(segments, secants)
-        kept = error[error <= LARGEST_CELL_ERROR * rounding * size]
-        fine = float(kept.square().mean().sqrt()) <= LARGEST_ERROR * rounding * size if len(kept) else False
+        kept = error[error <= most_of_cell]
+        fine = float(kept.square().mean().sqrt()) <= most if len(kept) else False
         if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
-            table.cells[coarse_cells(segments, secants, LARGEST_CELL_ERROR * rounding * size)] = torch.nan
+            table.cells[coarse_cells(segments, secants, most_of_cell)] = torch.nan
             return table
     return None
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
     """Fold a frame in float64 for rows of a dtype; None where a table of its radius maps would be too coarse, or where
-    the basis is not orthonormal enough for norms from quadratic forms."""
-    rounding = torch.finfo(dtype).eps / 2
+    the basis is not orthonormal enough for norms from quadratic forms, which float32 rows do without."""
+    product = product_dtype(dtype)
     exact = frame.to(device=device, dtype=torch.float64)
-    rounded = exact.basis.to(dtype)
-    if not is_orthonormal(rounded.double(), rounding):
+    rounded = exact.basis.to(product)
+    if dtype != torch.float32 and not is_orthonormal(rounded.double(), torch.finfo(product).eps / 2):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = _radius_table(segments, rounding)
+    table = _radius_table(segments, dtype)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)
     shift = torch.zeros_like(constants.offset) if constants.shift is None else constants.shift
     vectors = torch.stack((-exact.source_mean, constants.offset, shift))
-    basis = rounded.new_zeros(frame.width, LARGEST_RANK)
+    columns = padded_rank(frame.rank)
+    basis = rounded.new_zeros(frame.width, columns)
     basis[:, : frame.rank] = rounded
     coordinates = (vectors @ rounded.double()).float().contiguous()
-    cells = table.cells.new_zeros(LARGEST_RANK // 2, *table.cells.shape[1:])
+    cells = table.cells.new_zeros(columns // 2, *table.cells.shape[1:])
     cells[: frame.blocks] = table.cells
-    map_scales = table.scales.new_zeros(3, LARGEST_RANK // 2)
+    map_scales = table.scales.new_zeros(3, columns // 2)
     map_scales[:, : frame.blocks] = table.scales
-    return HopperOperands(basis, shuffle(rounded), coordinates, cells.view(torch.int32).squeeze(2), map_scales)
+    shuffled = shuffle(rounded, 16 // dtype.itemsize, columns=not streams(frame.width, frame.rank))
+    return HopperOperands(basis, shuffled, coordinates, cells.view(torch.int32).squeeze(2), map_scales)

@@ -66,6 +66,11 @@ def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:
     return torch.ops.aniso_ext.correct(y, *constants.initialisation(), constants.shift)
 
 
+def correct_into(y: torch.Tensor, frame: Frame, out: torch.Tensor) -> None:
+    constants = _folded(y, frame)
+    torch.ops.aniso_ext.correct_into(y, *constants.initialisation(), constants.shift, out)
+
+
 _SUMMED_AT_ONCE = 16384  # rows whose stand-ins are held while they are summed
 
 

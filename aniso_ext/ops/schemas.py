@@ -25,6 +25,7 @@ _HOPPER_UPDATE = _UPDATE.replace("Tensor basis", "Tensor shuffled, Tensor basis"
 
 SCHEMAS = {
     "correct": f"(Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
+    "correct_into": f"(Tensor y, {_INITIALISATION}, Tensor? shift, Tensor(a!) out) -> ()",
     "correct_sums": f"(Tensor y, {_INITIALISATION}) -> Tensor",
     "correct_backward": f"(Tensor grad, Tensor y, {_INITIALISATION}, Tensor? shift) -> Tensor",
     "encode": f"(Tensor y, {_INITIALISATION}) -> Tensor",
@@ -46,6 +47,11 @@ for _name, _schema in SCHEMAS.items():
 @torch.library.register_fake(f"{NAMESPACE}::hopper_correct")
 def _(y: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
     return y.new_empty(y.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::correct_into")
+def _(y: torch.Tensor, *operands: torch.Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake(f"{NAMESPACE}::correct_sums")

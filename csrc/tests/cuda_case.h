@@ -239,16 +239,22 @@ double product_roundings(Products products) {
   return split ? 8 + 2 * 128 : 8;
 }
 
-// A basis [D, R] in the order of aniso/cuda_sm90.h: what thread `quarter` of four holds of 32 columns of a product, pairs 4 pair + quarter,
-// are neighbours of the matrix, pairs 4 quarter + pair.
-template <typename S>
+// Where thread `quarter` of four has what it holds of 4 run columns of a product, pairs 4 pair + quarter, as neighbours of the matrix, pairs
+// run/2 quarter + pair.
+inline int32_t neighbours_place(int32_t i, int32_t run) {
+  return i / (4 * run) * (4 * run) + i % 8 / 2 * run + i % (4 * run) / 8 * 2 + i % 2;
+}
+
+// A basis [D, R] in the order of aniso/cuda_sm90.h, its rows alone or its columns too. kRun: as many numbers of a row as have 16 bytes.
+template <int32_t kRun = 8, bool kColumnsToo = true, typename S>
 std::vector<S> shuffled(const std::vector<S>& basis, int32_t width, int32_t rank) {
-  const auto place = [](int32_t i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; };
-  std::vector<S> result(size_t(aniso::sm90_padded(width)) * aniso::kSm90Rank);
+  const int32_t columns = aniso::sm90_columns(rank);
+  std::vector<S> result(size_t(aniso::sm90_padded(width)) * size_t(columns));
   for (int32_t j = 0; j < aniso::sm90_padded(width); ++j) {
-    for (int32_t r = 0; r < aniso::kSm90Rank; ++r) {
-      if (place(j) < width && place(r) < rank) {
-        result[size_t(j) * aniso::kSm90Rank + size_t(r)] = basis[size_t(place(j)) * size_t(rank) + size_t(place(r))];
+    for (int32_t r = 0; r < columns; ++r) {
+      const int32_t row = neighbours_place(j, kRun), column = kColumnsToo ? neighbours_place(r, 8) : r;
+      if (row < width && column < rank) {
+        result[size_t(j) * size_t(columns) + size_t(r)] = basis[size_t(row) * size_t(rank) + size_t(column)];
       }
     }
   }

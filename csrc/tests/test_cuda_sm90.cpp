@@ -2,6 +2,7 @@
 // of compute capability 9.0 is visible.
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "aniso/cuda_sm90.h"
 #include "cuda_case.h"
@@ -23,7 +24,6 @@ struct Size {
 };
 
 constexpr int32_t kKnots = 40, kCells = 64, kBuckets = 128;
-constexpr size_t kBlocks = kSm90Rank / 2;
 
 // Results that begin at a multiple of 16 bytes, as the copy engine wants them.
 template <typename V>
@@ -54,8 +54,12 @@ struct ExactRow {
   double rounding = 0;  // of the coefficients, as they reach a row of unit length, in half ulps
 };
 
+// S: of the rows. Rows of float are only corrected.
 template <typename S>
 class Suite {
+  static constexpr bool kFloat = std::is_same_v<S, float>;
+  using B = std::conditional_t<kFloat, Float16, S>;  // of the factors of products
+
  public:
   Suite(const Size& size, Random& random)
       : size_(size),
@@ -87,8 +91,8 @@ class Suite {
       const Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
       const double last = double(map[kKnots].start);
       map_scales_[size_t(block)] = float(kCells / last);
-      map_scales_[kBlocks + size_t(block)] = map[kKnots].slope;
-      map_scales_[2 * kBlocks + size_t(block)] = float(last);
+      map_scales_[most_blocks() + size_t(block)] = map[kKnots].slope;
+      map_scales_[2 * most_blocks() + size_t(block)] = float(last);
       const auto added = [&](int32_t cell) {  // to the last slope, in the unit of the cells
         const double rho = last * cell / kCells;
         return (exact_map(block, rho) - rho * double(map[kKnots].slope)) / last;
@@ -100,20 +104,21 @@ class Suite {
       cells_.push_back({0, 0});
       index_knots(map);
     }
-    cells_.resize(kBlocks * (kCells + 1), {0, 0});
+    cells_.resize(most_blocks() * (kCells + 1), {0, 0});
     for (int32_t j = 0; j < size.width; ++j) {
-      for (int32_t r = 0; r < kSm90Rank; ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : S{});
+      for (int32_t r = 0; r < sm90_columns(size.rank); ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : B{});
     }
   }
 
   void run() {
-    const OnDevice<S> y(y_), basis(padded_), reordered(shuffled(basis_, size_.width, size_.rank));
+    const OnDevice<S> y(y_);
+    const OnDevice<B> basis(padded_), reordered(streams() ? shuffled<8, false>(basis_, size_.width, size_.rank) : shuffled<16 / sizeof(S)>(basis_, size_.width, size_.rank));
     const OnDevice<float> coordinates(coordinates_), bias(bias_), target(target_), map_scales(map_scales_), scale(scale_), offset(offset_), shift(shift_);
     const OnDevice<Cell> cells(cells_);
     const OnDevice<Segment<float>> segments(segments_);
     const OnDevice<int16_t> buckets(buckets_);
     const OnDevice<int32_t> windows(windows_);
-    const Sm90Operands<S> in{size_.width,
+    const Sm90Operands<B> in{size_.width,
                              size_.rank,
                              kCells,
                              size_.diagonal,
@@ -146,17 +151,18 @@ class Suite {
 
     std::vector<S> state;
     std::vector<double> sums;
-    const bool encoded = !size_.diagonal && size_.rank % 16 == 0;
-    if (encoded) {
-      AlignedResult<S> result(size_.rows * state_columns());
-      CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
-      state = result.fetch("encode " + name_);
-    }
-    if (!size_.diagonal) {
-      const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
-      AlignedResult<double> result(size_.width);
-      CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
-      sums = result.fetch("sums " + name_);
+    if constexpr (!kFloat) {
+      if (!size_.diagonal && !streams() && size_.rank % 16 == 0) {
+        AlignedResult<S> result(size_.rows * state_columns());
+        CHECK_CUDA(sm90_encode(in, rows, result.data(), nullptr));
+        state = result.fetch("encode " + name_);
+      }
+      if (!size_.diagonal && !streams()) {
+        const AlignedResult<float> partial(int64_t(sm90_sum_slots(size_.width)) * (size_.width + kSm90SumColumns));
+        AlignedResult<double> result(size_.width);
+        CHECK_CUDA(sm90_correct_sums(in, rows, partial.data(), result.data(), nullptr));
+        sums = result.fetch("sums " + name_);
+      }
     }
 
     std::vector<double> expected_sums(size_t(size_.width), 0.0);
@@ -164,11 +170,11 @@ class Suite {
     for (int64_t i = 0; i < size_.rows; ++i) {
       const ExactRow row = exact_row(i);
       // Roundings of the result and of the coefficients, then those of fp32 sums, which a map steepens.
-      const double fp32 = 3e-5, rounding = Format<S>::kHalfUlp * row.rounding + fp32;
+      const double fp32 = 3e-5, rounding = Format<B>::kHalfUlp * row.rounding + fp32;
       check_distance(&corrected[size_t(i * size_.width)], row.result, 1.01 * Format<S>::kHalfUlp + 2 * rounding, "correct", i);
       for (size_t j = 0; j < expected_sums.size(); ++j) expected_sums[j] += row.unit[j];
       allowed_sum += rounding;
-      if (encoded) check_state(&state[size_t(i * state_columns())], row, i);
+      if (!state.empty()) check_state(&state[size_t(i * state_columns())], row, i);
     }
     for (size_t j = 0; j < sums.size(); ++j) {
       CHECK(std::fabs(sums[j] - expected_sums[j]) <= allowed_sum, "sums %s column %d: %g, expected %g", name_.c_str(), int(j),
@@ -177,12 +183,14 @@ class Suite {
   }
 
  private:
+  bool streams() const { return sm90_streams(size_.width, size_.rank); }
+  size_t most_blocks() const { return size_t(sm90_columns(size_.rank)) / 2; }
   int64_t stride() const { return size_.width + size_.padding; }
   int64_t state_columns() const { return size_.rank / 2 * 3 + size_.width; }
   double y(int64_t i, int64_t j) const { return exact(y_[size_t(i * stride() + j)]); }
 
   // [D, R], rounded; Gram-Schmidt, twice, in double.
-  static std::vector<S> orthonormal_basis(int32_t width, int32_t rank, Random& random) {
+  static std::vector<B> orthonormal_basis(int32_t width, int32_t rank, Random& random) {
     std::vector<std::vector<double>> columns;
     for (int32_t r = 0; r < rank; ++r) {
       std::vector<double> column;
@@ -199,9 +207,9 @@ class Suite {
       }
       columns.push_back(std::move(column));
     }
-    std::vector<S> basis;
+    std::vector<B> basis;
     for (int32_t j = 0; j < width; ++j) {
-      for (const std::vector<double>& column : columns) basis.push_back(narrow<S>(float(column[size_t(j)])));
+      for (const std::vector<double>& column : columns) basis.push_back(narrow<B>(float(column[size_t(j)])));
     }
     return basis;
   }
@@ -219,7 +227,7 @@ class Suite {
     const Cell& cell = cells_[size_t(block) * (kCells + 1) + size_t(index)];
     const double start = exact(cell.start), rise = exact(cell.rise);
     if (std::isnan(start)) return exact_map(block, rho);
-    return rho * double(map_scales_[kBlocks + size_t(block)]) + double(map_scales_[2 * kBlocks + size_t(block)]) * (start + rise * (place - index));
+    return rho * double(map_scales_[most_blocks() + size_t(block)]) + double(map_scales_[2 * most_blocks() + size_t(block)]) * (start + rise * (place - index));
   }
 
   // As knot_buckets of aniso_ext/ops/operands.py.
@@ -262,7 +270,7 @@ class Suite {
       row.smallest_radius = std::min({row.smallest_radius, length, radius});
       for (const size_t c : {at, at + 1}) coefficients += mapped[c] * mapped[c] + 2 * c_t[c] * c_t[c];
     }
-    double squares = 0;
+    double squares = 0, row_squares = 0;
     for (int32_t j = 0; j < width; ++j) {
       double rebuilt = 0, removed = 0;
       for (int32_t r = 0; r < size_.rank; ++r) {
@@ -274,6 +282,7 @@ class Suite {
       row.state[size_t(3 * blocks + j)] = v0;
       row.unit.push_back(rebuilt + v0);
       squares += row.unit.back() * row.unit.back();
+      row_squares += y(i, j) * y(i, j);
     }
     double shifted_squares = 0;
     for (int32_t j = 0; j < width; ++j) {
@@ -284,6 +293,8 @@ class Suite {
     for (double& value : row.result) value /= std::sqrt(shifted_squares);
     // Of the coefficients and, as large, of a norm that takes the basis for orthonormal.
     row.rounding = 2 * std::sqrt(coefficients / squares);
+    // Of the factors of p: a map, which has slopes up to 2 here, and what it replaces bring them to w.
+    if (kFloat) row.rounding += (2 + double(scale_[0])) * std::sqrt(row_squares / squares);
     return row;
   }
 
@@ -314,9 +325,10 @@ class Suite {
 
   Size size_;
   std::string name_;
-  std::vector<S> y_, basis_, padded_;
+  std::vector<S> y_;
+  std::vector<B> basis_, padded_;
   std::vector<float> bias_, target_, scale_, offset_, shift_, coordinates_;
-  std::vector<float> map_scales_ = std::vector<float>(3 * kBlocks);
+  std::vector<float> map_scales_ = std::vector<float>(3 * most_blocks());
   std::vector<Segment<float>> segments_;
   std::vector<Cell> cells_;
   std::vector<int16_t> buckets_;
@@ -342,13 +354,54 @@ void test_format() {
   if (!small_sizes()) Suite<S>({20000, 768, 16, false, true, 0}, random).run();
 }
 
+template <typename S>
+void test_streams() {
+  Random random(55);
+  Suite<S>({1, 136, 130, false, false, 0}, random).run();
+  Suite<S>({70, 264, 256, false, true, 8}, random).run();
+  Suite<S>({257, 1288, 2, false, true, 0}, random).run();
+  if (small_sizes()) return;
+  Suite<S>({300, 1280, 256, false, true, 0}, random).run();
+  Suite<S>({129, 1544, 96, false, false, 16}, random).run();
+  Suite<S>({90, 4096, 200, false, true, 0}, random).run();
+  // More tiles than a grid holds.
+  Suite<S>({40000, 144, 140, false, true, 0}, random).run();
+}
+
+void test_float() {
+  Random random(54);
+  Suite<float>({1, 64, 2, false, false, 0}, random).run();
+  Suite<float>({65, 204, 18, false, true, 4}, random).run();
+  Suite<float>({70, 512, 128, false, true, 0}, random).run();
+  if (!small_sizes()) {
+    Suite<float>({64, 516, 64, false, false, 8}, random).run();
+    Suite<float>({200, 768, 128, false, true, 0}, random).run();
+    Suite<float>({129, 1000, 48, false, true, 0}, random).run();
+    Suite<float>({90, 1148, 126, false, false, 0}, random).run();
+    Suite<float>({150, 1280, 128, false, true, 0}, random).run();
+    Suite<float>({10000, 1280, 16, false, true, 0}, random).run();
+  }
+  Suite<float>({small_sizes() ? 9000 : 40000, 64, 16, false, true, 0}, random).run();
+}
+
 void test_refusals() {
-  const Sm90Rows<BFloat16> rows{nullptr, 4, 2048};
-  Sm90Operands<BFloat16> in{};
-  in.width = 2048, in.rank = 128;
-  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 2048 must be refused");
-  in.width = 1280, in.rank = 256;
-  CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "rank 256 must be refused");
+  const Sm90Rows<BFloat16> rows{nullptr, 4, 8192};
+  const auto refused = [&](int32_t width, int32_t rank, bool diagonal) {
+    Sm90Operands<BFloat16> in{};
+    in.width = width, in.rank = rank, in.diagonal = diagonal;
+    CHECK(sm90_correct(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "D=%d R=%d must be refused", width, rank);
+    CHECK(sm90_encode(in, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue, "D=%d R=%d must be refused", width, rank);
+  };
+  refused(4104, 128, false);
+  refused(1280, 258, false);
+  refused(1280, 256, true);
+  refused(1288, 128, true);
+  Sm90Operands<Float16> of_float{};
+  const Sm90Rows<float> float_rows{nullptr, 4, 1280};
+  of_float.width = 1278, of_float.rank = 128;
+  CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "width 1278 must be refused");
+  of_float.width = 1280, of_float.diagonal = true;
+  CHECK(sm90_correct(of_float, float_rows, static_cast<float*>(nullptr), nullptr) == cudaErrorInvalidValue, "a diagonal must be refused");
 }
 
 }  // namespace
@@ -362,4 +415,7 @@ void aniso_test::run_tests() {
   test_refusals();
   test_format<BFloat16>();
   test_format<Float16>();
+  test_streams<BFloat16>();
+  test_streams<Float16>();
+  test_float();
 }

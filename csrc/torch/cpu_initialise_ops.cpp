@@ -156,10 +156,19 @@ void run_encode_backward(const Tensor& grad, const Tensor& y, const Initialisati
 
 }  // namespace
 
+void correct_into(const Tensor& y, const InitialisationTensors& in, Tensor& out) {
+  check_matrix(y, "y", in.output_weight.size(0));
+  check_matrix(out, "out", y.size(1));
+  check(out.size(0) == y.size(0), "out differs from the rows in length");
+  check(out.scalar_type() == y.scalar_type(), "out differs from the rows in dtype");
+  check(out.is_contiguous(), "out must be contiguous");
+  dispatch(y, in.output_weight, [&](auto s, auto p) { run_correct<decltype(s), decltype(p)>(y, in, out); });
+}
+
 Tensor correct(const Tensor& y, const InitialisationTensors& in) {
   check_matrix(y, "y", in.output_weight.size(0));
   Tensor out = empty_rows(y, y.size(0), y.size(1));
-  dispatch(y, in.output_weight, [&](auto s, auto p) { run_correct<decltype(s), decltype(p)>(y, in, out); });
+  correct_into(y, in, out);
   return out;
 }
 

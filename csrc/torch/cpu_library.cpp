@@ -12,6 +12,12 @@ Tensor correct_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor targ
       y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, shift});
 }
 
+void correct_into_cpu(Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates, Tensor segments, Tensor buckets,
+                      Tensor windows, Tensor output_weight, Tensor scale, Tensor offset, std::optional<Tensor> shift, Tensor out) {
+  correct_into(y, {input_weight, input_bias, target_coordinates, segments, buckets, windows, output_weight, scale, offset, shift},
+               out);
+}
+
 Tensor correct_backward_cpu(Tensor grad, Tensor y, Tensor input_weight, Tensor input_bias, Tensor target_coordinates,
                             Tensor segments, Tensor buckets, Tensor windows, Tensor output_weight, Tensor scale, Tensor offset,
                             std::optional<Tensor> shift) {
@@ -46,6 +52,7 @@ std::tuple<Tensor, Tensor> decode_backward_cpu(Tensor grad, Tensor state, Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(aniso_ext, CPU, m) {
   m.impl("correct", TORCH_BOX(&correct_cpu));
+  m.impl("correct_into", TORCH_BOX(&correct_into_cpu));
   m.impl("correct_backward", TORCH_BOX(&correct_backward_cpu));
   m.impl("encode", TORCH_BOX(&encode_cpu));
   m.impl("encode_backward", TORCH_BOX(&encode_backward_cpu));

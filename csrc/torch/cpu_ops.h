@@ -8,6 +8,7 @@
 namespace aniso_torch {
 
 Tensor correct(const Tensor& y, const InitialisationTensors& in);
+void correct_into(const Tensor& y, const InitialisationTensors& in, Tensor& out);
 Tensor correct_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in);
 Tensor encode(const Tensor& y, const InitialisationTensors& in);
 Tensor encode_backward(const Tensor& grad, const Tensor& y, const InitialisationTensors& in);

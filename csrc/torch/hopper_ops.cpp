@@ -13,32 +13,39 @@ int64_t row_stride(const Tensor& y) { return y.size(0) > 1 ? y.stride(0) : y.siz
 
 // Rows as the copy engine wants them; anything else is copied.
 Tensor aligned_rows(const Tensor& y) {
-  constexpr int64_t kElements = 8;
-  const bool aligned = reinterpret_cast<uintptr_t>(y.const_data_ptr()) % (kElements * 2) == 0;
-  if (aligned && y.stride(1) == 1 && row_stride(y) % kElements == 0 && row_stride(y) >= y.size(1)) return y;
+  constexpr int64_t kBytes = 16;
+  const bool aligned = reinterpret_cast<uintptr_t>(y.const_data_ptr()) % kBytes == 0;
+  const int64_t elements = kBytes / int64_t(y.element_size());
+  if (aligned && y.stride(1) == 1 && row_stride(y) % elements == 0 && row_stride(y) >= y.size(1)) return y;
   return y.is_contiguous() ? torch::stable::clone(y) : torch::stable::contiguous(y);
 }
 
-void check_width(int64_t width) {
-  check(width >= 8 && width <= aniso::kSm90Width && width % 8 == 0, "no Hopper kernel for width ", width);
+// together: how many elements of a row are loaded at a time.
+void check_width(int64_t width, int64_t together = 8, int64_t most = aniso::kSm90Width) {
+  check(width >= together && width <= most && width % together == 0, "no Hopper kernel for width ", width);
 }
 
 // The copy engine counts rows in 32 bits.
 void check_count(const Tensor& rows) {
-  check(rows.size(0) <= std::numeric_limits<int32_t>::max() - aniso::kSm90Rank, "too many rows for one launch: ", rows.size(0));
+  check(rows.size(0) <= std::numeric_limits<int32_t>::max() - 256, "too many rows for one launch: ", rows.size(0));
 }
 
+// S: of the factors of products. may_stream: whether the operation has a kernel for bases that stream.
 template <typename S>
-aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in) {
+aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTensors& hopper, const InitialisationTensors& in,
+                                               bool may_stream = false) {
   check(in.output_weight.dim() == 2, "output_weight must be a matrix");
   const int64_t width = in.output_weight.size(0), rank = in.target_coordinates.numel();
-  check_width(width);
-  check(rank >= 2 && rank % 2 == 0 && rank <= aniso::kSm90Rank, "no Hopper kernel for rank ", rank);
+  const bool half = y.scalar_type() != ScalarType::Float;
+  const ScalarType product = half ? y.scalar_type() : ScalarType::Half;
+  check_width(width, half ? 8 : 4, may_stream ? aniso::kSm90StreamWidth : aniso::kSm90Width);
+  check(rank >= 2 && rank % 2 == 0 && rank <= (may_stream ? aniso::kSm90StreamRank : aniso::kSm90Rank), "no Hopper kernel for rank ", rank);
+  const int64_t columns = aniso::sm90_columns(int32_t(rank));
   check_count(y);
   check_rows(y, "y", y, width);
   const bool diagonal = in.scale.numel() != 1;
   const int64_t cells = hopper.cells.dim() == 2 ? hopper.cells.size(1) : 0;
-  check(cells >= 2, "cells must be [64, cells + 1]");
+  check(cells >= 2, "cells must be [", columns / 2, ", cells + 1]");
   const int64_t pieces = in.segments.dim() == 3 ? in.segments.size(1) : 0;
   const int64_t bucket_count = in.buckets.dim() == 2 ? in.buckets.size(1) : 0;
   check(pieces >= 3 && pieces <= kLargestSize, "segments must be [M, K + 1, 3] with K of at least 2");
@@ -46,12 +53,12 @@ aniso::Sm90Operands<S> checked_hopper_operands(const Tensor& y, const HopperTens
   check_constant(in.segments, "segments", y, ScalarType::Float, rank / 2 * 3 * pieces);
   check_constant(in.buckets, "buckets", y, ScalarType::Short, rank / 2 * bucket_count);
   check_constant(in.windows, "windows", y, ScalarType::Int, rank / 2);
-  check_constant(hopper.basis, "basis", y, y.scalar_type(), width * aniso::kSm90Rank);
-  check_constant(hopper.shuffled, "shuffled", y, y.scalar_type(), int64_t(aniso::sm90_padded(int32_t(width))) * aniso::kSm90Rank);
+  check_constant(hopper.basis, "basis", y, product, width * columns);
+  check_constant(hopper.shuffled, "shuffled", y, product, aniso::sm90_padded(int32_t(width)) * columns);
   check_constant(hopper.coordinates, "coordinates", y, ScalarType::Float, 3 * rank);
   check_constant(in.target_coordinates, "target_coordinates", y, ScalarType::Float, rank);
-  check_constant(hopper.cells, "cells", y, ScalarType::Int, aniso::kSm90Rank / 2 * cells);
-  check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * aniso::kSm90Rank / 2);
+  check_constant(hopper.cells, "cells", y, ScalarType::Int, columns / 2 * cells);
+  check_constant(hopper.map_scales, "map_scales", y, ScalarType::Float, 3 * columns / 2);
   check_constant(in.scale, "scale", y, ScalarType::Float, diagonal ? width : 1);
   check_constant(in.offset, "offset", y, ScalarType::Float, width);
   if (in.shift) check_constant(*in.shift, "shift", y, ScalarType::Float, width);
@@ -93,10 +100,12 @@ aniso::Sm90Update<S> checked_hopper_update(const Tensor& state, const Tensor& de
           float(in.a_v),   in.project,    data<S>(shuffled), in.shift ? data<float>(*in.shift) : nullptr};
 }
 
+void check_hopper() { check(aniso::sm90_present(), "the Hopper kernels need a GPU of compute capability 9.0"); }
+
 // Calls run(S{}) for half-precision rows on a Hopper GPU.
 template <typename Run>
 void dispatch_half(const Tensor& y, const Run& run) {
-  check(aniso::sm90_present(), "the Hopper kernels need a GPU of compute capability 9.0");
+  check_hopper();
   if (y.scalar_type() == ScalarType::BFloat16) return run(aniso::BFloat16{});
   check(y.scalar_type() == ScalarType::Half, "the Hopper kernels are for bfloat16 and float16 rows");
   run(aniso::Float16{});
@@ -113,12 +122,18 @@ Tensor hopper_correct(const Tensor& y, const HopperTensors& hopper, const Initia
   check(y.is_cuda() && y.dim() == 2, "y must be a CUDA matrix");
   const DeviceGuard guard(y.get_device_index());
   Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1)});
-  dispatch_half(y, [&](auto storage) {
+  const auto run = [&](auto storage, auto product) {
     using S = decltype(storage);
-    const auto operands = checked_hopper_operands<S>(y, hopper, in);
+    const auto operands = checked_hopper_operands<decltype(product)>(y, hopper, in, std::is_same_v<S, decltype(product)>);
     const Tensor rows = aligned_rows(y);
     check_launch(aniso::sm90_correct(operands, hopper_rows<S>(rows), mutable_data<S>(out), stream_of(y)), "hopper_correct");
-  });
+  };
+  if (y.scalar_type() == ScalarType::Float) {
+    check_hopper();
+    run(float{}, aniso::Float16{});
+  } else {
+    dispatch_half(y, [&](auto storage) { run(storage, storage); });
+  }
   return out;
 }
 

@@ -10,6 +10,14 @@
 
 #include "checks.h"
 
+#if defined(__GNUC__) && !defined(_WIN32)
+#define ANISO_WEAK_SHIM
+// Of torch/csrc/inductor/aoti_torch/c/shim_cpu.h; null in a torch without oneDNN.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr, const double** scalars,
+    int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
+#endif
+
 namespace aniso_torch {
 namespace {
 
@@ -26,10 +34,21 @@ Tensor reorder(const Tensor& weight, int64_t rows) {
   return call<2>("mkldnn::_reorder_linear_weight", {from(weight), from(std::optional<int64_t>(rows))});
 }
 
+// The dispatcher of torch up to 2.13 loses the memory of every string that it is handed, about 50 bytes
+// (pytorch/pytorch#191340): megabytes for every million rows. The C shim takes plain strings.
 Tensor onednn_linear(const Tensor& rows, const Tensor& weight) {
+#if defined(ANISO_WEAK_SHIM)
+  if (aoti_torch_cpu__linear_pointwise != nullptr) {
+    AtenTensorHandle result = nullptr;
+    check_status(
+        aoti_torch_cpu__linear_pointwise(rows.get(), weight.get(), nullptr, "none", nullptr, 0, nullptr, &result),
+        "mkldnn::_linear_pointwise");
+    return Tensor(result);
+  }
+#endif
   return call<6>("mkldnn::_linear_pointwise", {from(rows), from(weight), from(std::optional<Tensor>()),
                                                from(std::string("none")), from(std::vector<std::optional<double>>()),
-                                               from(std::optional<std::string>(std::string()))});
+                                               from(std::optional<std::string>())});
 }
 
 Tensor aten_linear(const Tensor& rows, const Tensor& weight) {

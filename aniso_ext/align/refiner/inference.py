@@ -25,11 +25,20 @@ class RefinedMap:
         self.refiner = refiner
         self._folded: dict[tuple[torch.dtype, torch.device], FoldedRefiner] = {}
 
-    def __call__(self, rows: torch.Tensor, frame: Frame, *, backend: str = "auto") -> torch.Tensor:
-        """Unit rows [n, D] for rows [n, D], of the same dtype and device; calibrated if the frame is."""
+    def __call__(
+        self, rows: torch.Tensor, frame: Frame, *, backend: str = "auto", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Unit rows [n, D] for rows [n, D], of the same dtype and device, in ``out`` or in new memory.
+
+        They are calibrated if the frame is.
+        """
         size = ROWS_ON_CPU if rows.device.type == "cpu" else max(1, len(rows))
-        parts = [self._refine(part, frame, backend) for part in rows.split(size)]
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        if out is None and len(rows) <= size:
+            return self._refine(rows, frame, backend)
+        result = torch.empty_like(rows, memory_format=torch.contiguous_format) if out is None else out
+        for part, place in zip(rows.split(size), result.split(size), strict=True):
+            place.copy_(self._refine(part, frame, backend))
+        return result
 
     @torch.no_grad()
     def _refine(self, rows: torch.Tensor, frame: Frame, backend: str) -> torch.Tensor:

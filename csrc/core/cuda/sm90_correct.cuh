@@ -34,13 +34,17 @@ struct CorrectArguments {
   S* out;  // [N, D], or states [N, 3M + D]
 };
 
-template <typename S, int kCluster, int kChunks, Form kForm>
-using CorrectBase = Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kChunks <= 3 ? 3 : 2, kForm == Form::kDiagonal ? 3 : 2>;
+// Warpgroups of a block, as many as the registers have room for.
+constexpr int32_t correct_teams(int32_t chunks) { return chunks <= 3 ? 3 : 2; }
 
-template <typename S, int kCluster, int kChunks, Form kForm>
-struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm> {
+template <typename S, int kCluster, int kChunks, Form kForm, int kTeams>
+using CorrectBase =
+    Team<S, float, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kTeams, kForm == Form::kDiagonal ? 3 : 2>;
+
+template <typename S, int kCluster, int kChunks, Form kForm, int kTeams = correct_teams(kChunks)>
+struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm, kTeams> {
   static constexpr int32_t kKinds = kForm == Form::kDiagonal ? 2 : 1;  // of coefficients, the last with T(rho) (cos, sin)
-  using Base = CorrectBase<S, kCluster, kChunks, kForm>;
+  using Base = CorrectBase<S, kCluster, kChunks, kForm, kTeams>;
   using typename Base::Shares;
   using Base::Base, Base::blocks, Base::count, Base::first_block, Base::quarter, Base::row, Base::width;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;

@@ -93,6 +93,17 @@ __device__ __forceinline__ void warpgroup_sync(uint32_t warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
+// Registers of the threads of a warpgroup, for its warpgroup to give to others that take them.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // ---- bulk copies ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row,
@@ -101,6 +112,38 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           destination),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Which lines the second-level cache gives up first.
+__device__ __forceinline__ uint64_t evicted_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ uint64_t evicted_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row, uint32_t barrier,
+                                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
+      "%5;" ::"r"(destination),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// To every block of the cluster that `blocks` has a bit for, at one place, counting towards the barrier of each.
+__device__ __forceinline__ void load_box_to_all(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row,
+                                                uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], "
+      "%5;" ::"r"(destination),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -134,6 +177,14 @@ __device__ __forceinline__ void store_line_inside(void* address, const uint32_t 
       "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n@inside st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
           address),
       "r"(line[0]), "r"(line[1]), "r"(line[2]), "r"(line[3]), "r"(int32_t(inside))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_line_inside(void* address, const uint32_t (&line)[4], bool inside, uint64_t policy) {
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n"
+      "@inside st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %6;\n}" ::"l"(address),
+      "r"(line[0]), "r"(line[1]), "r"(line[2]), "r"(line[3]), "r"(int32_t(inside)), "l"(policy)
       : "memory");
 }
 
@@ -221,6 +272,12 @@ __device__ __forceinline__ uint64_t narrow_operand(uint32_t address, uint32_t pa
   return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(panels >> 4) << 16 | uint64_t(256 >> 4) << 32 | uint64_t(3) << 62;
 }
 
+// Pieces of 64 columns that lie `pieces` bytes apart, rows of 128 bytes under the 128-byte swizzle, contiguous along the free dimension
+// of the product.
+__device__ __forceinline__ uint64_t rank_operand(uint32_t address, uint32_t pieces) {
+  return uint64_t((address & 0x3ffffu) >> 4) | uint64_t(pieces >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
 // How far an operand moves with its address.
 __device__ __forceinline__ uint64_t operand_offset(uint32_t bytes) { return bytes >> 4; }
 
@@ -275,6 +332,73 @@ __device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows,
   }
 }
 
+#define ANISO_PROJECT_128(format)                                                                                    \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
+      "%64, %65, 1, 1, 1, 0, 1;"                                                                                     \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
+      : "l"(rows), "l"(weights))
+
+// sums [64, 128] += rows [64, 16] x weights [16, 128], both in shared memory, the weights with contiguous columns.
+template <typename S>
+__device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_PROJECT_128("bf16");
+  } else {
+    ANISO_PROJECT_128("f16");
+  }
+}
+
+#define ANISO_REBUILD_128(format)                                                                                    \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"                                                                       \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
+
+// sums [64, 128] += rows [64, 16] in registers x weights [16, 128], the weights with contiguous rows.
+template <typename S>
+__device__ __forceinline__ void rebuild(float (&sums)[64], const uint32_t (&rows)[4], uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_REBUILD_128("bf16");
+  } else {
+    ANISO_REBUILD_128("f16");
+  }
+}
+
+#define ANISO_PROJECT_256(format)                                                                                    \
+  asm volatile(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." format "." format                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                             \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                             \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                 \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "            \
+      "%128, %129, 1, 1, 1, 0, 1;"                                                                                   \
+      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), ANISO_SUMS_32(sums, 64), ANISO_SUMS_32(sums, 96)            \
+      : "l"(rows), "l"(weights))
+
+// sums [64, 256] += rows [64, 16] x weights [16, 256], both in shared memory, the weights with contiguous columns.
+template <typename S>
+__device__ __forceinline__ void project(float (&sums)[128], uint64_t rows, uint64_t weights) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    ANISO_PROJECT_256("bf16");
+  } else {
+    ANISO_PROJECT_256("f16");
+  }
+}
+
 #define ANISO_PROJECT_MORE(format)                                                                                   \
   asm volatile(                                                                                                      \
       "wgmma.mma_async.sync.aligned.m64n136k16.f32." format "." format                                               \
@@ -317,6 +441,9 @@ __device__ __forceinline__ void rebuild(float (&sums)[32], const uint32_t (&rows
 
 #undef ANISO_REBUILD
 #undef ANISO_PROJECT_MORE
+#undef ANISO_PROJECT_256
+#undef ANISO_REBUILD_128
+#undef ANISO_PROJECT_128
 #undef ANISO_PROJECT
 #undef ANISO_SUMS_32
 #undef ANISO_SUMS_8

@@ -10,6 +10,7 @@
 #include "sm90_decode_backward.cuh"
 #include "sm90_forms.cuh"
 #include "sm90_maps.h"
+#include "sm90_stream.cuh"
 
 namespace aniso::sm90 {
 
@@ -62,16 +63,15 @@ inline cudaLaunchConfig_t configuration(int64_t blocks, uint32_t threads, uint32
   return config;
 }
 
-// Readies a kernel for the current device; how many clusters run at a time.
+// Readies a kernel for the current device; how many clusters run at a time, each block with `most_bytes` of shared memory.
 template <typename Layout, int kCluster, auto kKernel>
-cudaError_t prepare(int32_t* resident) {
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Layout::kBytes));
+cudaError_t prepare(int32_t* resident, uint32_t most_bytes) {
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_bytes));
   if (error != cudaSuccess) return error;
   static std::atomic<int32_t> known{0};  // the same for every device that this kernel runs on
   if (known == 0) {
     cudaLaunchAttribute cluster;
-    const cudaLaunchConfig_t config =
-        configuration(kCluster, Layout::kThreads, Layout::kBytes, kCluster, &cluster, nullptr);
+    const cudaLaunchConfig_t config = configuration(kCluster, Layout::kThreads, most_bytes, kCluster, &cluster, nullptr);
     int count = 0;
     error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
     if (error != cudaSuccess) return error;
@@ -85,7 +85,7 @@ cudaError_t prepare(int32_t* resident) {
 template <typename Layout, int kCluster, auto kKernel, typename... Parameters>
 cudaError_t launch(int64_t count, bool fill, cudaStream_t stream, const Parameters&... parameters) {
   int32_t resident = 0;
-  const cudaError_t error = prepare<Layout, kCluster, kKernel>(&resident);
+  const cudaError_t error = prepare<Layout, kCluster, kKernel>(&resident, Layout::kBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   const int64_t wanted = (tiles + Layout::kWarpgroups - 1) / Layout::kWarpgroups;
@@ -130,9 +130,17 @@ auto by_width(int32_t width, const Body& body) {
 // Wider rows of a number S gain more by a round trip less than they lose by passing through shared memory once more.
 constexpr int32_t kWidestTeams = 768;
 
+// V: of the rows, of which 16 bytes are loaded at a time.
+template <typename S, typename V>
+bool serves(const Sm90Operands<S>& in, const Sm90Rows<V>& y) {
+  constexpr int32_t kTogether = 16 / int32_t(sizeof(V));
+  return in.width >= kTogether && in.width <= kSm90Width && in.width % kTogether == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
+}
+
 template <typename S>
-bool serves(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
-  return in.width >= 8 && in.width <= kSm90Width && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kRank && y.count >= 0;
+bool streams(const Sm90Operands<S>& in, const Sm90Rows<S>& y) {
+  return in.width >= 8 && in.width <= kSm90StreamWidth && in.width % 8 == 0 && in.rank >= 2 && in.rank <= kSm90StreamRank &&
+         !in.diagonal && y.count >= 0;
 }
 
 template <Form kForm, typename S>
@@ -161,11 +169,33 @@ cudaError_t launch_forms(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out
                                           FormsArguments<S>{in, y.count, out, partial});
 }
 
+template <int kColumns, typename S>
+cudaError_t launch_stream(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  using Layout = StreamShared<kColumns>;
+  constexpr auto kernel = sm90_stream_kernel<S, kColumns>;
+  CUtensorMap rows_map, basis_map, shuffled_map;
+  cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&basis_map, in.basis, in.width, kColumns, kColumns);
+  if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&shuffled_map, in.shuffled, sm90_padded(in.width), kColumns, kColumns);
+  int32_t resident = 0;
+  if (error == cudaSuccess) error = prepare<Layout, kStreamCluster, kernel>(&resident, Layout::kLimit);
+  if (error != cudaSuccess) return error;
+  constexpr int64_t kTogether = kStreamCluster * kStreamGroups * kTileRows;
+  const int64_t clusters = std::min<int64_t>((y.count + kTogether - 1) / kTogether, resident);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config =
+      configuration(clusters * kStreamCluster, Layout::kThreads, Layout::bytes(in.width), kStreamCluster, &cluster, stream);
+  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, shuffled_map,
+                            StreamArguments<S>{in, y.count, Layout::stages(in.width), stream_columns(in.width), out});
+}
+
 template <int kCluster, int kChunks>
 int32_t sum_slots() {
   using Layout = FormsShared<kCluster, kChunks>;
   int32_t resident = 0;
-  if (prepare<Layout, kCluster, sm90_forms_kernel<BFloat16, kCluster, kChunks, Result::kSums>>(&resident) != cudaSuccess) return 0;
+  if (prepare<Layout, kCluster, sm90_forms_kernel<BFloat16, kCluster, kChunks, Result::kSums>>(&resident, Layout::kBytes) != cudaSuccess) {
+    return 0;
+  }
   return resident * Layout::kWarpgroups * kWarps;
 }
 
@@ -175,6 +205,12 @@ namespace aniso {
 
 template <typename S>
 cudaError_t sm90_correct(const Sm90Operands<S>& operands, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
+  if (sm90_streams(operands.width, operands.rank)) {
+    if (!sm90::streams(operands, y)) return cudaErrorInvalidValue;
+    if (y.count == 0) return cudaSuccess;
+    if (sm90_columns(operands.rank) == kSm90Rank) return sm90::launch_stream<kSm90Rank>(operands, y, out, stream);
+    return sm90::launch_stream<kSm90StreamRank>(operands, y, out, stream);
+  }
   if (!sm90::serves(operands, y)) return cudaErrorInvalidValue;
   if (operands.diagonal) return sm90::launch_correct<sm90::Form::kDiagonal>(operands, y, out, stream);
   if (operands.width > sm90::kWidestTeams) {

@@ -12,7 +12,7 @@
 
 namespace aniso {
 
-// Boxes of 64 x kColumns values of a row-major matrix, under the swizzle of their rows; outside the matrix they read zero.
+// Boxes of 64 rows x kColumns of a row-major matrix, under the swizzle of their rows; outside the matrix they read zero.
 // `data` and the stride must be multiples of 16 bytes.
 template <int kColumns, typename S>
 cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t columns, int64_t row_stride) {
@@ -25,10 +25,12 @@ cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t co
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<S, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  static_assert(kColumns == 64 || kColumns == 16, "rows of 128 or of 32 bytes");
-  constexpr CUtensorMapSwizzle kSwizzle = kColumns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
+  constexpr CUtensorMapDataType kType = std::is_same_v<S, float>      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                        : std::is_same_v<S, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr size_t kRowBytes = kColumns * sizeof(S);
+  static_assert(kRowBytes == 128 || kRowBytes == 32, "rows of 128 or of 32 bytes");
+  constexpr CUtensorMapSwizzle kSwizzle = kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(S)};
   const cuuint32_t box[2] = {kColumns, 64}, steps[2] = {1, 1};

@@ -52,6 +52,12 @@ __device__ __forceinline__ float2 load_pair(const float* values) {
   return pair;
 }
 
+__device__ __forceinline__ float load_number(uint32_t address) {
+  float number;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(number) : "r"(address));
+  return number;
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float power_of_two(float x) {

@@ -7,16 +7,19 @@
 
 namespace aniso::sm90 {
 
-// Constants of the coordinates that a block maps, zero past R. t is the target's coordinate, t_b that plus the bias.
-template <int kCluster>
-struct CoordinateVectors {
-  float turned_bias[kRank / kCluster];    // t_b
-  float scaled_target[kRank / kCluster];  // S t; t if S is diagonal
-  float cross[kRank / kCluster];          // 2 (Q^T offset - S t_b); for a number S
-  float shift[kRank / kCluster];          // Q^T shift; for a number S
-  float cell_scale[kRank / kCluster / 2];
-  float map[kRank / kCluster];  // of each block its last slope and the unit of its cells
+// Constants of the kColumns coordinates that a block maps, zero past R. t is the target's coordinate, t_b that plus the bias.
+template <int kColumns>
+struct Coordinates {
+  float turned_bias[kColumns];    // t_b
+  float scaled_target[kColumns];  // S t; t if S is diagonal
+  float cross[kColumns];          // 2 (Q^T offset - S t_b); for a number S
+  float shift[kColumns];          // Q^T shift; for a number S
+  float cell_scale[kColumns / 2];
+  float map[kColumns];  // of each block its last slope and the unit of its cells
 };
+
+template <int kCluster>
+using CoordinateVectors = Coordinates<kRank / kCluster>;
 
 // The radius and the direction of a block, and the cell of its radius map, asked for early: all blocks of a thread wait at once.
 struct BlockLookup {
@@ -60,11 +63,11 @@ __device__ __forceinline__ Direction direction_of(const BlockLookup& block, floa
   return {a * block.inverse, b * block.inverse};
 }
 
-// Fills the constants of a block of the cluster whose share of the rank begins at `first`.
-template <typename S, int kCluster>
-__device__ __forceinline__ void fill(CoordinateVectors<kCluster>& coordinates, const Sm90Operands<S>& in, int32_t first) {
+// Fills the constants of a block whose share of the rank begins at `first`. `columns`: of the basis, some of them past R.
+template <int32_t columns = kRank, typename S, int kColumns>
+__device__ __forceinline__ void fill(Coordinates<kColumns>& coordinates, const Sm90Operands<S>& in, int32_t first) {
   const float scalar = in.diagonal ? 1.f : in.scale[0];
-  for (int32_t j = threadIdx.x; j < kRank / kCluster; j += blockDim.x) {
+  for (int32_t j = threadIdx.x; j < kColumns; j += blockDim.x) {
     const int32_t column = first + j;
     const bool inside = column < in.rank;
     const float target = inside ? in.target_coordinates[column] : 0.f;
@@ -74,14 +77,14 @@ __device__ __forceinline__ void fill(CoordinateVectors<kCluster>& coordinates, c
     coordinates.cross[j] = inside ? 2.f * (in.offset_coordinates[column] - scalar * turned_bias) : 0.f;
     coordinates.shift[j] = inside && in.shift != nullptr ? in.shift_coordinates[column] : 0.f;
     if (j % 2 == 0) coordinates.cell_scale[j / 2] = in.map_scales[column / 2];
-    coordinates.map[j] = in.map_scales[(1 + j % 2) * (kRank / 2) + column / 2];
+    coordinates.map[j] = in.map_scales[(1 + j % 2) * (columns / 2) + column / 2];
   }
 }
 
 // Adds the bias to the coordinates of kGroups groups of a thread's columns, from `first` on, and maps their radii. column_of(group) is
 // where the group's pair lies in the share, which begins at `first_column` of the rank. meanwhile() comes while cells are on their way.
-template <int kGroups, typename S, int kCluster, int kOwnGroups, typename Column, typename Meanwhile>
-__device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, int32_t first_column,
+template <int kGroups, typename S, int kColumns, int kOwnGroups, typename Column, typename Meanwhile>
+__device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates, int32_t first_column,
                                           int32_t first, const Column& column_of, float (&own)[kOwnGroups][4],
                                           BlockLookup (&lookups)[kGroups][2], float (&radii)[kGroups][2], const Meanwhile& meanwhile) {
 #pragma unroll

@@ -88,6 +88,11 @@ struct Team {
 
   // Barriers, this block's part of Q, and the first load. Afterwards end_of_beginning().
   __device__ __forceinline__ void begin(const CUtensorMap& basis_map, const CUtensorMap& rows_map) const {
+    begin_basis(basis_map);
+    load(rows_map, tile);
+  }
+
+  __device__ __forceinline__ void begin_basis(const CUtensorMap& basis_map) const {
     const uint32_t basis_loaded = shared + Layout::kBasisLoaded;
     if (leader) {
       for (const uint32_t barrier : {loaded(), exchange.projected(), exchange.mapped(), exchange.summed()}) barrier_init(barrier, 1);
@@ -107,7 +112,6 @@ struct Team {
         }
       }
     }
-    load(rows_map, tile);
   }
 
   // This block's part of a vector [D], or of none.
