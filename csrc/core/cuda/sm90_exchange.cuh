@@ -4,8 +4,8 @@
 // slot from - 1 is from the block `from` ranks on. All that a warp reads was sent to it by its twins in the other blocks: no warp waits
 // for another. Parts of a projection, coefficients and sums have places of their own, so that nothing is overwritten before the tile is
 // done or what follows from it has come back. Parts in fp32 leave no room for coefficients: they go where the receiving warp had its rows of
-// the tile, which it has read when its parts come. Nor for sums: they go where a sender's parts were. Who has all coefficients knows that all
-// warps of the others have read their parts.
+// the tile, which it has read when its parts come. Nor for sums: they go where the sender's parts were, as who has all coefficients knows
+// that all warps of the others have read theirs.
 #pragma once
 
 #include "sm90_instructions.cuh"
