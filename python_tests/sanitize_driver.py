@@ -1,6 +1,7 @@
 """Every operator of one backend, forward and backward, at small ragged sizes: what `make sanitize` watches.
 
     python python_tests/sanitize_driver.py cuda
+    python python_tests/sanitize_driver.py cuda --only decode --format bfloat16
 
 Results are compared with the float64 reference on the CPU, so that a run in which nothing was computed is no clean one.
 Exit code 77 without a CUDA device or without the backend.
@@ -8,7 +9,9 @@ Exit code 77 without a CUDA device or without the backend.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Collection
 
 import torch
 from cases import Case, deltas_of, frame_of, rows_of
@@ -40,22 +43,51 @@ FORMATS = (
     (torch.float32, "high", 0.1),
     (torch.float64, "highest", 1e-9),
 )
+OPERATORS = ("correct", "correct_sums", "encode", "decode")
 
 
-def results(case: Case, y: torch.Tensor, deltas: torch.Tensor, backend: str) -> list[torch.Tensor]:
-    """Outputs of every operator, then the gradients of `correct`, of `encode` and of `decode` after it."""
+def results(
+    case: Case, y: torch.Tensor, deltas: torch.Tensor, backend: str, operators: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Outputs of the operators and their gradients, by name; the state that `decode` reads is the backend's own."""
     frame = frame_of(case)
     y, deltas = y.requires_grad_(), deltas.requires_grad_()
-    corrected, state = ops.correct(y, frame, backend=backend), ops.encode(y, frame, backend=backend)
-    decoded = ops.decode(state, deltas, frame, backend=backend)
-    found = [corrected, ops.correct_sums(y.detach(), frame, backend=backend), state, decoded]
-    for output, leaves in ((corrected, (y,)), (state, (y,)), (decoded, (state, deltas))):
-        found += torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
-    return [value.detach() for value in found]
+    found: dict[str, torch.Tensor] = {}
+
+    def add(name: str, output: torch.Tensor, **leaves: torch.Tensor) -> None:
+        found[name] = output
+        grads = torch.autograd.grad(output, tuple(leaves.values()), torch.ones_like(output), retain_graph=True)
+        found.update({f"gradient of {name}, {leaf}": grad for leaf, grad in zip(leaves, grads, strict=True)})
+
+    if "correct" in operators:
+        add("correct", ops.correct(y, frame, backend=backend), y=y)
+    if "correct_sums" in operators:
+        found["correct_sums"] = ops.correct_sums(y.detach(), frame, backend=backend)
+    if "encode" in operators or "decode" in operators:
+        state = ops.encode(y, frame, backend=backend)
+        if "encode" in operators:
+            add("encode", state, y=y)
+        if "decode" in operators:
+            add("decode", ops.decode(state, deltas, frame, backend=backend), state=state, deltas=deltas)
+    return {name: value.detach() for name, value in found.items()}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run the operators of one backend for compute-sanitizer.")
+    parser.add_argument("backend")
+    parser.add_argument("--only", choices=OPERATORS, nargs="+", default=OPERATORS, help="these operators")
+    formats = sorted({name_of(dtype) for dtype, _, _ in FORMATS})
+    parser.add_argument("--format", choices=formats, nargs="+", default=formats, help="rows of these formats")
+    return parser.parse_args()
 
 
 def main() -> int:
-    backend = sys.argv[1]
+    asked = arguments()
+    backend = asked.backend
     if not torch.cuda.is_available():
         print("no CUDA device")
         return SKIPPED
@@ -64,20 +96,20 @@ def main() -> int:
         return SKIPPED
     worst: dict[str, float] = {}
     for dtype, precision, allowed in FORMATS:
-        if dtype == torch.float64 and backend == "triton":
+        if name_of(dtype) not in asked.format or (dtype == torch.float64 and backend == "triton"):
             continue
         torch.set_float32_matmul_precision(precision)
         for case in CASES:
             for rows in ROWS:
                 y, deltas = rows_of(case, rows, dtype), deltas_of(case, rows, dtype)
-                ours = results(case, y.clone().cuda(), deltas.clone().cuda(), backend)
-                exact = results(case, y.double(), deltas.double(), "reference")
-                for index, (found, expected) in enumerate(zip(ours, exact, strict=True)):
-                    error = float((found.cpu().double() - expected).norm() / expected.norm())
-                    name = f"{str(dtype).removeprefix('torch.')} {precision}"
+                ours = results(case, y.clone().cuda(), deltas.clone().cuda(), backend, asked.only)
+                exact = results(case, y.double(), deltas.double(), "reference", asked.only)
+                for result, expected in exact.items():
+                    error = float((ours[result].cpu().double() - expected).norm() / expected.norm())
+                    name = f"{name_of(dtype)} {precision}"
                     worst[name] = max(worst.get(name, 0.0), error)
                     if not error <= allowed:
-                        print(f"{name} {case} N={rows}: output {index} is off by {error:.2g}")
+                        print(f"{name} {case} N={rows}: {result} is off by {error:.2g}")
                         return 1
     print(f"{backend}: largest relative errors {worst}")
     return 0

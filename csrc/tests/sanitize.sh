@@ -3,8 +3,9 @@
 #
 #   csrc/tests/sanitize.sh [FOLDER OF THE TEST EXECUTABLES] [PYTHON]
 #
-# SANITIZER and SANITIZER_TOOLS choose the program and its tools, SANITIZER_FLAGS adds options. Goes on after a finding;
-# the exit code is 1 if there was one.
+# SANITIZER and SANITIZER_TOOLS choose the program and its tools, SANITIZER_FLAGS adds options. SANITIZER_PARTS, "correct
+# correct_sums encode decode" unless set, are the operators; each runs by itself, once a format, as racecheck takes minutes
+# over all of them. Goes on after a finding; the exit code is 1 if there was one.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -23,11 +24,11 @@ check() {
   # shellcheck disable=SC2086  # flags are words
   if "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all ${SANITIZER_FLAGS:-} "$@" \
     >"$log" 2>&1; then
-    printf '%-10s %-24s clean, %d s\n' "$tool" "$name" "$((SECONDS - started))"
+    printf '%-10s %-32s clean, %d s\n' "$tool" "$name" "$((SECONDS - started))"
   elif [ "$?" -eq 77 ]; then
-    printf '%-10s %-24s skipped: no GPU\n' "$tool" "$name"
+    printf '%-10s %-32s skipped: no GPU\n' "$tool" "$name"
   else
-    printf '%-10s %-24s FAILED\n' "$tool" "$name"
+    printf '%-10s %-32s FAILED\n' "$tool" "$name"
     tail -n 40 "$log"
     failed+=("$tool $name")
   fi
@@ -40,7 +41,12 @@ for tool in ${SANITIZER_TOOLS:-memcheck racecheck initcheck synccheck}; do
     [ -x "$executable" ] && check "$(basename "$executable")" "$tool" "$executable"
   done
   for backend in cuda triton; do
-    check "operators, $backend" "$tool" "$python" python_tests/sanitize_driver.py "$backend"
+    for part in ${SANITIZER_PARTS:-correct correct_sums encode decode}; do
+      for format in bfloat16 float16 float32 float64; do
+        [ "$backend $format" = "triton float64" ] && continue
+        check "$backend, $part, $format" "$tool" "$python" python_tests/sanitize_driver.py "$backend" --only "$part" --format "$format"
+      done
+    done
   done
 done
 if [ "${#failed[@]}" -gt 0 ]; then

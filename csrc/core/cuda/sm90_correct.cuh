@@ -11,7 +11,8 @@
 // A tile   1 the copy engine brings 64 rows, which go into registers; 2 partial p from the block's columns; 3 each block collects its share
 //          of p from the others, 4 maps its blocks of the rank and hands coefficients to the others; the next tile is on its way; 5 w;
 //          6 norms, summed from w over the cluster; 7 out. A number S goes into the coefficients: k = T(rho) (cos, sin) - S c_t, w = Q k + S y +
-//          offset. A diagonal one takes Q c_t first, chunk by chunk.
+//          offset. A diagonal one has two kinds, -c_t and T(rho) (cos, sin), and w grows in place: y, y - Q c_t, S times that + offset, w.
+//          -c_t goes round while the radii are looked up.
 // Shared   sm90_team.cuh, and the constants of the coordinates.
 // Registers  w in fp32: 32 kChunks a thread, before that the rows at half of it. Nothing is rounded but coefficients and the result.
 // Global   2 D storage values, and 4 bytes of the radius map for each of M blocks (from L2). Between the blocks of a cluster
@@ -37,53 +38,87 @@ struct CorrectArguments {
 constexpr int32_t correct_teams(int32_t chunks) { return chunks <= 3 ? 3 : 2; }
 
 template <typename S, int kCluster, int kChunks, Form kForm, int kTeams>
-using CorrectBase = Team<S, Parts::kExact, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kTeams, 3>;
+using CorrectBase =
+    Team<S, Parts::kExact, kCluster, kChunks, kForm == Form::kDiagonal ? 2 : 1, kTeams, kForm == Form::kDiagonal ? 3 : 2>;
 
 template <typename S, int kCluster, int kChunks, Form kForm, int kTeams = correct_teams(kChunks)>
 struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm, kTeams> {
-  static constexpr int32_t kKinds = kForm == Form::kDiagonal ? 2 : 1;  // of coefficients: those of Q T(rho) (cos, sin), and c_t
+  static constexpr int32_t kKinds = kForm == Form::kDiagonal ? 2 : 1;  // of coefficients, the last with T(rho) (cos, sin)
   using Base = CorrectBase<S, kCluster, kChunks, kForm, kTeams>;
   using typename Base::Shares;
   using Base::Base, Base::blocks, Base::count, Base::first_block, Base::quarter, Base::row, Base::width;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;
+  static constexpr int32_t kAhead = kForm == Form::kDiagonal && Base::kWarpgroups == 2 ? 2 : kChunks;
   // Groups whose pieces of the radius map a thread awaits at once: as many as the registers have room for.
   static constexpr int32_t kLookupGroups = 4;
   static constexpr uint32_t kBytes = Base::Layout::kOther + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 
-  // A chunk of w from its rows: body(place among the sums of a product, y, offset, diagonal of S).
-  template <typename Body>
-  __device__ __forceinline__ void begin_rows(int32_t c, const uint32_t (&y)[16], float (&w)[32], const Body& body) const {
+  // A chunk of what Q k is added to: S y + offset for a number S, y for a diagonal one.
+  __device__ __forceinline__ void begin_rows(int32_t c, const uint32_t (&y)[16], float scalar, float (&w)[32]) const {
 #pragma unroll
     for (int32_t piece = 0; piece < 2; ++piece) {
-      float offset[8], scale[8] = {};
-      this->load_vector(kOffset, c, piece, offset);
-      if constexpr (kForm == Form::kDiagonal) this->load_vector(kScale, c, piece, scale);
+      float offset[8];
+      if constexpr (kForm != Form::kDiagonal) this->load_vector(kOffset, c, piece, offset);
 #pragma unroll
       for (int32_t i = 0; i < 8; ++i) {
         const float2 pair = unpack<S>(y[8 * piece + i]);
         const int32_t at = 16 * piece + 2 * i, column = i / 2 * 2;
-        w[at] = body(at, pair.x, offset[column], scale[column]);
-        w[at + 1] = body(at + 1, pair.y, offset[column + 1], scale[column + 1]);
+        w[at] = kForm == Form::kDiagonal ? pair.x : fmaf(scalar, pair.x, offset[column]);
+        w[at + 1] = kForm == Form::kDiagonal ? pair.y : fmaf(scalar, pair.y, offset[column + 1]);
       }
     }
   }
 
+  // A chunk of S w + offset.
+  __device__ __forceinline__ void scale_rows(int32_t c, float (&w)[32]) const {
+#pragma unroll
+    for (int32_t piece = 0; piece < 2; ++piece) {
+      float offset[8], scale[8];
+      this->load_vector(kOffset, c, piece, offset);
+      this->load_vector(kScale, c, piece, scale);
+#pragma unroll
+      for (int32_t i = 0; i < 16; ++i) {
+        const int32_t column = i / 4 * 2 + i % 2;
+        w[16 * piece + i] = fmaf(scale[column], w[16 * piece + i], offset[column]);
+      }
+    }
+  }
+
+  // -c_t of groups of this block's share, to the others at once.
+  __device__ __forceinline__ void send_complement(const CoordinateVectors<kCluster>& coordinates, const float (&own)[kOwnGroups][4],
+                                                  int32_t first, uint32_t (&k)[Shares::kOwnSteps][4]) const {
+#pragma unroll
+    for (int32_t g = first; g < first + kLookupGroups; ++g) {
+      const float2 target = load_pair(coordinates.scaled_target + column_of(g));
+#pragma unroll
+      for (int32_t half = 0; half < 2; ++half) {
+        k[g / 2][g % 2 * 2 + half] = pack<S>(target.x - own[g][2 * half], target.y - own[g][2 * half + 1]);
+      }
+    }
+    this->exchange.send_coefficients(k, 0, first / 2, (first + kLookupGroups) / 2);
+  }
+
+  // Of the share, where the pair of a group of this thread's columns lies.
+  __device__ __forceinline__ int32_t column_of(int32_t g) const { return g / 4 * 32 + quarter * 8 + g % 4 * 2; }
+
   // Coefficients of this block's share from its coordinates. A state's polar part is written on the way.
   __device__ __forceinline__ void map_share(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, float scalar,
                                             float (&own)[kOwnGroups][4], uint32_t (&k)[kKinds][Shares::kOwnSteps][4], S* states) const {
-    const int32_t lane_column = quarter * 8;
-    const auto column_of = [&](int32_t g) { return g / 4 * 32 + lane_column + g % 4 * 2; };
+    const auto place = [&](int32_t g) { return column_of(g); };
 #pragma unroll
     for (int32_t first = 0; first < kOwnGroups; first += kLookupGroups) {
       BlockLookup lookups[kLookupGroups][2];
       float radii[kLookupGroups][2];
-      map_radii<kLookupGroups>(in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, first, column_of, own, lookups, radii);
+      map_radii<kLookupGroups>(in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, first, place, own, lookups, radii, [&] {
+        if constexpr (kForm == Form::kDiagonal) send_complement(coordinates, own, first, k[0]);
+      });
       float polar[2][3][kLookupGroups];  // sin, cos and log T(rho) of both rows
 #pragma unroll
       for (int32_t i = 0; i < kLookupGroups; ++i) {
         const int32_t g = first + i;
-        const float2 target = load_pair(coordinates.scaled_target + column_of(g));
+        float2 target = {};
+        if constexpr (kForm != Form::kDiagonal) target = load_pair(coordinates.scaled_target + column_of(g));
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
           const float a = own[g][2 * half], b = own[g][2 * half + 1], radius = radii[i][half];
@@ -93,8 +128,7 @@ struct CorrectTeam : CorrectBase<S, kCluster, kChunks, kForm, kTeams> {
           if constexpr (kForm == Form::kScalar) {
             k[0][step][operand] = pack<S>(fmaf(radius, cos, fmaf(-scalar, a, target.x)), fmaf(radius, sin, fmaf(-scalar, b, target.y)));
           } else if constexpr (kForm == Form::kDiagonal) {
-            k[0][step][operand] = pack<S>(radius * cos, radius * sin);
-            k[1][step][operand] = pack<S>(a - target.x, b - target.y);
+            k[1][step][operand] = pack<S>(radius * cos, radius * sin);
           } else {
             k[0][step][operand] = pack<S>(fmaf(-scalar, a, target.x), fmaf(-scalar, b, target.y));
             polar[half][0][i] = sin, polar[half][1][i] = cos, polar[half][2][i] = logf(radius);
@@ -128,6 +162,7 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
   Mates team(shared_memory, in.width, in.rank, arguments.count);
   const auto& exchange = team.exchange;
   auto& coordinates = *reinterpret_cast<CoordinateVectors<kCluster>*>(shared_memory + Mates::Layout::kOther);
+  constexpr uint32_t kLast = Mates::kKinds - 1;
   const bool shifted = in.shift != nullptr;
   const float scalar = kForm == Form::kDiagonal ? 1.f : in.scale[0];
   team.begin(basis_map, rows_map);
@@ -159,43 +194,38 @@ __global__ void __launch_bounds__(CorrectTeam<S, kCluster, kChunks, kForm>::kThr
     exchange.add_parts(own);
     uint32_t own_k[Mates::kKinds][Mates::Shares::kOwnSteps][4];
     team.map_share(in, coordinates, scalar, own, own_k, arguments.out);
-    exchange.send_coefficients(own_k);
-
-    // ---- S (y - Q c_t) + offset, the middle term of a number S in k
-    team.forget_addresses();
-    float w[kChunks][32];
-    if constexpr (kForm == Form::kDiagonal) {
-      wait_phase(exchange.mapped(), parity);
-      uint32_t k[kSteps][4];
-      exchange.all_coefficients(own_k, 1, k);
-      team.template for_each_product<1>(k, [&](int32_t c, const float(&projection)[32]) {
-        team.begin_rows(c, y[c], w[c], [&](int32_t at, float value, float offset, float scale) {
-          return fmaf(scale, value - projection[at], offset);
-        });
-      });
-    } else {
-#pragma unroll
-      for (int32_t c = 0; c < kChunks; ++c) {
-        team.begin_rows(c, y[c], w[c], [&](int32_t, float value, float offset, float) { return fmaf(scalar, value, offset); });
-      }
-      wait_phase(exchange.mapped(), parity);
-    }
+    exchange.send_coefficients(own_k[kLast], kLast);
 
     // ---- w
-    team.start_rebuild(w, own_k);
-    team.load_after_reading(rows_map, team.tile + team.stride);  // the coefficients lay in the tile
+    team.forget_addresses();
+    float w[kChunks][32], sums[4] = {};
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(c, y[c], scalar, w[c]);
+    // A loop indeed: side by side, its passes would keep the operands' addresses in common, and have no registers for them.
+#pragma unroll 1
+    for (uint32_t kind = 0; kind <= kLast; ++kind) {
+      if (kind == 0) {
+        wait_phase(exchange.mapped(0), parity);
+      } else {
+        wait_phase(exchange.mapped(kLast), parity);
+#pragma unroll
+        for (int32_t i = 0; i < Mates::Shares::kOwnSteps * 4; ++i) own_k[0][i / 4][i % 4] = own_k[kLast][i / 4][i % 4];
+      }
+      const auto load_next = [&] {  // the coefficients lay in the tile
+        if (kind == kLast) team.load_after_reading(rows_map, team.tile + team.stride);
+      };
+      team.template rebuild_rows<Mates::kAhead>(w, own_k[0], kind, load_next, [&](int32_t c) {
+        if (kind < kLast) {
+          team.scale_rows(c, w[c]);
+        } else if constexpr (kForm == Form::kState) {
+          team.store_chunk(w[c], c, arguments.out, 3 * team.blocks + team.width, 3 * team.blocks);
+        } else {
+          team.add_squares(w[c], c, sums);
+        }
+      });
+    }
 
     // ---- out
-    float sums[4] = {};
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(w[c], c);
-      if constexpr (kForm == Form::kState) {
-        team.store_chunk(w[c], c, arguments.out, 3 * team.blocks + team.width, 3 * team.blocks);
-      } else {
-        team.add_squares(w[c], c, sums);
-      }
-    }
     if constexpr (kForm != Form::kState) {
       exchange.send_sums(sums);
       exchange.receive_sums(sums, parity);

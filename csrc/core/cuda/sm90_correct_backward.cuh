@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     }
 
     // ---- coefficients
-    uint32_t own_k[1][Mates::Shares::kOwnSteps][4];
+    uint32_t own_k[Mates::Shares::kOwnSteps][4];
     team.for_each_coefficient(
         in, coordinates, scalar, cells, own,
         [&](int32_t g, int32_t half, const Polar<float>& polar, const Mapped<float>& mapped, float2 k, float2 twice, float2 shift) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
           const float grad_b = fmaf(of_grad, h[g][2 * half + 1], fmaf(-of_row, fmaf(0.5f, twice.y, k.y), -of_shift * shift.y));
           float a, b;
           map_backward(polar, mapped, grad_a, grad_b, &a, &b);
-          own_k[0][g / 2][g % 2 * 2 + half] =
+          own_k[g / 2][g % 2 * 2 + half] =
               pack<S>(fmaf(-scalar, fmaf(of_row, k.x, grad_a), a), fmaf(-scalar, fmaf(of_row, k.y, grad_b), b));
         });
     exchange.send_coefficients(own_k);
@@ -207,12 +207,8 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(c, y[c], scalar, at, rows[c]);
     team.load_after_reading(rows_map, team.tile + team.stride);
     wait_phase(exchange.mapped(), parity);
-    team.start_rebuild(rows, own_k);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(rows[c], c);
-      team.store_chunk(rows[c], c, arguments.grad_y, team.width, 0);
-    }
+    team.template rebuild_rows<kChunks>(rows, own_k, 0, [] {},
+                                        [&](int32_t c) { team.store_chunk(rows[c], c, arguments.grad_y, team.width, 0); });
     exchange.warp_is_done();
   }
   cluster_sync();  // no block leaves while another may still write to it

@@ -229,23 +229,18 @@ __global__ void __launch_bounds__(Tf32Team<kCluster, kChunks>::kThreads, 1)
     exchange.add_parts(own);
     uint32_t own_k[1][Mates::Shares::kOwnSteps][4];
     team.map_share(in, coordinates, team.scalar(), own, own_k, nullptr);
-    exchange.send_coefficients(own_k);
+    exchange.send_coefficients(own_k[0]);
 
     // ---- w
     team.forget_addresses();
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(w[c], c);
     wait_phase(exchange.mapped(), parity);
-    team.start_rebuild(w, own_k);
-    team.load_after_reading(rows_map, kChunks - 1);  // the coefficients lay there
+    float sums[4] = {};
+    const auto load_next = [&] { team.load_after_reading(rows_map, kChunks - 1); };  // the coefficients lay there
+    team.template rebuild_rows<kChunks>(w, own_k[0], 0, load_next, [&](int32_t c) { team.add_squares(w[c], c, sums); });
 
     // ---- out
-    float sums[4] = {};
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(w[c], c);
-      team.add_squares(w[c], c, sums);
-    }
     exchange.send_sums(sums);
     exchange.receive_sums(sums, parity);
     Scales scales[2];

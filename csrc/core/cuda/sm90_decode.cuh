@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     team.load_polar(arguments.state, arguments.deltas, polar);
     wait_phase(exchange.projected(), parity);
     exchange.add_parts(own);
-    uint32_t own_k[1][Mates::Shares::kOwnSteps][4];
+    uint32_t own_k[Mates::Shares::kOwnSteps][4];
     team.turned_coefficients(polar, own, in, own_k);
     exchange.send_coefficients(own_k);
 
@@ -78,15 +78,10 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(c, step[c], w[c]);
     team.load_after_reading(moves_map, team.tile + team.stride);
     wait_phase(exchange.mapped(), parity);
-    team.start_rebuild(w, own_k);
 
     // ---- its norms
     float sums[4] = {};
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(w[c], c);
-      team.add_squares(w[c], c, sums);
-    }
+    team.template rebuild_rows<kChunks>(w, own_k, 0, [] {}, [&](int32_t c) { team.add_squares(w[c], c, sums); });
     exchange.send_sums(sums);
     exchange.receive_sums(sums, parity);
 

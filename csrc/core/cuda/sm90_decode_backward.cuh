@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     // ---- w
     PolarFours polar[Mates::kTurnGroups];
     float own[kOwnGroups][4];
-    uint32_t own_k[1][kOwnSteps][4];
+    uint32_t own_k[kOwnSteps][4];
     float w[kChunks][32];
     {
       uint32_t step[kChunks][16];
@@ -81,15 +81,14 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     team.load_after_reading(grad_map, team.tile);
     wait_phase(exchange.mapped(), 0);
     if (team.leader) exchange.expect_coefficients();
-    team.start_rebuild(w, own_k);
 
     // ---- its norms and products with grad
-    team.forget_addresses();
     float sums[8] = {};  // of each row |w|^2, w.shift, w.grad and grad.shift
-    wait_phase(team.loaded(), 0);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(w[c], c);
+    const auto grad_comes = [&] {
+      team.forget_addresses();
+      wait_phase(team.loaded(), 0);
+    };
+    team.template rebuild_rows<kChunks>(w, own_k, 0, grad_comes, [&](int32_t c) {
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&grads)[4]) {
         float shift[8];
         team.load_vector(kShift, c, piece, shift);
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
           of[3] = fmaf(grad.x, shift[2 * i], fmaf(grad.y, shift[2 * i + 1], of[3]));
         }
       });
-    }
+    });
     exchange.send_sums(sums);
     exchange.receive_sums(sums, parity);
 
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     for (int32_t g = 0; g < kOwnGroups; ++g) {
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
-        own_k[0][g / 2][g % 2 * 2 + half] = in.project ? pack<S>(own[g][2 * half], own[g][2 * half + 1]) : 0;
+        own_k[g / 2][g % 2 * 2 + half] = in.project ? pack<S>(own[g][2 * half], own[g][2 * half + 1]) : 0;
       }
     }
     exchange.send_coefficients(own_k);
@@ -169,8 +168,8 @@ __global__ void __launch_bounds__(UpdateTeam<S, kCluster, kChunks>::kThreads, 1)
     wait_phase(team.loaded(), 1);
     wait_phase(exchange.mapped(), 1);
     uint32_t k[kSteps][4];
-    exchange.all_coefficients(own_k, 0, k);
-    team.template for_each_product<2>(k, [&](int32_t c, const float(&back)[32]) {
+    exchange.all_coefficients(own_k, k);
+    team.for_each_product(k, [&](int32_t c, const float(&back)[32]) {
       team.for_each_piece(c, [&](int32_t half, int32_t piece, const uint32_t(&moves)[4]) {
         uint32_t pairs[4];
 #pragma unroll

@@ -57,14 +57,14 @@ struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks,
   __device__ __forceinline__ void share_of_gradient(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, float scalar,
                                                     const PolarGradients (&polar)[kTurnGroups], const uint32_t (&cells)[kOwnGroups][2],
                                                     float (&own)[kOwnGroups][4], const float (&back)[kOwnGroups][4],
-                                                    uint32_t (&k)[1][Shares::kOwnSteps][4]) const {
+                                                    uint32_t (&k)[Shares::kOwnSteps][4]) const {
     for_each_mapped(
         in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, [&](int32_t g) { return this->column_of(g); }, own, cells,
         [&](int32_t g, int32_t half, const Polar<float>& at, const Mapped<float>& mapped) {
           const uint2(&of)[3] = polar[g / 4].of[half];
           float a, b;
           polar_backward(at, mapped, value_of<S>(of[0], g % 4), value_of<S>(of[1], g % 4), value_of<S>(of[2], g % 4), &a, &b);
-          k[0][g / 2][g % 2 * 2 + half] = pack<S>(fmaf(-scalar, back[g][2 * half], a), fmaf(-scalar, back[g][2 * half + 1], b));
+          k[g / 2][g % 2 * 2 + half] = pack<S>(fmaf(-scalar, back[g][2 * half], a), fmaf(-scalar, back[g][2 * half + 1], b));
         });
   }
 
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(EncodeGradientTeam<S, kCluster, kChunks>::kThr
     exchange.template add_parts<true>(back);
 
     // ---- grad_p
-    uint32_t own_k[1][Mates::Shares::kOwnSteps][4];
+    uint32_t own_k[Mates::Shares::kOwnSteps][4];
     team.share_of_gradient(in, coordinates, scalar, polar, cells, own, back, own_k);
     exchange.send_coefficients(own_k);
 
@@ -150,12 +150,8 @@ __global__ void __launch_bounds__(EncodeGradientTeam<S, kCluster, kChunks>::kThr
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) team.begin_rows(g[c], scalar, rows[c]);
     wait_phase(exchange.mapped(), parity);
-    team.start_rebuild(rows, own_k);
-#pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
-      team.rebuilt(rows[c], c);
-      team.store_chunk(rows[c], c, arguments.grad_y, team.width, 0);
-    }
+    team.template rebuild_rows<kChunks>(rows, own_k, 0, [] {},
+                                        [&](int32_t c) { team.store_chunk(rows[c], c, arguments.grad_y, team.width, 0); });
     exchange.warp_is_done();
   }
   cluster_sync();  // no block leaves while another may still write to it

@@ -4,8 +4,10 @@
 // slot from - 1 is from the block `from` ranks on. All that a warp reads was sent to it by its twins in the other blocks: no warp waits
 // for another. Parts of a projection, coefficients and sums have places of their own, so that nothing is overwritten before the tile is
 // done or what follows from it has come back. Parts in fp32 leave no room for coefficients: they go where the receiving warp had its rows of
-// the tile, which it has read when its parts come. Where a tile has two projections, the second's parts and the coefficients take the place of
-// the first's parts, once the receiver has told that it has used them.
+// the tile, which it has read when its parts come. Nor for sums: they go where the sender's parts were, as who has all coefficients knows
+// that all warps of the others have read theirs.
+// Where a tile has two projections, the second's parts and the coefficients take the place of the first's parts, once the receiver has told that
+// it has used them.
 #pragma once
 
 #include "sm90_instructions.cuh"
@@ -18,7 +20,7 @@ namespace aniso::sm90 {
 // themselves; or, of two projections of a tile, the first in fp32 and the second rounded.
 enum class Parts { kExact, kRounded, kExactThenRounded };
 
-// kKinds: sets of coefficients.
+// kKinds: sets of coefficients, each of which may come by itself.
 template <typename S, Parts kParts, int kCluster, int kKinds>
 struct Exchange {
   static constexpr bool kRounded = kParts == Parts::kRounded, kInTile = kParts == Parts::kExact;  // parts; coefficients
@@ -26,9 +28,11 @@ struct Exchange {
   static constexpr int32_t kOwnGroups = kOwnColumns / 8, kOwnSteps = kSteps / kCluster;
   static constexpr uint32_t kShareBytes = kTileRows * kOwnColumns * 2;  // of coefficients or of rounded parts, for one receiver
   static constexpr uint32_t kSumsBytes = kTileRows / 2 * 32;  // of up to eight sums for each pair of rows
+  static constexpr uint32_t kBarrierBytes = sizeof(Barriers<kKinds>);
   static constexpr uint32_t kCoefficients = (kCluster - 1) * kShareBytes;
-  static constexpr uint32_t kSums = (kCluster - 1) * (kInTile ? 2 : 1 + kKinds) * kShareBytes;
-  static constexpr uint32_t kBytes = kSums + (kCluster - 1) * kSumsBytes;
+  static constexpr uint32_t kSums = kInTile ? 0 : (kCluster - 1) * (1 + kKinds) * kShareBytes;
+  static constexpr uint32_t kSumsStride = kInTile ? 2 * kShareBytes : kSumsBytes;  // from slot to slot
+  static constexpr uint32_t kBytes = kInTile ? 2 * (kCluster - 1) * kShareBytes : kSums + (kCluster - 1) * kSumsBytes;
 
   uint32_t memory, tile, barriers;  // of this warpgroup
   uint32_t rank;
@@ -36,10 +40,11 @@ struct Exchange {
 
   __device__ __forceinline__ uint32_t ranks_on(uint32_t distance) const { return (rank + distance) % kCluster; }
   __device__ __forceinline__ uint32_t barrier(size_t offset) const { return barriers + uint32_t(offset); }
-  __device__ __forceinline__ uint32_t projected() const { return barrier(offsetof(Barriers, projected)); }
-  __device__ __forceinline__ uint32_t mapped() const { return barrier(offsetof(Barriers, mapped)); }
-  __device__ __forceinline__ uint32_t summed() const { return barrier(offsetof(Barriers, summed)); }
-  __device__ __forceinline__ uint32_t free() const { return barrier(offsetof(Barriers, free)); }
+  __device__ __forceinline__ uint32_t loaded() const { return barrier(offsetof(Barriers<kKinds>, loaded)); }
+  __device__ __forceinline__ uint32_t projected() const { return barrier(offsetof(Barriers<kKinds>, projected)); }
+  __device__ __forceinline__ uint32_t mapped(uint32_t kind = 0) const { return barrier(offsetof(Barriers<kKinds>, mapped) + kind * 8); }
+  __device__ __forceinline__ uint32_t summed() const { return barrier(offsetof(Barriers<kKinds>, summed)); }
+  __device__ __forceinline__ uint32_t free() const { return barrier(offsetof(Barriers<kKinds>, free)); }
 
   template <bool kRound>
   static constexpr uint32_t kPartBytes = kRound ? kShareBytes : 2 * kShareBytes;  // for one receiver
@@ -48,7 +53,10 @@ struct Exchange {
   __device__ __forceinline__ void expect_parts() const {
     arrive_expecting(projected(), (kCluster - 1) * kPartBytes<kRound>);
   }
-  __device__ __forceinline__ void expect_coefficients() const { arrive_expecting(mapped(), (kCluster - 1) * kKinds * kShareBytes); }
+  __device__ __forceinline__ void expect_coefficients() const {
+#pragma unroll
+    for (uint32_t kind = 0; kind < kKinds; ++kind) arrive_expecting(mapped(kind), (kCluster - 1) * kShareBytes);
+  }
   __device__ __forceinline__ void expect_sums(uint32_t count) const {
     arrive_expecting(summed(), (kCluster - 1) * kTileRows / 2 * count * uint32_t(sizeof(float)));
   }
@@ -106,31 +114,31 @@ struct Exchange {
     return tile + n / 4 * kTileChunkBytes + warp * 2048 + n % 4 * 512 + lane * 16;
   }
 
-  // Coefficients of this block's share, as operands of the second product.
-  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4]) const {
+  // Coefficients of this block's share, from the operand `first` up to `last`.
+  __device__ __forceinline__ void send_coefficients(const uint32_t (&own)[kOwnSteps][4], uint32_t kind = 0, int32_t first = 0,
+                                                    int32_t last = kOwnSteps) const {
 #pragma unroll
     for (uint32_t to = 1; to < kCluster; ++to) {
-      const uint32_t signal = remote_address(mapped(), ranks_on(to));
+      const uint32_t signal = remote_address(mapped(kind), ranks_on(to));
 #pragma unroll
-      for (int32_t i = 0; i < kKinds * kOwnSteps; ++i) {
-        const uint32_t(&k)[4] = own[i / kOwnSteps][i % kOwnSteps];
-        const uint32_t target = operand_place((kCluster - 1 - to) * kKinds * kOwnSteps + i);
+      for (int32_t i = first; i < last; ++i) {
+        const uint32_t(&k)[4] = own[i];
+        const uint32_t target = operand_place(((kCluster - 1 - to) * kKinds + kind) * kOwnSteps + i);
         store_remote(remote_address(target, ranks_on(to)), signal, k[0], k[1], k[2], k[3]);
       }
     }
   }
 
   // Those of all blocks, in the order of this block's basis.
-  __device__ __forceinline__ void all_coefficients(const uint32_t (&own)[kKinds][kOwnSteps][4], int32_t kind,
-                                                   uint32_t (&k)[kSteps][4]) const {
+  __device__ __forceinline__ void all_coefficients(const uint32_t (&own)[kOwnSteps][4], uint32_t (&k)[kSteps][4], uint32_t kind = 0) const {
 #pragma unroll
     for (int32_t step = 0; step < kSteps; ++step) {
       const int32_t from = step / kOwnSteps;
       if (from == 0) {
 #pragma unroll
-        for (int32_t j = 0; j < 4; ++j) k[step][j] = own[kind][step][j];
+        for (int32_t j = 0; j < 4; ++j) k[step][j] = own[step][j];
       } else {
-        load_shared(operand_place((from - 1) * kKinds * kOwnSteps + kind * kOwnSteps + step % kOwnSteps), k[step]);
+        load_shared(operand_place(((from - 1) * kKinds + kind) * kOwnSteps + step % kOwnSteps), k[step]);
       }
     }
   }
@@ -149,7 +157,7 @@ struct Exchange {
     if (lane % 4 == 0) {
 #pragma unroll
       for (uint32_t to = 1; to < kCluster; ++to) {
-        const uint32_t target = remote_address(place + (kCluster - 1 - to) * kSumsBytes, ranks_on(to));
+        const uint32_t target = remote_address(place + (kCluster - 1 - to) * kSumsStride, ranks_on(to));
         const uint32_t signal = remote_address(summed(), ranks_on(to));
 #pragma unroll
         for (int32_t i = 0; i < kCount; i += 4) {
@@ -169,7 +177,7 @@ struct Exchange {
     for (int32_t i = 0; i < kCount; i += 4) {
       uint32_t others[kCluster - 1][4];
 #pragma unroll
-      for (uint32_t from = 1; from < kCluster; ++from) load_shared(place + (from - 1) * kSumsBytes + i * 4, others[from - 1]);
+      for (uint32_t from = 1; from < kCluster; ++from) load_shared(place + (from - 1) * kSumsStride + i * 4, others[from - 1]);
 #pragma unroll
       for (int32_t j = 0; j < 4; ++j) {
         if constexpr (kCluster == 4) {

@@ -16,12 +16,13 @@ constexpr uint32_t kTileChunkBytes = kTileRows * kChunkColumns * 2;
 constexpr int32_t kWarps = kWarpgroupThreads / 32;  // of a warpgroup
 
 // Of a warpgroup.
+template <int kKinds>
 struct Barriers {
-  uint64_t loaded;     // the tile is in shared memory
-  uint64_t projected;  // parts of a projection have come
-  uint64_t mapped;     // coefficients have come
-  uint64_t summed;     // sums over rows have come
-  uint64_t free;       // the others no longer read what came with the last tile
+  uint64_t loaded;          // the tile is in shared memory
+  uint64_t projected;       // parts of a projection have come
+  uint64_t mapped[kKinds];  // coefficients have come
+  uint64_t summed;          // sums over rows have come
+  uint64_t free;            // the others no longer read what came with the last tile
 };
 
 }  // namespace aniso::sm90

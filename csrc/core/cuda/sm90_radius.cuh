@@ -92,11 +92,11 @@ __device__ __forceinline__ void fill(Coordinates<kColumns>& coordinates, const S
 }
 
 // Adds the bias to the coordinates of kGroups groups of a thread's columns, from `first` on, and maps their radii. column_of(group) is
-// where the group's pair lies in the share, which begins at `first_column` of the rank.
-template <int kGroups, typename S, int kColumns, int kOwnGroups, typename Column>
+// where the group's pair lies in the share, which begins at `first_column` of the rank. meanwhile() comes while cells are on their way.
+template <int kGroups, typename S, int kColumns, int kOwnGroups, typename Column, typename Meanwhile>
 __device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates, int32_t first_column,
                                           int32_t first, const Column& column_of, float (&own)[kOwnGroups][4],
-                                          BlockLookup (&lookups)[kGroups][2], float (&radii)[kGroups][2]) {
+                                          BlockLookup (&lookups)[kGroups][2], float (&radii)[kGroups][2], const Meanwhile& meanwhile) {
 #pragma unroll
   for (int32_t i = 0; i < kGroups; ++i) {
     const int32_t g = first + i, column = column_of(g);
@@ -110,6 +110,7 @@ __device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const Coord
       lookups[i][half] = look_up(cells, cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1]);
     }
   }
+  meanwhile();
   bool coarse = false;
 #pragma unroll
   for (int32_t i = 0; i < kGroups; ++i) {

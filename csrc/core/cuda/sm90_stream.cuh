@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
       for (int32_t first = 0; first < kGroups; first += kLookupGroups) {
         BlockLookup lookups[kLookupGroups][2];
         float radii[kLookupGroups][2];
-        map_radii<kLookupGroups>(in, coordinates, 0, first, column_of, own, lookups, radii);
+        map_radii<kLookupGroups>(in, coordinates, 0, first, column_of, own, lookups, radii, [] {});
 #pragma unroll
         for (int32_t i = 0; i < kLookupGroups; ++i) {
           const int32_t g = first + i, column = column_of(g);

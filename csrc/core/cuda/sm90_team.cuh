@@ -24,7 +24,7 @@ struct TeamShared {
   static constexpr uint32_t kVectorBytes = kChunks * kChunkColumns * uint32_t(sizeof(float));
   static constexpr uint32_t kFirstVector = kExchanges + kWarpgroups * Shares::kBytes;
   static constexpr uint32_t kBarriers = kFirstVector + kVectors * kVectorBytes;
-  static constexpr uint32_t kBasisLoaded = kBarriers + kWarpgroups * uint32_t(sizeof(Barriers));
+  static constexpr uint32_t kBasisLoaded = kBarriers + kWarpgroups * Shares::kBarrierBytes;
   static constexpr uint32_t kOther = kBasisLoaded + uint32_t(sizeof(uint64_t));  // what else a kernel keeps begins here
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
 };
@@ -73,10 +73,10 @@ struct Team {
         tile(int64_t(cluster_index()) * kWarpgroups + warpgroup),
         basis(narrow_operand(shared + Layout::kBasis, Layout::kPanelBytes)),
         exchange{shared + Layout::kExchanges + warpgroup * Shares::kBytes, shared + Layout::kTiles + warpgroup * Layout::kTileBytes,
-                 shared + Layout::kBarriers + warpgroup * uint32_t(sizeof(Barriers)), cluster_rank(),
+                 shared + Layout::kBarriers + warpgroup * Shares::kBarrierBytes, cluster_rank(),
                  int32_t(threadIdx.x) % kWarpgroupThreads, int32_t(threadIdx.x) % kWarpgroupThreads / 32, lane} {}
 
-  __device__ __forceinline__ uint32_t loaded() const { return exchange.barrier(offsetof(Barriers, loaded)); }
+  __device__ __forceinline__ uint32_t loaded() const { return exchange.loaded(); }
   __device__ __forceinline__ bool is_first() const { return tile < stride; }
 
   // For the next tile. What follows from these numbers is then made where it is used: kept over the tiles, it would push rows out of the
@@ -96,6 +96,7 @@ struct Team {
     const uint32_t basis_loaded = shared + Layout::kBasisLoaded;
     if (leader) {
       for (const uint32_t barrier : {loaded(), exchange.projected(), exchange.mapped(), exchange.summed()}) barrier_init(barrier, 1);
+      for (uint32_t kind = 1; kind < kKinds; ++kind) barrier_init(exchange.mapped(kind), 1);
       barrier_init(exchange.free(), (kCluster - 1) * kWarps);  // from every warp of the others
       if (warpgroup == 0) barrier_init(basis_loaded, 1);
       barrier_init_fence();
@@ -281,44 +282,54 @@ struct Team {
     }
   }
 
-  // w += Q k, one group of products for each chunk; rebuilt() waits for that of one. `own` are this block's share of the coefficients.
-  __device__ __forceinline__ void start_rebuild(float (&w)[kChunks][32], const uint32_t (&own)[kKinds][Shares::kOwnSteps][4]) const {
+  // w += Q k; `own` are this block's share of the coefficients. read() comes once k is in registers, body(c) once chunk c is there; kAhead
+  // chunks are multiplied meanwhile. A warp waits until the tensor cores take a product, so that few leave it time for body().
+  template <int kAhead, typename Read, typename Body>
+  __device__ __forceinline__ void rebuild_rows(float (&w)[kChunks][32], const uint32_t (&own)[Shares::kOwnSteps][4], uint32_t kind,
+                                               const Read& read, const Body& body) const {
     uint32_t k[kSteps][4];
-    exchange.all_coefficients(own, 0, k);
+    exchange.all_coefficients(own, k, kind);
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) pin(w[c]);
-    products_begin();
 #pragma unroll
-    for (int32_t c = 0; c < kChunks; ++c) {
+    for (int32_t c = 0; c < kAhead; ++c) {
+      if (c == 0 || kAhead < kChunks) products_begin();
       rebuild_chunk(w[c], c, k);
       products_commit();
     }
-  }
-
-  __device__ __forceinline__ void rebuilt(float (&w)[32], int32_t c) const {
-    products_wait(kChunks - 1 - c);
-    pin(w);
-  }
-
-  // body(c, Q k in the columns of chunk c); with two buffers, while the next chunk is multiplied.
-  template <int kBuffers, typename Body>
-  __device__ __forceinline__ void for_each_product(const uint32_t (&k)[kSteps][4], const Body& body) const {
-    float sums[kBuffers][32];
-    const auto start = [&](int32_t c) {
-#pragma unroll
-      for (int32_t i = 0; i < 32; ++i) sums[c % kBuffers][i] = 0.f;
-      pin(sums[c % kBuffers]);
-      products_begin();
-      rebuild_chunk(sums[c % kBuffers], c, k);
-      products_commit();
-    };
-    if (kBuffers == 2) start(0);
+    read();
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
-      if (c + kBuffers - 1 < kChunks) start(c + kBuffers - 1);
-      products_wait(kBuffers == 2 && c + 1 < kChunks ? 1 : 0);
-      pin(sums[c % kBuffers]);
-      body(c, sums[c % kBuffers]);
+      if (c + kAhead < kChunks) {
+        products_begin();
+        rebuild_chunk(w[c + kAhead], c + kAhead, k);
+        products_commit();
+      }
+      products_wait(c + kAhead < kChunks ? kAhead : kChunks - 1 - c);
+      pin(w[c]);
+      body(c);
+    }
+  }
+
+  // body(c, Q k in the columns of chunk c) while the next chunk is multiplied.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_product(const uint32_t (&k)[kSteps][4], const Body& body) const {
+    float sums[2][32];
+    const auto start = [&](int32_t c) {
+#pragma unroll
+      for (int32_t i = 0; i < 32; ++i) sums[c % 2][i] = 0.f;
+      pin(sums[c % 2]);
+      products_begin();
+      rebuild_chunk(sums[c % 2], c, k);
+      products_commit();
+    };
+    start(0);
+#pragma unroll
+    for (int32_t c = 0; c < kChunks; ++c) {
+      if (c + 1 < kChunks) start(c + 1);
+      products_wait(c + 1 < kChunks ? 1 : 0);
+      pin(sums[c % 2]);
+      body(c, sums[c % 2]);
     }
   }
 

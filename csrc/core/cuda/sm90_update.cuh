@@ -67,14 +67,14 @@ struct UpdateTeam : Team<S, Parts::kRounded, kCluster, kChunks, 1, kChunks <= 2 
 
   // k = c^ - Q^T step of this block's share, from its share of Q^T step.
   __device__ __forceinline__ void turned_coefficients(const PolarFours (&polar)[kTurnGroups], const float (&projected)[Shares::kOwnGroups][4],
-                                                      const Sm90Update<S>& in, uint32_t (&k)[1][Shares::kOwnSteps][4]) const {
+                                                      const Sm90Update<S>& in, uint32_t (&k)[Shares::kOwnSteps][4]) const {
 #pragma unroll
     for (int32_t g = 0; g < Shares::kOwnGroups; ++g) {
 #pragma unroll
       for (int32_t half = 0; half < 2; ++half) {
         const Turn<float> turn = turned(polar, g, half, in);
         const float a = in.project ? projected[g][2 * half] : 0.f, b = in.project ? projected[g][2 * half + 1] : 0.f;
-        k[0][g / 2][g % 2 * 2 + half] = pack<S>(fmaf(turn.radius, turn.cos, -a), fmaf(turn.radius, turn.sin, -b));
+        k[g / 2][g % 2 * 2 + half] = pack<S>(fmaf(turn.radius, turn.cos, -a), fmaf(turn.radius, turn.sin, -b));
       }
     }
   }
