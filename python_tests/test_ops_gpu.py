@@ -457,7 +457,7 @@ def test_a_bad_row_stays_in_its_row_at_tf32(kind, run):
     spoilt = ops.correct(y, frame_of(WIDE), backend=run.backend)
     good = [row for row in range(200) if row not in at]
     assert torch.equal(clean[good], spoilt[good])
-    on_hopper = run.backend == "cuda" and hopper.serves_tf32("cuda:0", torch.float32, WIDE.width, WIDE.rank)
+    on_hopper = run.backend == "cuda" and hopper.serves_correct("cuda:0", torch.float32, WIDE.width, WIDE.rank)
     if kind != "beyond fp16" or on_hopper:
         assert not spoilt[at].isfinite().all(dim=1).any()
 

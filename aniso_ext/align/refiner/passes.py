@@ -144,7 +144,7 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 def column_sums(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """rows.sum(dim=0, dtype=dtype), on CUDA as a product with ones: a reduction takes up to 130 MB of scratch memory."""
+    """rows.sum(dim=0, dtype=dtype), on CUDA as a product with ones: a reduction takes up to 130 MB of memory."""
     if not rows.is_cuda:
         return rows.sum(dim=0, dtype=dtype)
     if rows.dtype == dtype:

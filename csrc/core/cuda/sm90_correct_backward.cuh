@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     wait_phase(exchange.projected(), 0);
     if (team.leader) exchange.template expect_parts<true>();
     exchange.add_parts(own);
-    ask_for_cells(in, coordinates, int32_t(cluster_rank()) * Mates::Shares::kOwnColumns, [&](int32_t g) { return team.column_of(g); }, own,
-                  cells);
-    exchange.warp_is_done();  // with the parts, whose every number is in the address of a cell
+    const auto column_of = [&](int32_t g) { return team.column_of(g); };
+    const bool added = ask_for_cells(in, coordinates, int32_t(cluster_rank()) * Mates::Shares::kOwnColumns, column_of, own, cells);
+    if (added) exchange.warp_is_done();  // with the parts
 
     // ---- h
     team.forget_addresses();

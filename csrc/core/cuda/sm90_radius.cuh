@@ -37,10 +37,16 @@ __device__ __forceinline__ BlockLookup locate(float cell_scale, int32_t cell_cou
   return block;
 }
 
+__device__ __forceinline__ uint32_t load_cell(const uint32_t* cell) {
+  uint32_t value;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(cell));
+  return value;
+}
+
 __device__ __forceinline__ BlockLookup look_up(const uint32_t* cells, float cell_scale, int32_t cell_count, float a, float b) {
   int32_t cell;
   BlockLookup block = locate(cell_scale, cell_count, a, b, &cell);
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(block.cell) : "l"(cells + cell));
+  block.cell = load_cell(cells + cell);
   return block;
 }
 
@@ -134,10 +140,12 @@ __device__ __forceinline__ void map_radii(const Sm90Operands<S>& in, const Coord
 }
 
 // For gradients, which have other work while the cells come, in registers that lookups would take: add the bias to the coordinates and ask
-// for the cells, each one register.
+// for the cells, each one register. True, which is known only once every coordinate of the warp is: the loads of cells themselves may be
+// put off past what follows.
 template <typename S, int kColumns, int kOwnGroups, typename Column>
-__device__ __forceinline__ void ask_for_cells(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates, int32_t first_column,
+__device__ __forceinline__ bool ask_for_cells(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates, int32_t first_column,
                                               const Column& column_of, float (&own)[kOwnGroups][4], uint32_t (&cells)[kOwnGroups][2]) {
+  int32_t together = 0;
 #pragma unroll
   for (int32_t g = 0; g < kOwnGroups; ++g) {
     const int32_t column = column_of(g);
@@ -148,9 +156,13 @@ __device__ __forceinline__ void ask_for_cells(const Sm90Operands<S>& in, const C
     for (int32_t half = 0; half < 2; ++half) {
       own[g][2 * half] += turned_bias.x;
       own[g][2 * half + 1] += turned_bias.y;
-      cells[g][half] = look_up(of_block, cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1]).cell;
+      int32_t cell;
+      locate(cell_scale, in.cell_count, own[g][2 * half], own[g][2 * half + 1], &cell);
+      cells[g][half] = load_cell(of_block + cell);
+      together |= cell;
     }
   }
+  return __all_sync(0xffffffffu, together >= 0);
 }
 
 // The rest once the cells are there: body(group, half, polar form, mapped radius) for every block. The slope is that of the cell, which is
