@@ -39,9 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines(folder / "train.jsonl", [{"id": str(row), "caption": COLOURS[row % 4]} for row in range(48)])
     asked = {"kind": "attribute", "attribute": "colour", "question": "Describe the image."}
     for name, ids in (("questions", range(48, 64)), ("validation", range(8))):
-        lines(
-            folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids]
-        )
+        lines(folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids])
     source, target = np.load(folder / "text.npy"), np.load(folder / "image.npy")
     EncoderRecord("toy", "toy", None, None, WIDTH, True, (8, 8), "none").write(folder)
     aniso.make_aligner("mean_shift").fit(source, target).save_pretrained(folder / "aligner")

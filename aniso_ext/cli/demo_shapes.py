@@ -35,6 +35,7 @@ docs/shapes.md."""
 _MOST_JOBS = 8
 _PARTS = ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
 
+
 def default_jobs() -> int:
     """A language model for each core, within reason."""
     return min(_MOST_JOBS, len(os.sched_getaffinity(0)))
@@ -267,9 +268,7 @@ def _ladder(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
                 _ladder_data(demo),
                 arms,
                 output=demo.folder / "ladder",
-                model=LadderModel(
-                    size="tiny", vocab_size=600, initializer_range=0.08, projector_gain=_PROJECTOR_GAIN
-                ),
+                model=LadderModel(size="tiny", vocab_size=600, initializer_range=0.08, projector_gain=_PROJECTOR_GAIN),
                 options=options,
                 seeds=range(demo.seeds),
                 tuning_seeds=1,

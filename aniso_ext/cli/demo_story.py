@@ -58,9 +58,12 @@ def _sentences(judged: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
         line = f"{name}: better than {own[0]['over']} by more than the spread over {seeds} seeds: {told}"
         if others:
             line += "; not: " + ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in others)
-        lines.append(line if seeds > 1 else f"{name}: one seed, no spread; " + ", ".join(
-            f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own
-        ))
+        lines.append(
+            line
+            if seeds > 1
+            else f"{name}: one seed, no spread; "
+            + ", ".join(f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own)
+        )
     return lines
 
 
