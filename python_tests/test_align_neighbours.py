@@ -13,7 +13,7 @@ from aniso_ext.align.neighbours import NeighbourMean
 from aniso_ext.errors import InputError
 from aniso_ext.mllm import Correction
 from aniso_ext.mllm.arms import choose_arms
-from aniso_ext.mllm.arms.ladder import _strangers
+from aniso_ext.mllm.arms.ladder import strangers
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -124,6 +124,14 @@ def test_arms_with_neighbours_stand_beside_identity() -> None:
         ("anisoalign-tuned", 0),
         ("images", 0),
     ]
+    named = choose_arms(["identity-neighbours", "realign", "realign-neighbours"])
+    assert [(arm.name, arm.neighbours) for arm in named] == [
+        ("identity-neighbours", 5),
+        ("realign", 0),
+        ("realign-neighbours", 5),
+    ]
+    with pytest.raises(InputError, match="unknown arm 'anisoalign-tuned-neighbours'"):
+        choose_arms(["anisoalign-tuned-neighbours"])
     levels = choose_arms(["identity"], noise="each", neighbours=5)
     assert [arm.noise_std for arm in levels if arm.tuned == "identity-neighbours"] == [0.0, 0.02, 0.04, 0.06]
 
@@ -133,7 +141,7 @@ def test_no_row_finds_its_own_target_or_a_copy_of_it() -> None:
     distinct = random.standard_normal((60, 4)).astype(np.float32)
     target = distinct[random.integers(0, 60, 200)]
     seen = np.zeros(200, dtype=int)
-    for own, others in _strangers(target, None):
+    for own, others in strangers(target, None):
         seen[own] += 1
         assert not {row.tobytes() for row in target[own]} & {row.tobytes() for row in others}
         assert len(others) > 40

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.arms import Arm, Ladder, LadderData
 
 FOLDER = Path("demo_output")
-ARMS_SHOWN = ("blind", "identity", "noise", "mean_shift", "realign", "initialisation", "anisoalign", "images")
+ARMS_SHOWN = (
+    "blind",
+    "identity",
+    "identity-neighbours",
+    "noise",
+    "mean_shift",
+    "realign",
+    "initialisation",
+    "anisoalign",
+    "anisoalign-neighbours",
+    "images",
+)
 ATTRIBUTES = ("background", "count", "colour", "size", "texture")
 """What the pictures' embeddings show; shapes and directions are too fine for so small an encoder."""
 KINDS = ("caption", "attribute", "multiple_choice")
@@ -233,9 +244,10 @@ def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[s
                 aligner.set_params(**{name: value for name, value in given.items() if name in known})
                 aligner.fit(world / "train_text" / "text_emb", world / "train_image" / "img_emb")
                 aligner.save_pretrained(demo.folder / "ladder" / "aligners" / key)
-                place = demo.folder / "stand_ins" / arm.name
+                name = arm.name.removesuffix("-neighbours")
+                place = demo.folder / "stand_ins" / name
                 convert_embeddings(aligner, test / "text_emb", place)
-                rows.append(judge(arm.name, test / "text_emb", test / "img_emb", place, k=20, seed=demo.seed))
+                rows.append(judge(name, test / "text_emb", test / "img_emb", place, k=20, seed=demo.seed))
         console.print(alignment_table(rows))
     return rows
 
@@ -307,4 +319,5 @@ def _ladder_data(demo: ShapesDemo) -> LadderData:
         test_ids=str(test / "captions.jsonl"),
         questions=str(own / "questions.jsonl"),
         validation_questions=str(own / "validation.jsonl"),
+        unpaired=str(demo.folder / "world" / "train_image" / "img_emb"),
     )

@@ -27,6 +27,8 @@ _MEANING = {
     "realign": "moved, scaled and moved again",
     "initialisation": "AnisoAlign's closed form",
     "anisoalign": "AnisoAlign with its two trained stages",
+    "identity-neighbours": "trained on the mean of the five pictures' embeddings, of other scenes, nearest to the text's",
+    "anisoalign-neighbours": "the same of AnisoAlign's stand-in",
     "images": "the bound: trained on embeddings of pictures, which the others never see",
 }
 

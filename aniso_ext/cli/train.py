@@ -63,14 +63,7 @@ def train(
         ),
     ] = "auto",
     neighbours: Annotated[
-        int,
-        typer.Option(
-            "--neighbours",
-            min=0,
-            metavar="K",
-            help="The mean of the K rows of --target-embeddings near each stand-in takes its place.",
-            show_default="none",
-        ),
+        int, typer.Option("--neighbours", min=0, metavar="K", help="Stand-ins: the mean of K target rows near each.")
     ] = 0,
     train_refiner: Annotated[
         bool, typer.Option("--train-refiner", help="Let the loss tune the aligner's refiner, within its bounds.")

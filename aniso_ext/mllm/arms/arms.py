@@ -50,6 +50,7 @@ _METHOD_NOISE = (0.02, 0.04, 0.06)
 """Levels on stand-ins of a method, beside none: what is left to blur is less than that of the source itself."""
 _RESIDUAL_NOISE = (0.01, 0.02, 0.03, 0.04)
 """The residual of fashion44k itself has .028 in each coordinate."""
+_NEAR, _NEIGHBOURS = "-neighbours", 5
 
 ARMS = {
     arm.name: arm
@@ -74,7 +75,8 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None, neighb
     """Arms by name, in the order of :data:`ARMS`; ``noise`` is all of its levels. None is every arm.
 
     Args:
-        names: of arms, or ``all`` among them.
+        names: of arms, or ``all`` among them; with ``-neighbours`` behind it, the arm has the mean of five target rows
+            near each stand-in in its place.
         noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one;
             ``residual`` gives it levels in the shape of its unpaired residual, where it has no noise of its own.
         neighbours: above 0, so many target rows near each stand-in take the place of those of identity and of every
@@ -94,21 +96,25 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None, neighb
             f"neighbours must be 0 or more, and take the residual's place: got {neighbours} with noise={noise!r}"
         )
     known = {*ARMS, *(arm.tuned for arm in ARMS.values() if arm.tuned)}
+    known |= {f"{arm.name}{_NEAR}" for arm in ARMS.values() if _may_have_neighbours(arm)}
     wanted = {"all"} if names is None else set(names)
     if unknown := sorted(wanted - known - {"all"}):
         raise InputError(f"unknown arm {unknown[0]!r}: choose of all, {', '.join(sorted(known))}")
-    chosen = [arm for arm in ARMS.values() if {"all", arm.name, arm.tuned} & wanted]
-    chosen = [other for arm in chosen for other in _with_neighbours(arm, neighbours)]
+    chosen = []
+    for arm in ARMS.values():
+        plain, near = {"all", arm.name, arm.tuned} & wanted, f"{arm.name}{_NEAR}" in wanted
+        replaced = plain and neighbours and _may_have_neighbours(arm)
+        if plain and (arm.method is None or not replaced):
+            chosen.append(arm)
+        if near or replaced:
+            chosen.append(replace(arm, name=f"{arm.name}{_NEAR}", neighbours=neighbours or _NEIGHBOURS))
     levels = {None: lambda arm: [arm], "each": _levels, "residual": _residual_levels}[noise]
     return [level for arm in chosen for level in levels(arm)]
 
 
-def _with_neighbours(arm: Arm, count: int) -> list[Arm]:
-    """An arm whose stand-ins are neighbours, beside identity; as it is where it has noise or trains its refiner."""
-    if not count or arm.rows != "source" or arm.noise_std or arm.train_refiner or _own_noise(arm) is not None:
-        return [arm]
-    twin = replace(arm, name=f"{arm.name}-neighbours", neighbours=count)
-    return [twin] if arm.method else [arm, twin]
+def _may_have_neighbours(arm: Arm) -> bool:
+    """Stand-ins of a source that have no noise of their own, and no refiner that waits for a gradient."""
+    return arm.rows == "source" and not arm.noise_std and not arm.train_refiner and _own_noise(arm) is None
 
 
 def _levels(arm: Arm) -> list[Arm]:
@@ -128,7 +134,7 @@ def _levels(arm: Arm) -> list[Arm]:
 
 def _residual_levels(arm: Arm) -> list[Arm]:
     """An arm with a method and no noise of its own at levels of residual noise, reported as one; others as they are."""
-    if arm.method is None or _own_noise(arm) is not None:
+    if arm.method is None or arm.neighbours or _own_noise(arm) is not None:
         return [arm]
     group = f"{arm.name}-residual"
     return [

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.library import transformers
     from aniso_ext.mllm.model import AnisoMLLMForCausalLM
 
-ALIGNERS, TOKENIZER, SAMPLES = "aligners", "tokenizer", "samples"
+ALIGNERS, NEIGHBOURS, TOKENIZER, SAMPLES = "aligners", "neighbours", "tokenizer", "samples"
 Progress = Callable[[int, int, str], None]
 
 
@@ -38,8 +38,8 @@ class LadderData:
         ids: file with the ids of those rows, see :func:`aniso_ext.mllm.open_index`.
         conversations: what the model is trained on, see :func:`aniso_ext.mllm.data.read_conversations`.
         test, test_ids, questions: target embeddings of other things, their ids, and what is asked of them.
-        unpaired: target embeddings of other things than the rows, among which stand-ins find their neighbours. None: they
-            find them among the target rows, each in the half that does not hold its own.
+        unpaired: target embeddings of other things than the rows, among which stand-ins find their neighbours; None:
+            the target rows, for each stand-in the half of them that does not hold its own.
         validation_questions: the same of the training split, kept from ``conversations``; they choose among arms that
             are reported as one. Their ids are in ``ids``, their embeddings in ``target``.
     """
@@ -263,7 +263,7 @@ def _find_neighbours(job: _Job) -> None:
     standins = standins if aligner is None else aligner.transform(standins)
     centre = standins.mean(dim=0, dtype=torch.float64)
     found = torch.empty_like(standins)
-    for rows, others in _strangers(target, job.data.unpaired):
+    for rows, others in strangers(target, job.data.unpaired):
         mean = NeighbourMean(torch.from_numpy(others), centre, count=job.arm.neighbours)
         found[rows] = mean(standins[rows])
     _neighbours(job).parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def _find_neighbours(job: _Job) -> None:
         np.save(file, found.numpy())
 
 
-def _strangers(target: np.ndarray, unpaired: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def strangers(target: np.ndarray, unpaired: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions of the training split, and target rows none of which is, or equals, the target of one of them."""
     if unpaired is not None:
         yield np.arange(len(target)), np.asarray(open_embeddings(unpaired).numpy(), dtype=np.float32)
@@ -377,4 +377,4 @@ def _shape(job: _Job) -> Path:
 
 
 def _neighbours(job: _Job) -> Path:
-    return Path(job.folder) / ALIGNERS / f"{job.arm.aligner or FLOOR}.neighbours-{job.arm.neighbours}.npy"
+    return Path(job.folder) / NEIGHBOURS / f"{job.arm.aligner or FLOOR}-{job.arm.neighbours}.npy"
