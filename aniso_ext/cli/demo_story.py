@@ -27,7 +27,7 @@ _MEANING = {
     "realign": "moved, scaled and moved again",
     "initialisation": "AnisoAlign's closed form",
     "anisoalign": "AnisoAlign with its two trained stages",
-    "identity-neighbours": "trained on the mean of the five pictures' embeddings, of other scenes, nearest to the text's",
+    "identity-neighbours": "trained on the mean of the five embeddings of other pictures that are nearest to the text",
     "anisoalign-neighbours": "the same of AnisoAlign's stand-in",
     "images": "the bound: trained on embeddings of pictures, which the others never see",
 }
