@@ -100,11 +100,11 @@ def shapes_demo(demo: ShapesDemo) -> Result:
     started = time.perf_counter()
     _make_room(demo.folder)
     console = output()
-    with _one_thread():
-        world = _build(demo, console)
+    with one_thread():
+        world = build(demo, console)
         gap = _gap(demo, console)
-        methods = _fit(demo, arms, console)
-        ladder = _ladder(demo, arms, console)
+        methods = fit(demo, arms, console)
+        ladder = train_arms(demo, arms, console)
     judged = verdicts(ladder)
     data = {
         "command": "demo",
@@ -128,7 +128,7 @@ def shapes_demo(demo: ShapesDemo) -> Result:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Products this small gain little from a second thread, and on busy cores the two spend minutes on waiting."""
     import torch
 
@@ -162,7 +162,7 @@ def _timed(console: Console, number: int, title: str) -> Iterator[None]:
     say(console, f"      {time.perf_counter() - started:.0f} s\n")
 
 
-def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
+def build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
     """World and encoder, and the pictures of the training scenes, which only validation and the bound read."""
     import numpy as np
 
@@ -224,7 +224,7 @@ def _gap(demo: ShapesDemo, console: Console) -> dict[str, Any]:
     return dict(report.to_dict())
 
 
-def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[str, Any]]:
+def fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[str, Any]]:
     """Fit each method of the arms on texts and on pictures of other scenes; convert and judge the test texts."""
     from aniso_ext.align import make_aligner
     from aniso_ext.convert import convert_embeddings
@@ -252,7 +252,7 @@ def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[s
     return rows
 
 
-def _ladder(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
+def train_arms(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
     from aniso_ext.mllm import TrainOptions
     from aniso_ext.mllm.arms import LadderModel, run_ladder
 
