@@ -273,8 +273,11 @@ def train_arms(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladde
     count = len(arms) + (demo.seeds - 1) * len({arm.tuned or arm.name for arm in arms})
     title = f"Language models: {count} runs of the same small Llama, each from random weights, {demo.jobs} at a time"
     with _timed(console, 4, title):
-        say(console, "      each learns captions and answers, with a token for the embedding of a text; only those of")
-        say(console, "      the arm images learn from pictures; all are judged on embeddings of pictures")
+        say(
+            console,
+            "      each learns captions and answers, with a token for the embedding of a text; only the arm images",
+        )
+        say(console, "      learns from pictures of the same scenes; all are judged on embeddings of pictures")
         with progress_bar("language models") as update:
             return run_ladder(
                 _ladder_data(demo),
