@@ -1,6 +1,6 @@
 """Random conversions compared with NumPy in float64, row for row; prints what was covered, ends with 1 if any differs.
 
-python benchmarks/fuzz_convert.py --count 10000 --seed 0
+    python benchmarks/fuzz_convert.py --count 10000 --seed 0
 """
 
 from __future__ import annotations

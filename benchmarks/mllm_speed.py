@@ -103,7 +103,9 @@ class World:
 
     def model(self, repeated: int = 1) -> AnisoMLLMForCausalLM:
         model = small_language_model(vocab_size=self.sizes.vocabulary, size=self.sizes.size)
-        made = AnisoMLLMForCausalLM.from_language_model(model, self.tokenizer, embedding_width=self.sizes.width)
+        made = AnisoMLLMForCausalLM.from_language_model(
+            model, self.tokenizer, embedding_width=self.sizes.width
+        )
         if repeated > 1:
             made.projector, made.config.visual_tokens = Repeated(made.projector, repeated), repeated
         made.set_correction(Correction(self.aligner))

@@ -67,7 +67,7 @@ class Count(TorchDispatchMode):
     def _add(self, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
         self.sums["kernels"] += 1
         if name in ("mm", "addmm", "addmm_"):
-            left, right = args[:2] if name == "mm" else args[1:3]
+            left, right = (args[:2] if name == "mm" else args[1:3])
             kind = "narrow flops" if left.dtype in (torch.float16, torch.bfloat16) else "wide flops"
             self.sums[kind] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
             return
@@ -155,13 +155,8 @@ def main() -> int:
             count = counted(ready, batch, variant)
             lines.append(line(batch, variant, count.sums, count.peak))
         for found in lines[-3:]:
-            print(
-                " ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in found.items()
-                ),
-                flush=True,
-            )
+            print(" ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                           for key, value in found.items()), flush=True)
         write_table(arguments.out, {**facts(device), "counted for": "D 1280, R 128"}, lines)
     print(arguments.out)
     return 0

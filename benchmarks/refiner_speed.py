@@ -211,7 +211,9 @@ def time_steps(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
             yield from lines
 
 
-def time_batch(ready: Fitted, batch: int, precision: str, device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+def time_batch(
+    ready: Fitted, batch: int, precision: str, device: torch.device, sizes: Sizes
+) -> list[dict[str, Any]]:
     """Every variant of a step at one size of batch."""
     shared = {"rows": batch, "D": ready.frame.width, "R": ready.frame.rank, "precision": precision}
     options = TrainingOptions(batch_rows=batch, autocast=precision != "float32")
@@ -378,11 +380,8 @@ def main() -> int:
             write_table(out, header, measured)
             ratio = "" if line["over_ours"] is None else f", {line['over_ours']:.2f} x ours"
             memory = "" if line["peak_mb"] is None else f", {line['peak_mb']:.0f} MB"
-            print(
-                f"{part:10s} {line['variant']:40s} {line['rows']:8d} rows {line['precision']:18s} "
-                f"{1e3 * line['seconds']:10.3f} ms{ratio}{memory} {line['note']}",
-                flush=True,
-            )
+            print(f"{part:10s} {line['variant']:40s} {line['rows']:8d} rows {line['precision']:18s} "
+                  f"{1e3 * line['seconds']:10.3f} ms{ratio}{memory} {line['note']}", flush=True)
     print(out)
     return 0
 

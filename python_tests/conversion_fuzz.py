@@ -268,3 +268,4 @@ def _compare(
         wanted = pa.table(columns_of(case, number)).take(kept)
         assert table.column_names == ["id", "embedding", "caption", "tags"], f"{case}: {table.column_names}"
         assert table.drop_columns(["embedding"]).equals(wanted), f"{case}: other columns of {name.name} differ"
+

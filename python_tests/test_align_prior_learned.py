@@ -142,7 +142,9 @@ def test_comparison_is_the_difference_of_moments_and_its_noise_is_calibrated() -
     pairs = [np.mean(part[:, :, None] * part[:, None].conj(), axis=0)[np.triu_indices(4, 1)] for part in unit]
     assert compared.coupling_max == pytest.approx(np.abs(pairs[0] - pairs[1]).max(), rel=1e-12)
     # rms over 200 pairs of samples against the stated noise: 200 * 4 independent terms, so 5 deviations are 18 %
-    rms = [compare_phases(known_phases(500, seed=seed), known_phases(500, seed=seed + 1000)) for seed in range(200)]
+    rms = [
+        compare_phases(known_phases(500, seed=seed), known_phases(500, seed=seed + 1000)) for seed in range(200)
+    ]
     measured = math.sqrt(np.mean([item.resultant_rms**2 for item in rms]))
     assert measured == pytest.approx(np.mean([item.resultant_noise for item in rms]), rel=0.18)
 
@@ -159,7 +161,8 @@ def test_the_graph_of_planted_couplings_is_recovered() -> None:
     for a, b in order.reshape(12, 2):
         theta[:, b] = theta[:, a] + rng.uniform(-3, 3) + rng.vonmises(0, 2, 3000)
     found = {
-        tuple(edge) for edge in PhaseGraph.from_moments(PhaseMoments(24).update(theta), torch.ones(24)).edges.tolist()
+        tuple(edge)
+        for edge in PhaseGraph.from_moments(PhaseMoments(24).update(theta), torch.ones(24)).edges.tolist()
     }
     assert found == planted
 

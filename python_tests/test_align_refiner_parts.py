@@ -434,7 +434,9 @@ def test_complement_objective_is_its_formula(literal: bool) -> None:
     move = deltas[:, RANK:].numpy()
     bounded = 0.05 * np.tanh(move @ outside if literal else move)
     v = v0 + (bounded if literal else bounded @ outside)
-    distances = [np.mean((np.sort(v @ w) - np.sort((target.numpy() @ outside) @ w)) ** 2) for w in directions.numpy().T]
+    distances = [
+        np.mean((np.sort(v @ w) - np.sort((target.numpy() @ outside) @ w)) ** 2) for w in directions.numpy().T
+    ]
     expected = ((WIDTH - RANK) * np.mean(distances) + 0.1 * np.mean((bounded**2).sum(axis=1))) / 0.7
     assert float(complement_objective(update, target, directions, 0.7)) == pytest.approx(expected, rel=1e-12)
 

@@ -199,7 +199,9 @@ def test_a_broken_run_ends_as_an_unbroken_one_to_the_bit(tmp_path: Path) -> None
     first = train(whole, denoise, rows, options, name="demo", log=TrainingLog(tmp_path / "whole"))
     checkpoint, log = tmp_path / "state.pt", TrainingLog(tmp_path / "broken")
     with pytest.raises(Stop):
-        train(Denoiser(), denoise, rows, options, name="demo", log=log, checkpoint=checkpoint, progress=stop_at(40))
+        train(
+            Denoiser(), denoise, rows, options, name="demo", log=log, checkpoint=checkpoint, progress=stop_at(40)
+        )
     with (tmp_path / "broken" / "demo.jsonl").open("a") as file:
         file.write('{"step": 39, "spl')  # a line that was being written
     resumed = Denoiser()
@@ -323,7 +325,9 @@ def test_tensorboard_gets_every_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def _worker(rank: int, processes: int, folder: str, batch_rows: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
+    )
     module = Denoiser()
     if rank == 1:
         with torch.no_grad():

@@ -207,7 +207,9 @@ class Cuda:
         )
 
     def run(self, *, graphs: bool) -> tuple[torch.Tensor, list[float], bool]:
-        run = loop.TrainingRun(Denoiser().cuda(), denoise, self.rows, self.options, "demo", denoise, {}, None, None)
+        run = loop.TrainingRun(
+            Denoiser().cuda(), denoise, self.rows, self.options, "demo", denoise, {}, None, None
+        )
         if not graphs:
             run.runner.recorder = None
         losses = []

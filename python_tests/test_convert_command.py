@@ -50,7 +50,9 @@ def test_workers_of_a_corpus_conversion(files: list[str], tmp_path: Path) -> Non
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_the_environment_decides_the_worker(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_decides_the_worker(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     shown = run(files).stdout

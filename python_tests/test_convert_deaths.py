@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("calibration", ["fitted", "corpus"])
 def test_death_at_any_durable_step_ends_in_the_same_bytes(tmp_path: Path, calibration: str) -> None:
     make_input(tmp_path / "in")
-    convert_embeddings(SummingAffine(), tmp_path / "in", tmp_path / "whole", batch_rows=4, calibration=calibration)
+    convert_embeddings(
+        SummingAffine(), tmp_path / "in", tmp_path / "whole", batch_rows=4, calibration=calibration
+    )
     (tmp_path / "runs").mkdir()
     folders = [str(tmp_path / name) for name in ("in", "whole", "runs")]
     done = subprocess.run(

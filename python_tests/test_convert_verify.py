@@ -32,7 +32,9 @@ def patch_manifest(folder: Path, shard: str, **entries: Any) -> None:
 @pytest.mark.parametrize("rows", ["all", "sample"])
 @pytest.mark.parametrize("calibration", ["fitted", "corpus"])
 @pytest.mark.parametrize("suffix, dtype", [(".npy", "float16"), (".parquet", "float32"), (".safetensors", "bfloat16")])
-def test_what_was_converted_is_verified(tmp_path: Path, suffix: str, dtype: str, calibration: str, rows: str) -> None:
+def test_what_was_converted_is_verified(
+    tmp_path: Path, suffix: str, dtype: str, calibration: str, rows: str
+) -> None:
     make_input(tmp_path / "in", suffix, dtype)
     options = {"batch_rows": 4, "calibration": calibration}
     for aligner in (Affine(), SummingAffine()):

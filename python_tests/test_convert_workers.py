@@ -32,9 +32,8 @@ def test_bytes_do_not_depend_on_the_workers_or_their_order(tmp_path: Path, world
     want = contents(tmp_path / "whole")
     for number, order in enumerate(itertools.islice(itertools.permutations(range(world)), 12)):
         output = tmp_path / f"out_{number}"
-        missing = [
-            convert(tmp_path / "in", output, (rank, world), calibration=calibration).missing_shards for rank in order
-        ]
+        missing = [convert(tmp_path / "in", output, (rank, world), calibration=calibration).missing_shards
+                   for rank in order]
         assert missing == sorted(missing, reverse=True)
         assert missing[-1] == 0
         assert contents(output) == want

@@ -18,7 +18,9 @@ def test_the_small_benchmark_writes_its_table(tmp_path: Path) -> None:
     out = tmp_path / "speed.csv"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     program = [sys.executable, str(REPOSITORY / "benchmarks" / "mllm_speed.py"), "--small", "--device", "cpu"]
-    done = subprocess.run([*program, "--out", str(out)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [*program, "--out", str(out)], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     header, rows = read_table(out)
     assert header["model"] == "tiny"

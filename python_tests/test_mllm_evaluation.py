@@ -126,7 +126,9 @@ def test_answers_and_likelihoods_follow_the_embedding(trained: tuple[AnisoMLLMFo
         generate_answers(model, tokenizer, rows, prompts[:3])
 
 
-def test_an_evaluation_scores_and_keeps_every_answer(trained: tuple[AnisoMLLMForCausalLM, Any], tmp_path: Path) -> None:
+def test_an_evaluation_scores_and_keeps_every_answer(
+    trained: tuple[AnisoMLLMForCausalLM, Any], tmp_path: Path
+) -> None:
     model, tokenizer = trained
     asked = "What colour is it?"
     questions = [

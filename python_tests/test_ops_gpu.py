@@ -396,7 +396,7 @@ def test_autocast_and_the_default_dtype_change_nothing(run):
 
 @runs(ON_GPU, ["float32"])
 def test_the_precision_of_products_is_followed_at_every_call(run):
-    """ "high" then "highest" on one frame: constants that are kept must not keep the precision."""
+    """"high" then "highest" on one frame: constants that are kept must not keep the precision."""
     y, frame = run.rows(WIDE, 300), frame_of(WIDE)
     exact = reference("correct", y.double())
     plain = ops.correct(y, frame, backend=run.backend)

@@ -150,3 +150,4 @@ def test_the_ranking_follows_the_measurements(operation, dtype, complement, grad
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     order = backends.ranking(torch.device("cuda", 0), operation, dtype, 1280, 128, complement, gradient)
     assert order[0] == first and set(order) == {"cuda", "triton", "reference"} and order[-1] == "reference"
+

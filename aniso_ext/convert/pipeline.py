@@ -136,7 +136,9 @@ def _never() -> bool:
     return False
 
 
-def _report(run: _Run, header: dict[str, Any], lines: dict[int, dict[str, Any]], seconds: float) -> ConversionReport:
+def _report(
+    run: _Run, header: dict[str, Any], lines: dict[int, dict[str, Any]], seconds: float
+) -> ConversionReport:
     plan = run.conversion.plan
     indices = {plan.targets[index].shard.name: line["bad_rows"] for index, line in lines.items() if line["bad_rows"]}
     return ConversionReport(

@@ -135,7 +135,9 @@ def verify_conversion(
             raise unusable(plan.manifest, reason, "convert again with on_existing='overwrite'")
         check.execute(calibrated, [(plan.targets[index], lines[index]) for index in own])
     finished = sum(lines[index]["rows"] for index in own)
-    return VerificationReport(len(own), finished, check.checked, time.perf_counter() - started, str(plan.manifest))
+    return VerificationReport(
+        len(own), finished, check.checked, time.perf_counter() - started, str(plan.manifest)
+    )
 
 
 def _check_stop(stop: Callable[[], bool] | None) -> None:

@@ -65,7 +65,9 @@ class OptimiserStep:
         self._autocast = autocast and self.device.type == "cuda"
         self._gather = gather
 
-    def __call__(self, batch: Any, generator: torch.Generator, rate: Number, weight: Number) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, batch: Any, generator: torch.Generator, rate: Number, weight: Number
+    ) -> dict[str, torch.Tensor]:
         """The loss of the step and its parts; ``rate`` is that of AdamW, ``weight`` that of the new average."""
         self.forget_gradients()
         for group in self.optimizer.param_groups:

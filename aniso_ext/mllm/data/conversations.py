@@ -66,7 +66,7 @@ def _records(source: Any) -> Iterator[tuple[str, Any]]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not JSON ({error}): JSON lines have the suffix .jsonl") from None
     if not isinstance(listed, list):
-        raise DataError(f'{path} is not a list of conversations: write [{{"id": ..., ...}}, ...]')
+        raise DataError(f"{path} is not a list of conversations: write [{{\"id\": ..., ...}}, ...]")
     yield from _listed(listed, str(path))
 
 
@@ -90,7 +90,7 @@ def _conversation(record: Any, place: str) -> Conversation:
 
 def _messages(turns: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(turns, list) or not turns:
-        raise DataError(f'{where} has no turns: write "conversations": [...] or "caption": "..."')
+        raise DataError(f"{where} has no turns: write \"conversations\": [...] or \"caption\": \"...\"")
     messages = []
     for number, turn in enumerate(turns, 1):
         role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, Mapping) else None

@@ -25,5 +25,5 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise DataError(f"{path}: line {number} is not JSON ({error}): mend or remove it") from None
             if not isinstance(value, dict):
-                raise DataError(f'{path}: line {number} is not an object: write {{"id": ..., ...}}')
+                raise DataError(f"{path}: line {number} is not an object: write {{\"id\": ..., ...}}")
             yield number, value

@@ -101,7 +101,7 @@ def prepare_samples(
         if row < 0:
             raise DataError(
                 f"{name} has no embedding: {index.name} has no id {conversation.embedding!r} among its {len(index):,}; "
-                'embed it, name its embedding with "embedding", or remove the sample'
+                "embed it, name its embedding with \"embedding\", or remove the sample"
             )
         ids, mask = _encode(tokenizer, conversation, image_token_id, visual_tokens)
         if len(ids) > max_length:

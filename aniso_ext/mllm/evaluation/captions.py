@@ -111,7 +111,9 @@ def _check(candidates: Sequence[object], references: Sequence[Sequence[object]])
 
 
 def _grams(text: Sequence[str]) -> Grams:
-    return Counter(tuple(text[start : start + n]) for n in range(1, _LONGEST + 1) for start in range(len(text) - n + 1))
+    return Counter(
+        tuple(text[start : start + n]) for n in range(1, _LONGEST + 1) for start in range(len(text) - n + 1)
+    )
 
 
 class _Weighted:

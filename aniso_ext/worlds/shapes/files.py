@@ -141,7 +141,9 @@ def _write_split(folder: Path, world: ShapesWorld, scenes: Sequence[Scene], rows
     _write_lines(folder / "captions.jsonl", lines)
 
 
-def _conversations(world: ShapesWorld, scenes: Sequence[Scene], options: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _conversations(
+    world: ShapesWorld, scenes: Sequence[Scene], options: Mapping[str, Any]
+) -> Iterable[dict[str, Any]]:
     for scene in scenes:
         asked = world.questions(scene, **options)
         pairs = [(CAPTION_PROMPT, world.captions(scene)[0])]
