@@ -14,6 +14,8 @@ Networks of two hidden layers check what holds for a reader that is not linear. 
 - ``spectrum``: energy of the error along eigenvectors of the target's covariance, and its share between classes.
 - ``noise``: covariances of the noise, among them the residual as estimated without pairs.
 - ``defaults``: rank, mixing and complement of the closed form under both kinds of noise.
+- ``neighbours``: the mean of target rows near a stand-in in its place, its own target and copies of it left out; and
+  stand-ins drawn towards their mean by what the unpaired residual says of them (Wiener).
 
 A level of noise is chosen by the attributes of 2 000 kept training rows, as in the ladder. Nothing of the test rows
 chooses anything.
@@ -31,6 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from ladder_neighbours import COUNTS, NETWORK_COUNTS, mean_of_strangers, shrunken
 from ladder_readers import LinearReader, Moments, Problem, accuracy_of_network, load_problem, unit
 from rich.console import Console
 
@@ -248,6 +251,16 @@ def linear_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) ->
         shapes = noise_shapes(own, problem)
         for kind in ("isotropic", "unpaired residual"):
             yield from lines("defaults", "initialisation", f"{name}, {kind}", measured(problem, own, shapes[kind]))
+    for arm in ("identity", "realign", "anisoalign"):
+        for count in COUNTS:
+            own = mean_of_strangers(arms[arm], problem, count)
+            yield from lines("neighbours", arm, f"mean of {count}", measured(problem, own, isotropic))
+        residual = noise_shapes(arms[arm], problem)
+        for kind in ("unpaired residual", "paired residual (oracle)"):
+            own, rest = shrunken(arms[arm], problem, paired=kind.endswith("(oracle)"))
+            values = measured(problem, own, to_shape(rest))
+            yield from lines("neighbours", arm, f"Wiener by {kind}, noise of what is left", values)
+            yield from lines("neighbours", arm, f"Wiener by {kind}, its noise", measured(problem, own, residual[kind]))
 
 
 def candidates() -> dict[str, dict[str, Any]]:
@@ -266,21 +279,27 @@ def network_lines(problem: Problem, arms: dict[str, torch.Tensor], seeds: int) -
     """Networks of several seeds on arms with isotropic noise, and with the unpaired residual."""
     for arm in NETWORK_ARMS:
         rows = arms[arm]
-        shapes = {"isotropic": torch.eye(rows.shape[1])}
+        round_shape = torch.eye(rows.shape[1])
+        given = {"isotropic": (rows, round_shape)}
         if arm not in ("identity", "images"):
-            shapes["unpaired residual"] = noise_shapes(rows, problem)["unpaired residual"]
-        for name, shape in shapes.items():
+            given["unpaired residual"] = (rows, noise_shapes(rows, problem)["unpaired residual"])
+        if arm != "images":
+            given |= {
+                f"mean of {count}": (mean_of_strangers(rows, problem, count), round_shape) for count in NETWORK_COUNTS
+            }
+        for name, (own, shape) in given.items():
             factor = noise_factor(shape).float()
             levels = [level for level in NETWORK_LEVELS if arm != "images" or not level]
             values = []
-            for level in levels if name == "isotropic" else levels[1:]:
-                scores = [accuracy_of_network(problem, rows, factor * level, seed) for seed in range(seeds)]
+            for level in levels[1:] if name == "unpaired residual" else levels:
+                scores = [accuracy_of_network(problem, own, factor * level, seed) for seed in range(seeds)]
                 mean = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
                 spread = {"deviation": float(np.std([score["test_attributes"] for score in scores], ddof=1))}
                 values.append({"level": level, **mean, **(spread if seeds > 1 else {})})
             best = max(values, key=lambda row: row["kept_attributes"])
             for row in values:
-                line = {"data": problem.name, "part": "noise", "arm": arm, "reader": "network", "variant": name}
+                part = "neighbours" if name.startswith("mean") else "noise"
+                line = {"data": problem.name, "part": part, "arm": arm, "reader": "network", "variant": name}
                 text = f"{problem.name}: network, {arm}, {name} {row['level']}: {row['test_attributes']:.4f}"
                 console.print(text, soft_wrap=True)
                 yield {**line, **row, "chosen": row is best}

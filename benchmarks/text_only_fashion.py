@@ -49,6 +49,9 @@ def arguments() -> argparse.Namespace:
         choices=["each", "residual"],
         help="tune noise on the stand-ins of every method as well; residual: in the shape of their unpaired residual",
     )
+    parser.add_argument(
+        "--neighbours", type=int, default=0, metavar="K", help="mean of K target rows near each stand-in, its own not"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--tuning-seeds", type=int, metavar="N", help="choose levels of noise by the first N seeds only; default: all"
@@ -146,7 +149,7 @@ def main() -> None:
 
     ladder = run_ladder(
         data,
-        choose_arms(given.arms, noise=given.noise),
+        choose_arms(given.arms, noise=given.noise, neighbours=given.neighbours),
         output=given.out,
         model=LadderModel(size=given.size),
         options=options,

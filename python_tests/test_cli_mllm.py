@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import aniso_ext as aniso
 from aniso_ext.cli.main import app
 from aniso_ext.data import EncoderRecord
+from aniso_ext.mllm import Correction
 
 WIDTH = 8
 COLOURS = ("red", "blue", "green", "black")
@@ -39,9 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines(folder / "train.jsonl", [{"id": str(row), "caption": COLOURS[row % 4]} for row in range(48)])
     asked = {"kind": "attribute", "attribute": "colour", "question": "Describe the image."}
     for name, ids in (("questions", range(48, 64)), ("validation", range(8))):
-        lines(
-            folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids]
-        )
+        lines(folder / f"{name}.jsonl", [{**asked, "id": str(row), "answer": COLOURS[row % 4]} for row in ids])
     source, target = np.load(folder / "text.npy"), np.load(folder / "image.npy")
     EncoderRecord("toy", "toy", None, None, WIDTH, True, (8, 8), "none").write(folder)
     aniso.make_aligner("mean_shift").fit(source, target).save_pretrained(folder / "aligner")
@@ -78,6 +78,12 @@ def test_train_and_eval(world: Path, tmp_path: Path) -> None:
     other = ("--embeddings", world / "test.npy", "--questions", "x", "--out", tmp_path / "none")
     error = run("eval", "--run", world, *other, code=1).stderr
     assert error.count("\n") == 1 and "holds no trained model" in error
+    near = ("--neighbours", 3, "--max-steps", 2, "--output", tmp_path / "near")
+    assert "--target-embeddings" in run("train", *small, *files, *near, code=2).output
+    near = (*near, "--target-embeddings", world / "image.npy", "--json")
+    mark = json.loads(run("train", *small, *files, *near).stdout)["aligner_fingerprint"]
+    text, image = np.load(world / "text.npy"), np.load(world / "image.npy")
+    assert mark == Correction.nearest(text, image, neighbours=3).fingerprint
     error = run("train", *small, *files, "--aligner", world / "no", "--output", tmp_path / "other", code=1).stderr
     assert error.count("\n") == 1 and str(world / "no") in error
 
@@ -105,6 +111,17 @@ def test_ladder(world: Path, tmp_path: Path) -> None:
     assert json.loads(run(*options, *arms).stdout)["scores"] == found["scores"]
     assert (tmp_path / "images" / "seed-0" / "result.json").stat().st_mtime_ns == before, "finished runs are taken over"
     assert "unknown arm 'best'" in run(*options, "--arm", "best", code=1).stderr
+    near = json.loads(run(*options, "--arm", "identity", "--arm", "images", "--neighbours", 3).stdout)["scores"]
+    assert list(near) == ["identity", "identity-neighbours", "images"]
+    # neighbours have the colour of the text but for chance, so that the reader learns what the images show
+    assert near["identity-neighbours"]["attribute"][0] > 0.8
+    run(*options, "--arm", "realign-neighbours", "--unpaired", world / "test.npy")
+    strangers = np.load(tmp_path / "neighbours" / "realign-5.npy")
+    test = np.load(world / "test.npy").astype(np.float64)
+    # each is the mean of some five of the 16 other rows
+    sums = np.stack([test[list(five)].sum(axis=0) for five in combinations(range(16), 5)])
+    sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+    assert np.abs(strangers[:, None] - sums).max(axis=2).min(axis=1).max() < 1e-6
 
 
 def test_train_with_arms_is_the_ladder_with_the_options_of_a_training(world: Path, tmp_path: Path) -> None:

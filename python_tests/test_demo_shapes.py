@@ -34,7 +34,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     if not all(find_spec(name) for name in ("open_clip", "transformers", "matplotlib")):
         pytest.skip("needs the extras encode, mllm and plots")
     folder = tmp_path_factory.mktemp("demo") / "out"
-    return folder, run(*SMALL, "noise,mean_shift", "--out", folder)
+    return folder, run(*SMALL, "noise,mean_shift,mean_shift-neighbours", "--out", folder)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def test_every_file_that_is_named_at_the_end_is_there(told: tuple[Path, Any]) ->
         assert name in result.stdout.split("written in")[1] and (folder / name).exists()
     assert all(f"[{step}/5]" in result.stdout for step in range(1, 6))
     scores = json.loads((folder / "demo.json").read_text())["scores"]
-    assert list(scores) == ["blind", "identity", "noise", "mean_shift", "images"]
+    assert list(scores) == ["blind", "identity", "noise", "mean_shift", "mean_shift-neighbours", "images"]
     with (folder / "ladder.csv").open() as file:
         rows = {(row["arm"], row["score"], int(row["seed"])): float(row["value"]) for row in csv.DictReader(file)}
     assert rows["images", "attribute", 1] == pytest.approx(scores["images"]["attribute"][1], rel=1e-4)
@@ -86,6 +86,13 @@ def test_methods_saw_no_pairs_and_models_no_validation_scene_and_no_test_scene(t
     moved = texts[:5] + shift
     expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
     np.testing.assert_allclose(aligner.transform(texts[:5]), expected, atol=1e-5)
+    # neighbours are among the pictures of other scenes, by direction from the means
+    standins = aligner.transform(texts).astype(np.float64)
+    away = pictures - pictures.mean(axis=0, dtype=np.float64)
+    cosines = (standins - standins.mean(axis=0)) @ (away / np.linalg.norm(away, axis=1, keepdims=True)).T
+    near = pictures[np.argsort(-cosines[:5], axis=1)[:, :5]].astype(np.float64).sum(axis=1)
+    found = np.load(folder / "ladder" / "neighbours" / "mean_shift-5.npy")[:5]
+    np.testing.assert_allclose(found, near / np.linalg.norm(near, axis=1, keepdims=True), atol=1e-5)
     own = np.load(folder / "bound" / "img_emb.npy")
     assert own.shape == pictures.shape and np.abs(own - pictures).max() > 1e-3, "the bound's pictures are others"
 

@@ -101,16 +101,18 @@ def residual_noise_factor(
         InputError: as :func:`unpaired_residual` and :func:`noise_factor`.
         DataError: a path that holds no usable embeddings.
     """
-    from aniso_ext.data import open_embeddings
-
     random = np.random.default_rng(seed)
-
-    def drawn(given: Any, count: int) -> torch.Tensor:
-        embeddings = open_embeddings(given)
-        chosen = np.sort(random.permutation(len(embeddings))[:count])
-        return torch.from_numpy(embeddings.read(chosen).astype(np.float32))
-
-    standins = drawn(source, rows)
+    standins = drawn_rows(source, rows, random)
     if aligner is not None:
         standins = aligner.transform(standins)
-    return noise_factor(unpaired_residual(standins, drawn(target, _MOST_TARGET_ROWS), rows=rows, seed=seed))
+    unpaired = drawn_rows(target, _MOST_TARGET_ROWS, random)
+    return noise_factor(unpaired_residual(standins, unpaired, rows=rows, seed=seed))
+
+
+def drawn_rows(given: Any, count: int, random: np.random.Generator) -> torch.Tensor:
+    """At most ``count`` rows of embeddings, anything that ``fit`` takes, drawn without replacement; float32."""
+    from aniso_ext.data import open_embeddings
+
+    embeddings = open_embeddings(given)
+    chosen = np.sort(random.permutation(len(embeddings))[:count])
+    return torch.from_numpy(embeddings.read(chosen).astype(np.float32))

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.arms import Arm, Ladder, LadderData
 
 FOLDER = Path("demo_output")
-ARMS_SHOWN = ("blind", "identity", "noise", "mean_shift", "realign", "initialisation", "anisoalign", "images")
+ARMS_SHOWN = (
+    "blind",
+    "identity",
+    "identity-neighbours",
+    "noise",
+    "mean_shift",
+    "realign",
+    "initialisation",
+    "anisoalign",
+    "anisoalign-neighbours",
+    "images",
+)
 ATTRIBUTES = ("background", "count", "colour", "size", "texture")
 """What the pictures' embeddings show; shapes and directions are too fine for so small an encoder."""
 KINDS = ("caption", "attribute", "multiple_choice")
@@ -34,6 +45,7 @@ _PROJECTOR_GAIN = 6.0
 docs/shapes.md."""
 _MOST_JOBS = 8
 _PARTS = ("world", "bound", "stand_ins", "ladder", "README.md", "ladder.csv", "ladder.png")
+
 
 def default_jobs() -> int:
     """A language model for each core, within reason."""
@@ -88,11 +100,11 @@ def shapes_demo(demo: ShapesDemo) -> Result:
     started = time.perf_counter()
     _make_room(demo.folder)
     console = output()
-    with _one_thread():
-        world = _build(demo, console)
+    with one_thread():
+        world = build(demo, console)
         gap = _gap(demo, console)
-        methods = _fit(demo, arms, console)
-        ladder = _ladder(demo, arms, console)
+        methods = fit(demo, arms, console)
+        ladder = train_arms(demo, arms, console)
     judged = verdicts(ladder)
     data = {
         "command": "demo",
@@ -116,7 +128,7 @@ def shapes_demo(demo: ShapesDemo) -> Result:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Products this small gain little from a second thread, and on busy cores the two spend minutes on waiting."""
     import torch
 
@@ -150,7 +162,7 @@ def _timed(console: Console, number: int, title: str) -> Iterator[None]:
     say(console, f"      {time.perf_counter() - started:.0f} s\n")
 
 
-def _build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
+def build(demo: ShapesDemo, console: Console) -> dict[str, Any]:
     """World and encoder, and the pictures of the training scenes, which only validation and the bound read."""
     import numpy as np
 
@@ -212,7 +224,7 @@ def _gap(demo: ShapesDemo, console: Console) -> dict[str, Any]:
     return dict(report.to_dict())
 
 
-def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[str, Any]]:
+def fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[str, Any]]:
     """Fit each method of the arms on texts and on pictures of other scenes; convert and judge the test texts."""
     from aniso_ext.align import make_aligner
     from aniso_ext.convert import convert_embeddings
@@ -232,14 +244,15 @@ def _fit(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> list[dict[s
                 aligner.set_params(**{name: value for name, value in given.items() if name in known})
                 aligner.fit(world / "train_text" / "text_emb", world / "train_image" / "img_emb")
                 aligner.save_pretrained(demo.folder / "ladder" / "aligners" / key)
-                place = demo.folder / "stand_ins" / arm.name
+                name = arm.name.removesuffix("-neighbours")
+                place = demo.folder / "stand_ins" / name
                 convert_embeddings(aligner, test / "text_emb", place)
-                rows.append(judge(arm.name, test / "text_emb", test / "img_emb", place, k=20, seed=demo.seed))
+                rows.append(judge(name, test / "text_emb", test / "img_emb", place, k=20, seed=demo.seed))
         console.print(alignment_table(rows))
     return rows
 
 
-def _ladder(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
+def train_arms(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
     from aniso_ext.mllm import TrainOptions
     from aniso_ext.mllm.arms import LadderModel, run_ladder
 
@@ -260,16 +273,17 @@ def _ladder(demo: ShapesDemo, arms: Sequence[Arm], console: Console) -> Ladder:
     count = len(arms) + (demo.seeds - 1) * len({arm.tuned or arm.name for arm in arms})
     title = f"Language models: {count} runs of the same small Llama, each from random weights, {demo.jobs} at a time"
     with _timed(console, 4, title):
-        say(console, "      each learns captions and answers, with a token for the embedding of a text; only those of")
-        say(console, "      the arm images learn from pictures; all are judged on embeddings of pictures")
+        say(
+            console,
+            "      each learns captions and answers, with a token for the embedding of a text; only the arm images",
+        )
+        say(console, "      learns from pictures of the same scenes; all are judged on embeddings of pictures")
         with progress_bar("language models") as update:
             return run_ladder(
                 _ladder_data(demo),
                 arms,
                 output=demo.folder / "ladder",
-                model=LadderModel(
-                    size="tiny", vocab_size=600, initializer_range=0.08, projector_gain=_PROJECTOR_GAIN
-                ),
+                model=LadderModel(size="tiny", vocab_size=600, initializer_range=0.08, projector_gain=_PROJECTOR_GAIN),
                 options=options,
                 seeds=range(demo.seeds),
                 tuning_seeds=1,
@@ -308,4 +322,5 @@ def _ladder_data(demo: ShapesDemo) -> LadderData:
         test_ids=str(test / "captions.jsonl"),
         questions=str(own / "questions.jsonl"),
         validation_questions=str(own / "validation.jsonl"),
+        unpaired=str(demo.folder / "world" / "train_image" / "img_emb"),
     )

@@ -27,6 +27,8 @@ _MEANING = {
     "realign": "moved, scaled and moved again",
     "initialisation": "AnisoAlign's closed form",
     "anisoalign": "AnisoAlign with its two trained stages",
+    "identity-neighbours": "trained on the mean of the five embeddings of other pictures that are nearest to the text",
+    "anisoalign-neighbours": "the same of AnisoAlign's stand-in",
     "images": "the bound: trained on embeddings of pictures, which the others never see",
 }
 
@@ -58,9 +60,12 @@ def _sentences(judged: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
         line = f"{name}: better than {own[0]['over']} by more than the spread over {seeds} seeds: {told}"
         if others:
             line += "; not: " + ", ".join(f"{one['arm']} {one['margin']:+.2f}" for one in others)
-        lines.append(line if seeds > 1 else f"{name}: one seed, no spread; " + ", ".join(
-            f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own
-        ))
+        lines.append(
+            line
+            if seeds > 1
+            else f"{name}: one seed, no spread; "
+            + ", ".join(f"{one['arm']} {one['margin']:+.2f} over {one['over']}" for one in own)
+        )
     return lines
 
 

@@ -43,6 +43,25 @@ def ladder(
             "miss of the target, estimated without pairs.",
         ),
     ] = None,
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours",
+            min=0,
+            metavar="K",
+            help="The mean of K target rows of other things near each stand-in takes its place.",
+            show_default="none",
+        ),
+    ] = 0,
+    unpaired: Annotated[
+        Path | None,
+        typer.Option(
+            "--unpaired",
+            metavar="DIR",
+            help="Target embeddings of other things, among which neighbours are found.",
+            show_default="the half of --target that does not hold a row's own",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Runs of each arm.")] = 3,
     tuning_seeds: Annotated[
         int | None,
@@ -88,6 +107,7 @@ def ladder(
         test_ids=str(test_ids),
         questions=str(questions),
         validation_questions=None if validation_questions is None else str(validation_questions),
+        unpaired=None if unpaired is None else str(unpaired),
     )
     options = TrainOptions(
         stages=("full",),
@@ -105,6 +125,7 @@ def ladder(
         data,
         arms,
         noise=noise,
+        neighbours=neighbours,
         model=LadderModel(family=family, size=size),
         options=options,
         seeds=seeds,
@@ -119,6 +140,7 @@ def climb(
     arms: list[str] | None,
     *,
     noise: str | None = None,
+    neighbours: int = 0,
     model: LadderModel,
     options: TrainOptions,
     seeds: int = 3,
@@ -131,7 +153,7 @@ def climb(
     from aniso_ext.mllm.library import say_errors_alone
 
     say_errors_alone()
-    chosen = choose_arms(arms, noise=noise)
+    chosen = choose_arms(arms, noise=noise, neighbours=neighbours)
     with progress_bar("runs") as update:
         found = run_ladder(
             data,

@@ -62,6 +62,9 @@ def train(
             "where both are given.",
         ),
     ] = "auto",
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", min=0, metavar="K", help="Stand-ins: the mean of K target rows near each.")
+    ] = 0,
     train_refiner: Annotated[
         bool, typer.Option("--train-refiner", help="Let the loss tune the aligner's refiner, within its bounds.")
     ] = False,
@@ -139,9 +142,7 @@ def train(
         list[str] | None,
         typer.Option("--report-to", metavar="NAME", help="tensorboard or wandb, beside the JSON lines."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, metavar="N", help="Processes that prepare batches.")
-    ] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=0, metavar="N", help="Processes that prepare batches.")] = 0,
     device: Annotated[
         Literal["cpu", "cuda"] | None,
         typer.Option("--device", help="Where to train.", show_default="a GPU where there is one"),
@@ -241,17 +242,19 @@ def train(
             "test_ids": test_index,
             "questions": questions,
         }
-        if aligner != "none" or noise or train_refiner or resume:
+        if aligner != "none" or noise or neighbours or train_refiner or resume:
             raise typer.BadParameter(
-                "each arm has its own aligner and noise, and finished runs are taken over: leave --aligner, --noise, "
-                "--train-refiner and --resume out",
+                "each arm has its own stand-ins and noise, and finished runs are taken over: leave --aligner, --noise, "
+                "--neighbours, --train-refiner and --resume out",
                 param_hint="--arms",
             )
         return _compare(names, model, vocab_size, source_embeddings, conversations, needed, validation_questions,
                         options, output)  # fmt: skip
     if output.exists() and not resume and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not empty: name a new folder, or pass --resume to go on with the run in it")
-    correction = _correction(aligner, source_embeddings, target_embeddings, noise, noise_shape, train_refiner)
+    correction = _correction(
+        aligner, source_embeddings, target_embeddings, noise, noise_shape, neighbours, train_refiner
+    )
     start = {
         "name": model,
         "visual_tokens": visual_tokens,
@@ -326,11 +329,13 @@ def _compare(
 
 
 def _correction(
-    aligner: str, source: Path, target: Path | None, noise: float, shape: str, train_refiner: bool
+    aligner: str, source: Path, target: Path | None, noise: float, shape: str, neighbours: int, train_refiner: bool
 ) -> Correction | None:
     from aniso_ext.align import list_aligners
     from aniso_ext.mllm import Correction
 
+    if neighbours and target is None:
+        raise typer.BadParameter("neighbours are rows of it", param_hint="--target-embeddings")
     kind, _, std = aligner.partition(":")
     if kind == "noise":
         try:
@@ -343,14 +348,22 @@ def _correction(
         if shape == "residual" and target is None:
             raise typer.BadParameter("noise of that shape is estimated from it", param_hint="--target-embeddings")
         if shape == "auto":
-            shape = "isotropic" if target is None else "residual"
+            shape = "isotropic" if target is None or neighbours else "residual"
         return Correction.from_aligner(
-            aligner, source=source, target=target, noise_std=noise, noise_shape=shape, trainable=train_refiner
+            aligner,
+            source=source,
+            target=target,
+            noise_std=noise,
+            noise_shape=shape,
+            neighbours=neighbours,
+            trainable=train_refiner,
         )
     if shape == "residual":
         raise typer.BadParameter("the residual is that of an aligner: pass --aligner", param_hint="--noise-shape")
     if train_refiner:
         raise typer.BadParameter("only an anisoalign has a refiner to train", param_hint="--train-refiner")
+    if neighbours:
+        return Correction.nearest(source, target, neighbours=neighbours, noise_std=noise)
     return Correction.noise(noise) if noise else None
 
 

@@ -15,12 +15,13 @@ from aniso_ext.ops import Frame, decode, encode
 
 if TYPE_CHECKING:
     from aniso_ext.align import Aligner, AnisoAlign
+    from aniso_ext.align.neighbours import NeighbourMean
 
 NOISE_SHAPES = ("isotropic", "residual")
 
 
 class Correction(nn.Module):
-    """Rows [n, D] to unit rows [n, D]: an aligner, then noise.
+    """Rows [n, D] to unit rows [n, D]: an aligner, then the mean of target rows near the stand-in, then noise.
 
     Constants of an aligner are no buffers on purpose: a model that is cast to bfloat16 would round them. Only a refiner
     that is trained has parameters here.
@@ -31,14 +32,16 @@ class Correction(nn.Module):
             training state carries it.
         noise_factor: [D, D] F, for noise_std F g with g standard normal instead, see
             :func:`aniso_ext.align.residual.noise_factor`; None is isotropic.
+        neighbours: takes the place of each stand-in, see :class:`aniso_ext.align.neighbours.NeighbourMean`.
         trainable: the refiner of an AnisoAlign takes gradients.
 
     Attributes:
         width: D of the aligner, or None.
-        fingerprint: of the aligner and the noise, or None where rows stay as they are.
+        fingerprint: of the aligner, the neighbours and the noise, or None where rows stay as they are.
 
     Raises:
-        InputError: an impossible noise or factor, or ``trainable`` with an aligner that has no refiner.
+        InputError: an impossible noise or factor, ``trainable`` with an aligner that has no refiner or with neighbours,
+            through which no gradient passes, or neighbours of another width.
 
     Example:
         >>> import torch
@@ -52,6 +55,7 @@ class Correction(nn.Module):
         *,
         noise_std: float = 0.0,
         noise_factor: torch.Tensor | None = None,
+        neighbours: NeighbourMean | None = None,
         trainable: bool = False,
     ) -> None:
         super().__init__()
@@ -60,7 +64,10 @@ class Correction(nn.Module):
         self.aligner, self.noise_std = aligner, float(noise_std)
         self.width = None if aligner is None else aligner.width
         self.noise_factor = _checked_factor(noise_factor, self.width) if self.noise_std else None
-        self.fingerprint = _fingerprint(aligner, self.noise_std, self.noise_factor)
+        self.neighbours = _checked_neighbours(neighbours, self.width, trainable)
+        if neighbours is not None:
+            self.width = neighbours.width
+        self.fingerprint = _fingerprint(aligner, neighbours, self.noise_std, self.noise_factor)
         self.refined: RefinedCorrection | None = None
         if trainable:
             self.refined = RefinedCorrection(_with_refiner(aligner))
@@ -75,6 +82,7 @@ class Correction(nn.Module):
         noise_std: float = 0.0,
         noise_factor: torch.Tensor | None = None,
         noise_shape: str = "isotropic",
+        neighbours: int = 0,
         trainable: bool = False,
     ) -> Correction:
         """A correction by an aligner: a fitted object, the folder of a saved one, or the name of a method.
@@ -85,17 +93,34 @@ class Correction(nn.Module):
             noise_std, noise_factor, trainable: as for the class.
             noise_shape: ``residual`` makes the factor from what the aligner's stand-ins of ``source`` miss of
                 ``target``: :func:`aniso_ext.align.residual.residual_noise_factor`.
+            neighbours: so many rows of ``target`` near each stand-in take its place, by their mean; 0 for none.
 
         Raises:
-            InputError: a name or a residual without embeddings, an unknown shape, or a shape beside a factor.
+            InputError: a name, a residual or neighbours without embeddings, an unknown shape, a shape beside a factor,
+                or a residual beside neighbours.
             ArtefactError: the folder holds no aligner.
         """
         if noise_shape not in NOISE_SHAPES:
             raise InputError(f"noise_shape must be one of {', '.join(NOISE_SHAPES)}, got {noise_shape!r}")
         resolved = _resolve(aligner, source, target)
+        if noise_shape == "residual" and neighbours:
+            raise InputError(
+                "the residual is that of the aligner, which neighbours replace: take noise_shape='isotropic'"
+            )
         if noise_shape == "residual" and noise_std:
             noise_factor = _residual_factor(resolved, source, target, noise_factor)
-        return cls(resolved, noise_std=noise_std, noise_factor=noise_factor, trainable=trainable)
+        return cls(
+            resolved,
+            noise_std=noise_std,
+            noise_factor=noise_factor,
+            neighbours=_neighbour_mean(resolved, source, target, neighbours) if neighbours else None,
+            trainable=trainable,
+        )
+
+    @classmethod
+    def nearest(cls, source: Any, target: Any, *, neighbours: int = 5, noise_std: float = 0.0) -> Correction:
+        """The mean of the rows of ``target`` near each source embedding as it is; no aligner."""
+        return cls(noise_std=noise_std, neighbours=_neighbour_mean(None, source, target, neighbours))
 
     @classmethod
     def noise(cls, sigma: float) -> Correction:
@@ -111,6 +136,8 @@ class Correction(nn.Module):
             elif self.aligner is not None:
                 with torch.no_grad():
                     rows = self.aligner.transform_batch(rows)
+            if self.neighbours is not None:
+                rows = self.neighbours(rows)
         if self.noise_std:
             noise = torch.randn_like(rows)
             if self.noise_factor is not None:
@@ -126,6 +153,7 @@ class Correction(nn.Module):
             self.aligner,
             noise_std=self.noise_std,
             noise_factor=self.noise_factor,
+            neighbours=self.neighbours,
             trainable=self.refined is not None,
         )
 
@@ -212,8 +240,28 @@ def _residual_factor(aligner: Aligner, source: Any, target: Any, given: torch.Te
     return residual_noise_factor(aligner, source, target)
 
 
-def _fingerprint(aligner: Aligner | None, noise_std: float, factor: torch.Tensor | None) -> str | None:
+def _neighbour_mean(aligner: Aligner | None, source: Any, target: Any, count: int) -> NeighbourMean:
+    from aniso_ext.align.neighbours import NeighbourMean
+
+    if source is None or target is None:
+        raise InputError("neighbours are rows of the target, found from the mean of the source: pass both")
+    return NeighbourMean.of(aligner, source, target, count=count)
+
+
+def _checked_neighbours(found: NeighbourMean | None, width: int | None, trainable: bool) -> NeighbourMean | None:
+    if found is not None and trainable:
+        raise InputError("no gradient passes neighbours to a refiner: leave neighbours or trainable out")
+    if found is not None and width not in (None, found.width):
+        raise InputError(f"neighbours must have the width of the aligner, {width}, got {found.width}")
+    return found
+
+
+def _fingerprint(
+    aligner: Aligner | None, neighbours: NeighbourMean | None, noise_std: float, factor: torch.Tensor | None
+) -> str | None:
     parts = [] if aligner is None else [aligner.fingerprint()]
+    if neighbours is not None:
+        parts.append(neighbours.fingerprint)
     if noise_std:
         parts.append(f"noise:{noise_std:g}")
     if factor is not None:

@@ -21,6 +21,7 @@ class Arm:
         noise_std: Gaussian noise in each coordinate, renormalised.
         noise_shape: ``isotropic``, or ``residual``: noise of the same energy in the shape of the unpaired residual of
             the stand-ins, :func:`aniso_ext.align.residual.unpaired_residual`.
+        neighbours: so many target rows of other things, near each stand-in, take its place by their mean.
         train_refiner: the language model's loss tunes the refiner.
         tuned: name under which the best of several arms, by their validation scores, is reported.
     """
@@ -31,6 +32,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     noise_std: float = 0.0
     noise_shape: str = "isotropic"
+    neighbours: int = 0
     train_refiner: bool = False
     tuned: str | None = None
 
@@ -48,6 +50,7 @@ _METHOD_NOISE = (0.02, 0.04, 0.06)
 """Levels on stand-ins of a method, beside none: what is left to blur is less than that of the source itself."""
 _RESIDUAL_NOISE = (0.01, 0.02, 0.03, 0.04)
 """The residual of fashion44k itself has .028 in each coordinate."""
+_NEAR, _NEIGHBOURS = "-neighbours", 5
 
 ARMS = {
     arm.name: arm
@@ -68,16 +71,19 @@ ARMS = {
 """By name, from the floor to the bound."""
 
 
-def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> list[Arm]:
+def choose_arms(names: Iterable[str] | None, *, noise: str | None = None, neighbours: int = 0) -> list[Arm]:
     """Arms by name, in the order of :data:`ARMS`; ``noise`` is all of its levels. None is every arm.
 
     Args:
-        names: of arms, or ``all`` among them.
+        names: of arms, or ``all`` among them; with ``-neighbours`` behind it, the arm has the mean of five target rows
+            near each stand-in in its place.
         noise: ``each`` gives every method without pairs its levels of noise, of which the validation scores choose one;
             ``residual`` gives it levels in the shape of its unpaired residual, where it has no noise of its own.
+        neighbours: above 0, so many target rows near each stand-in take the place of those of identity and of every
+            method whose refiner is not trained along; identity itself stays beside them.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, neighbours below 0, or residual noise beside them.
 
     Example:
         >>> [arm.name for arm in choose_arms(["realign"], noise="each")]
@@ -85,22 +91,37 @@ def choose_arms(names: Iterable[str] | None, *, noise: str | None = None) -> lis
     """
     if noise not in (None, "each", "residual"):
         raise InputError(f"noise must be 'each', 'residual' or None, got {noise!r}")
+    if neighbours < 0 or (neighbours and noise == "residual"):
+        raise InputError(
+            f"neighbours must be 0 or more, and take the residual's place: got {neighbours} with noise={noise!r}"
+        )
     known = {*ARMS, *(arm.tuned for arm in ARMS.values() if arm.tuned)}
+    known |= {f"{arm.name}{_NEAR}" for arm in ARMS.values() if _may_have_neighbours(arm)}
     wanted = {"all"} if names is None else set(names)
     if unknown := sorted(wanted - known - {"all"}):
         raise InputError(f"unknown arm {unknown[0]!r}: choose of all, {', '.join(sorted(known))}")
-    chosen = [arm for arm in ARMS.values() if {"all", arm.name, arm.tuned} & wanted]
+    chosen = []
+    for arm in ARMS.values():
+        plain, near = {"all", arm.name, arm.tuned} & wanted, f"{arm.name}{_NEAR}" in wanted
+        replaced = plain and neighbours and _may_have_neighbours(arm)
+        if plain and (arm.method is None or not replaced):
+            chosen.append(arm)
+        if near or replaced:
+            chosen.append(replace(arm, name=f"{arm.name}{_NEAR}", neighbours=neighbours or _NEIGHBOURS))
     levels = {None: lambda arm: [arm], "each": _levels, "residual": _residual_levels}[noise]
     return [level for arm in chosen for level in levels(arm)]
 
 
+def _may_have_neighbours(arm: Arm) -> bool:
+    """Stand-ins of a source that have no noise of their own, and no refiner that waits for a gradient."""
+    return arm.rows == "source" and not arm.noise_std and not arm.train_refiner and _own_noise(arm) is None
+
+
 def _levels(arm: Arm) -> list[Arm]:
     """An arm with a method as it is, and with more noise; where the method has noise of its own, with other values."""
-    from aniso_ext.align import make_aligner
-
-    if arm.method is None:
+    if arm.method is None and not arm.neighbours:
         return [arm]
-    own = make_aligner(arm.method).get_params().get("noise_std")
+    own = _own_noise(arm)
     found = [replace(arm, tuned=arm.name)]
     for sigma in _METHOD_NOISE:
         name = f"{arm.name}-{sigma}"
@@ -113,12 +134,17 @@ def _levels(arm: Arm) -> list[Arm]:
 
 def _residual_levels(arm: Arm) -> list[Arm]:
     """An arm with a method and no noise of its own at levels of residual noise, reported as one; others as they are."""
-    from aniso_ext.align import make_aligner
-
-    if arm.method is None or "noise_std" in make_aligner(arm.method).get_params():
+    if arm.method is None or arm.neighbours or _own_noise(arm) is not None:
         return [arm]
     group = f"{arm.name}-residual"
     return [
         replace(arm, name=f"{group}-{sigma}", tuned=group, noise_std=sigma, noise_shape="residual")
         for sigma in _RESIDUAL_NOISE
     ]
+
+
+def _own_noise(arm: Arm) -> float | None:
+    """Standard deviation of the noise that is part of the method, such as that of C3; None where there is none."""
+    from aniso_ext.align import make_aligner
+
+    return None if arm.method is None else make_aligner(arm.method).get_params().get("noise_std")

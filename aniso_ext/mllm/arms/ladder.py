@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from aniso_ext.data import open_embeddings
 from aniso_ext.errors import InputError
 from aniso_ext.mllm.arms.arms import Arm
-from aniso_ext.mllm.arms.table import RESULT, Ladder, read_ladder
+from aniso_ext.mllm.arms.table import FLOOR, RESULT, Ladder, read_ladder
 from aniso_ext.mllm.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aniso_ext.mllm.library import transformers
     from aniso_ext.mllm.model import AnisoMLLMForCausalLM
 
-ALIGNERS, TOKENIZER, SAMPLES = "aligners", "tokenizer", "samples"
+ALIGNERS, NEIGHBOURS, TOKENIZER, SAMPLES = "aligners", "neighbours", "tokenizer", "samples"
 Progress = Callable[[int, int, str], None]
 
 
@@ -38,6 +38,8 @@ class LadderData:
         ids: file with the ids of those rows, see :func:`aniso_ext.mllm.open_index`.
         conversations: what the model is trained on, see :func:`aniso_ext.mllm.data.read_conversations`.
         test, test_ids, questions: target embeddings of other things, their ids, and what is asked of them.
+        unpaired: target embeddings of other things than the rows, among which stand-ins find their neighbours; None:
+            the target rows, for each stand-in the half of them that does not hold its own.
         validation_questions: the same of the training split, kept from ``conversations``; they choose among arms that
             are reported as one. Their ids are in ``ids``, their embeddings in ``target``.
     """
@@ -50,6 +52,7 @@ class LadderData:
     test_ids: str
     questions: str
     validation_questions: str | None = None
+    unpaired: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def run_ladder(
         for job in missing:
             _prepare(job)
             _fit(job, fit_options or {})
+            _find_neighbours(job)
         done += len(runs) - len(missing)
         for job in _finished(missing, jobs):
             done += 1
@@ -244,6 +248,41 @@ def _save_shape(job: _Job, source: np.ndarray, target: np.ndarray) -> None:
         np.save(file, factor.numpy())
 
 
+def _find_neighbours(job: _Job) -> None:
+    """Stand-ins of an arm with neighbours, which are the same in every run, as a file."""
+    import torch
+
+    from aniso_ext.align import load_aligner
+    from aniso_ext.align.neighbours import NeighbourMean
+
+    if not job.arm.neighbours or _neighbours(job).is_file():
+        return
+    aligner = None if job.arm.method is None else load_aligner(_aligner(job))
+    source, target = (open_embeddings(path).numpy() for path in (job.data.source, job.data.target))
+    standins = torch.from_numpy(np.asarray(source, dtype=np.float32))
+    standins = standins if aligner is None else aligner.transform(standins)
+    centre = standins.mean(dim=0, dtype=torch.float64)
+    found = torch.empty_like(standins)
+    for rows, others in strangers(target, job.data.unpaired):
+        mean = NeighbourMean(torch.from_numpy(others), centre, count=job.arm.neighbours)
+        found[rows] = mean(standins[rows])
+    _neighbours(job).parent.mkdir(parents=True, exist_ok=True)
+    with open(_neighbours(job), "wb") as file:
+        np.save(file, found.numpy())
+
+
+def strangers(target: np.ndarray, unpaired: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions of the training split, and target rows none of which is, or equals, the target of one of them."""
+    if unpaired is not None:
+        yield np.arange(len(target)), np.asarray(open_embeddings(unpaired).numpy(), dtype=np.float32)
+        return
+    rows = np.asarray(target, dtype=np.float32)
+    copies = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+    first = np.random.default_rng(0).permutation(copies.max() + 1)[copies] % 2 == 0
+    for own in (first, ~first):
+        yield np.flatnonzero(own), rows[~own]
+
+
 def _run(job: _Job) -> None:
     from aniso_ext.mllm.data.samples import Samples
     from aniso_ext.mllm.evaluation import evaluate
@@ -251,7 +290,8 @@ def _run(job: _Job) -> None:
 
     tokenizer = _tokenizer(job)
     model = _model(job, tokenizer)
-    rows = _rows(job, job.data.target if job.arm.rows == "target" else job.data.source)
+    made = str(_neighbours(job)) if job.arm.neighbours else job.data.source
+    rows = _rows(job, job.data.target if job.arm.rows == "target" else made)
     samples: Samples = Samples.load(Path(job.folder) / SAMPLES)
     shutil.rmtree(job.place, ignore_errors=True)
     training = job.place / "training"
@@ -302,7 +342,7 @@ def _model(job: _Job, tokenizer: transformers.PreTrainedTokenizerBase) -> AnisoM
         language, tokenizer, embedding_width=width, projector_gain=job.model.projector_gain
     )
     arm = job.arm
-    if arm.method is not None:
+    if arm.method is not None and not arm.neighbours:
         factor = torch.from_numpy(np.load(_shape(job))) if arm.noise_shape == "residual" else None
         model.set_correction(
             Correction.from_aligner(
@@ -334,3 +374,7 @@ def _aligner(job: _Job) -> Path:
 
 def _shape(job: _Job) -> Path:
     return Path(job.folder) / ALIGNERS / f"{job.arm.aligner}.noise.npy"
+
+
+def _neighbours(job: _Job) -> Path:
+    return Path(job.folder) / NEIGHBOURS / f"{job.arm.aligner or FLOOR}-{job.arm.neighbours}.npy"
