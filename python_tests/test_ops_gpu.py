@@ -6,7 +6,11 @@ its neighbours, which `pytest -m gpu` runs here as well.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import compositions
@@ -290,6 +294,28 @@ def test_a_full_device_repeats_bit_for_bit(case, run):
         for _ in range(100):
             different += (torch.autograd.grad(z, y, grad, retain_graph=True)[0] != first).any(-1).sum()
         assert int(different) == 0, f"gradient of {name}"
+
+
+FIRST_BACKWARD = """
+import torch
+from cases import Case, frame_of, rows_of
+from aniso_ext import ops
+
+case = Case(264, 32, knots=64, calibrated=True)
+y = rows_of(case, 70, torch.bfloat16).cuda().requires_grad_()
+spare = [torch.empty_like(y) for _ in range(4)]
+for operation in (ops.correct, ops.encode):
+    z = operation(y, frame_of(case), backend="cuda")
+    grad = torch.ones_like(z)
+    spare.clear()
+    assert torch.autograd.grad(z, y, grad)[0].isfinite().all()
+"""
+
+
+def test_a_first_backward_finds_no_context_in_its_thread():
+    """Autograd's thread is new then, and what memory it wants is there already."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", FIRST_BACKWARD], env=environment, check=True, timeout=120)
 
 
 @runs(ON_GPU, HALF_AND_SINGLE)

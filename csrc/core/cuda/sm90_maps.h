@@ -12,6 +12,16 @@
 
 namespace aniso {
 
+// Gives this thread a context, which the encoder wants: a new one of autograd's has none yet, and reused memory makes no call that brings one.
+inline cudaError_t bind_thread() {
+  static thread_local const cudaError_t bound = [] {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error == cudaSuccess ? cudaSetDevice(device) : error;
+  }();
+  return bound;
+}
+
 // Boxes of 64 rows x kColumns of a row-major matrix, under the swizzle of their rows; outside the matrix they read zero.
 // `data` and the stride must be multiples of 16 bytes.
 template <int kColumns, typename S>
@@ -25,6 +35,7 @@ cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t co
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
+  if (const cudaError_t error = bind_thread(); error != cudaSuccess) return error;
   constexpr CUtensorMapDataType kType = std::is_same_v<S, float>      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                         : std::is_same_v<S, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
