@@ -38,8 +38,9 @@ template <int kColumns>
 struct StreamShared {
   static constexpr int32_t kThreads = (kStreamGroups + 1) * kWarpgroupThreads, kWarpgroups = kStreamGroups * kStreamCluster;
   static constexpr uint32_t kRowsBytes = kStreamGroups * kTileChunkBytes;
-  static constexpr int32_t kPieces = kColumns / 64;  // of a chunk of Q, 64 of its columns each
-  static constexpr uint32_t kPieceBytes = kChunkColumns * 128;
+  static constexpr int32_t kPieceColumns = 64;  // of Q, whose rows in a piece have 128 bytes
+  static constexpr int32_t kPieces = kColumns / kPieceColumns;
+  static constexpr uint32_t kPieceRowBytes = kPieceColumns * 2, kPieceBytes = kChunkColumns * kPieceRowBytes;
   static constexpr uint32_t kStageBytes = kRowsBytes + kPieces * kPieceBytes;
   static constexpr uint32_t kLimit = 232448;  // a block has 227 KB of shared memory
 
@@ -128,13 +129,14 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
         };
         for (int32_t column = 0; column < chunks * kChunkColumns; column += kChunkColumns) {
           fill_stage(column, once_more, [&](int32_t piece, uint32_t to) {
-            load_box_to_all(to, basis_map, piece * 64, column, full(place.slot), (1 << kStreamCluster) - 1);
+            load_box_to_all(to, basis_map, piece * Layout::kPieceColumns, column, full(place.slot), (1 << kStreamCluster) - 1);
           });
         }
         for (int32_t column = 0; column < columns; column += kChunkColumns) {
           const int32_t first = column / kChunkColumns % 2;
           fill_stage(column, last_time, [&](int32_t piece, uint32_t to) {
-            load_box_to_all(to, shuffled_map, first * (kColumns / 2) + piece / 2 * 64, column + (piece % 2 - first) * kChunkColumns,
+            load_box_to_all(to, shuffled_map, first * (kColumns / 2) + piece / 2 * Layout::kPieceColumns,
+                            column + (piece % 2 - first) * kChunkColumns,
                             full(place.slot), (1 << kStreamCluster) - 1);
           });
         }
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
       const uint64_t rows = wide_operand(stage(place.slot) + warpgroup * kTileChunkBytes);
       const uint64_t basis = rank_operand(stage(place.slot) + Layout::kRowsBytes, Layout::kPieceBytes);
 #pragma unroll
-      for (int32_t i = 0; i < 4; ++i) project<S>(p, rows + operand_offset(i * 32), basis + operand_offset(i * 16 * 128));
+      for (int32_t i = 0; i < 4; ++i) project<S>(p, rows + operand_offset(i * 32), basis + operand_offset(i * 16 * Layout::kPieceRowBytes));
       products_commit();
 #pragma unroll
       for (int32_t piece = 0; piece < 2; ++piece) {
