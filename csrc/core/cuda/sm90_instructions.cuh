@@ -311,140 +311,77 @@ __device__ __forceinline__ void pin(uint32_t (&packed)[kCount]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ANISO_SUMS_32(d, i) ANISO_SUMS_8(d, i), ANISO_SUMS_8(d, i + 8), ANISO_SUMS_8(d, i + 16), ANISO_SUMS_8(d, i + 24)
 
-#define ANISO_PROJECT(format)                                                                                        \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
+#define ANISO_PLACES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ANISO_PLACES_64                                                                                             \
+  ANISO_PLACES_32                                                                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"                                \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ANISO_PLACES_128                                                                                            \
+  ANISO_PLACES_64                                                                                                   \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"                                \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"                                \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"                    \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define ANISO_ROWS_OF_4 "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights)
+
+// In the format of S: the columns of the product, where its sums are, how its operands are written, then sums and operands.
+#define ANISO_PRODUCT(columns, places, operands, ...)                                                               \
+  if constexpr (std::is_same_v<S, BFloat16>) {                                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" places "}, " operands ";"        \
+                 : __VA_ARGS__);                                                                                    \
+  } else {                                                                                                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {" places "}, " operands ";"          \
+                 : __VA_ARGS__);                                                                                    \
+  }
 
 // sums [64, 128] += rows [64, 16] in registers x weights [16, 128], the weights with contiguous columns.
 template <typename S>
 __device__ __forceinline__ void project(float (&sums)[64], const uint32_t* rows, uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT("bf16");
-  } else {
-    ANISO_PROJECT("f16");
-  }
+  ANISO_PRODUCT("128", ANISO_PLACES_64, "{%64, %65, %66, %67}, %68, 1, 1, 1, 1",
+                ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32) : ANISO_ROWS_OF_4)
 }
-
-#define ANISO_PROJECT_128(format)                                                                                    \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
-      "%64, %65, 1, 1, 1, 0, 1;"                                                                                     \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "l"(rows), "l"(weights))
 
 // sums [64, 128] += rows [64, 16] x weights [16, 128], both in shared memory, the weights with contiguous columns.
 template <typename S>
 __device__ __forceinline__ void project(float (&sums)[64], uint64_t rows, uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT_128("bf16");
-  } else {
-    ANISO_PROJECT_128("f16");
-  }
+  ANISO_PRODUCT("128", ANISO_PLACES_64, "%64, %65, 1, 1, 1, 0, 1",
+                ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32) : "l"(rows), "l"(weights))
 }
 
-#define ANISO_REBUILD_128(format)                                                                                    \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                            \
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"                                                                       \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32)                                                              \
-      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
-
-// sums [64, 128] += rows [64, 16] in registers x weights [16, 128], the weights with contiguous rows.
-template <typename S>
-__device__ __forceinline__ void rebuild(float (&sums)[64], const uint32_t (&rows)[4], uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_REBUILD_128("bf16");
-  } else {
-    ANISO_REBUILD_128("f16");
-  }
-}
-
-#define ANISO_PROJECT_256(format)                                                                                    \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                             \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                             \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                 \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "            \
-      "%128, %129, 1, 1, 1, 0, 1;"                                                                                   \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), ANISO_SUMS_32(sums, 64), ANISO_SUMS_32(sums, 96)            \
-      : "l"(rows), "l"(weights))
-
-// sums [64, 256] += rows [64, 16] x weights [16, 256], both in shared memory, the weights with contiguous columns.
-template <typename S>
-__device__ __forceinline__ void project(float (&sums)[128], uint64_t rows, uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT_256("bf16");
-  } else {
-    ANISO_PROJECT_256("f16");
-  }
-}
-
-#define ANISO_PROJECT_MORE(format)                                                                                   \
-  asm volatile(                                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n136k16.f32." format "." format                                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
-      "%64, %65, %66, %67}, %68, %69, 1, 1, 1, 0, 1;"                                                                \
-      : ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), "+f"(sums[64]), "+f"(sums[65]), "+f"(sums[66]), "+f"(sums[67]) \
-      : "l"(rows), "l"(weights))
-
-// sums [64, 136] += rows [64, 16] in shared memory x weights [16, 136].
+// The same of 136 columns.
 template <typename S>
 __device__ __forceinline__ void project(float (&sums)[68], uint64_t rows, uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_PROJECT_MORE("bf16");
-  } else {
-    ANISO_PROJECT_MORE("f16");
-  }
+  ANISO_PRODUCT("136", ANISO_PLACES_64 ", %64, %65, %66, %67", "%68, %69, 1, 1, 1, 0, 1",
+                ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), "+f"(sums[64]), "+f"(sums[65]), "+f"(sums[66]), "+f"(sums[67])
+                : "l"(rows), "l"(weights))
 }
 
-#define ANISO_REBUILD(format)                                                                                   \
-  asm volatile(                                                                                                 \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." format "." format                                           \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                       \
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                                             \
-      : ANISO_SUMS_32(sums, 0)                                                                                  \
-      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(weights))
+// The same of 256 columns.
+template <typename S>
+__device__ __forceinline__ void project(float (&sums)[128], uint64_t rows, uint64_t weights) {
+  ANISO_PRODUCT("256", ANISO_PLACES_128, "%128, %129, 1, 1, 1, 0, 1",
+                ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32), ANISO_SUMS_32(sums, 64), ANISO_SUMS_32(sums, 96)
+                : "l"(rows), "l"(weights))
+}
 
 // sums [64, 64] += rows [64, 16] in registers x weights [16, 64], the weights with contiguous rows.
 template <typename S>
 __device__ __forceinline__ void rebuild(float (&sums)[32], const uint32_t (&rows)[4], uint64_t weights) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    ANISO_REBUILD("bf16");
-  } else {
-    ANISO_REBUILD("f16");
-  }
+  ANISO_PRODUCT("64", ANISO_PLACES_32, "{%32, %33, %34, %35}, %36, 1, 1, 1, 0", ANISO_SUMS_32(sums, 0) : ANISO_ROWS_OF_4)
 }
 
-#undef ANISO_REBUILD
-#undef ANISO_PROJECT_MORE
-#undef ANISO_PROJECT_256
-#undef ANISO_REBUILD_128
-#undef ANISO_PROJECT_128
-#undef ANISO_PROJECT
+// The same of 128 columns.
+template <typename S>
+__device__ __forceinline__ void rebuild(float (&sums)[64], const uint32_t (&rows)[4], uint64_t weights) {
+  ANISO_PRODUCT("128", ANISO_PLACES_64, "{%64, %65, %66, %67}, %68, 1, 1, 1, 0",
+                ANISO_SUMS_32(sums, 0), ANISO_SUMS_32(sums, 32) : ANISO_ROWS_OF_4)
+}
+
+#undef ANISO_PRODUCT
+#undef ANISO_ROWS_OF_4
+#undef ANISO_PLACES_128
+#undef ANISO_PLACES_64
+#undef ANISO_PLACES_32
 #undef ANISO_SUMS_32
 #undef ANISO_SUMS_8
 
