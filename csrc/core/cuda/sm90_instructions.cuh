@@ -226,6 +226,14 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[
                : "memory");
 }
 
+__device__ __forceinline__ void load_shared(uint32_t address, float (&values)[8]) {
+#pragma unroll
+  for (int32_t i = 0; i < 2; ++i) {
+    const float4 four = load_shared(address + i * 16);
+    values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+  }
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

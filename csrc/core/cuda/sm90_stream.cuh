@@ -168,12 +168,7 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
     load_shared(stage(slot) + warpgroup * kTileChunkBytes + row * 128 + (((piece * 4 + quarter) ^ (row & 7)) * 16), pairs);
   };
   const auto load_vector = [&](uint32_t vector, int32_t c, int32_t piece, float(&values)[8]) {
-    const uint32_t from = vector + (c * kChunkColumns + piece * 32 + quarter * 8) * 4;
-#pragma unroll
-    for (int32_t i = 0; i < 2; ++i) {
-      const float4 four = load_shared(from + i * 16);
-      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
-    }
+    load_shared(vector + (c * kChunkColumns + piece * 32 + quarter * 8) * 4, values);
   };
 
   for (int64_t pair = cluster_index(); pair < pairs; pair += cluster_count()) {

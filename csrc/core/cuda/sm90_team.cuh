@@ -163,12 +163,7 @@ struct Team {
 
   // Eight neighbours of a vector.
   __device__ __forceinline__ void load_vector(Vector which, int32_t c, int32_t piece, float (&values)[8]) const {
-    const uint32_t place = vector_place(which) + (c * kChunkColumns + piece * 32 + quarter * 8) * 4;
-#pragma unroll
-    for (int32_t i = 0; i < 2; ++i) {
-      const float4 four = load_shared(place + i * 16);
-      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
-    }
+    load_shared(vector_place(which) + (c * kChunkColumns + piece * 32 + quarter * 8) * 4, values);
   }
 
   // A thread's first row, and the line of one of its two as far as it is there: one past the last is read as the last.
