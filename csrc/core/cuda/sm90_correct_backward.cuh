@@ -19,8 +19,7 @@
 // FLOP     6 D R for each row.
 #pragma once
 
-#include "sm90_radius.cuh"
-#include "sm90_team.cuh"
+#include "sm90_gradient.cuh"
 
 namespace aniso::sm90 {
 
@@ -143,18 +142,7 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     uint32_t y[kChunks][16];
     float own[kOwnGroups][4];
     uint32_t cells[kOwnGroups][2];
-    wait_phase(team.loaded(), 0);
-    team.project_and_send(y, own, [](uint32_t pair) { return pair; }, [&] {
-      team.load_after_reading(grad_map, team.tile);
-      team.wait_for_last_tile(0);
-    });
-    team.forget_addresses();
-    wait_phase(exchange.projected(), 0);
-    if (team.leader) exchange.template expect_parts<true>();
-    exchange.add_parts(own);
-    const auto column_of = [&](int32_t g) { return team.column_of(g); };
-    const bool added = ask_for_cells(in, coordinates, int32_t(cluster_rank()) * Mates::Shares::kOwnColumns, column_of, own, cells);
-    if (added) exchange.warp_is_done();  // with the parts
+    collect_coordinates(team, in, coordinates, grad_map, y, own, cells);
 
     // ---- h
     team.forget_addresses();
