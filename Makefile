@@ -45,7 +45,7 @@ test: install ## the CPU test suite
 
 .PHONY: test-gpu
 test-gpu: install ## the tests that need a CUDA device; several processes, as Triton compiles on the CPU
-	$(BIN)/python -m pytest -n $(GPU_TEST_PROCESSES) --dist loadfile -m gpu $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(GPU_TEST_PROCESSES) --dist worksteal -m gpu $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: install ## ruff and mypy

@@ -232,6 +232,43 @@ def test_batches_for_a_device_are_large_and_fit_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("width", "rank"), [(70, 22), (512, 128), (1280, 128), (1280, 200)])
+def test_a_kernel_maps_rows_apart(width: int, rank: int, dtype: str, backend: str) -> None:
+    if (backend, dtype) == ("triton", "float64"):
+        pytest.skip("Triton's kernels have no float64")
+    values = np.random.default_rng(3).standard_normal((4096, width)) + 0.3
+    aligner = AnisoAlign(rank=rank, refine=False, backend=backend).fit(values, -values[::-1])
+    rows = torch.from_numpy(values).to("cuda", getattr(torch, dtype))
+    rows /= rows.norm(dim=1, keepdim=True)
+    whole = aligner.transform_batch(rows)
+    assert aligner.maps_rows_apart(rows)
+    for first, last in ((0, 1), (1, 4096), (5, 700), (131, 132), (127, 2176)):
+        part = aligner.transform_batch(rows[first:last])
+        assert torch.equal(part, whole[first:last]), (first, last)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_batch_on_a_device_is_mapped_whole_only_if_its_rows_are_apart(apart: bool) -> None:
+    sizes = []
+
+    class Counting(Double):
+        def maps_rows_apart(self, batch: torch.Tensor) -> bool:
+            return apart
+
+        def transform_batch(self, rows: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(rows))
+            return super().transform_batch(rows)
+
+    rows = torch.arange(5000.0 * WIDTH).reshape(5000, WIDTH)
+    mapped, _, _ = TensorMap(Counting(), "float32", "float32").apply(rows)
+    assert torch.equal(mapped, 2 * rows)
+    assert sizes == ([5000] if apart else [4096, 4096])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("refine", [False, True])
 def test_files_through_a_device_are_what_transform_gives(tmp_path: Path, dtype: str, refine: bool) -> None:

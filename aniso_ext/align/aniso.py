@@ -28,6 +28,7 @@ from aniso_ext.align.stages import (
 from aniso_ext.align.training import TrainingOptions
 from aniso_ext.errors import InputError
 from aniso_ext.ops import Frame, correct, correct_sums
+from aniso_ext.ops.backends import resolve
 from aniso_ext.ops.frame import COMPLEMENTS, MOST_KNOTS, TENSOR_FIELDS
 
 if TYPE_CHECKING:
@@ -302,6 +303,15 @@ class AnisoAlign(Aligner):
             self._map(self._refined, moved, self.frame_, out)
         else:
             out.copy_(self._map(self._refined, moved, self.frame_))
+
+    def maps_rows_apart(self, batch: torch.Tensor) -> bool:
+        """Whether stand-ins of such rows are the same to the bit whatever rows are mapped with them.
+
+        The kernels see to that. The library that multiplies for the reference and for the refiner does not: it chooses
+        an order of sums by the number of rows.
+        """
+        self._check_fitted()
+        return self._refined is None and resolve(self.backend, self._moved(batch), self.frame_).name != "reference"
 
     def _exact(self, refined: RefinedMap | None) -> Callable[[torch.Tensor, Frame], torch.Tensor]:
         """Rows to e, on the CPU: what a calibration averages."""

@@ -74,7 +74,8 @@ class ConversionTime:
     peak_mb: float | None = None
 
 
-COPY, OP, CONVERT, BUFFERS, BUS = "cp", "anisoalign, in memory", "anisoalign, files", "anisoalign, buffers", "bus"
+COPY, OP, CONVERT = "cp", "anisoalign, in memory", "anisoalign, files"
+MEMORY, BUFFERS, BUS = "anisoalign, without files", "anisoalign, pinned buffers", "bus"
 REALIGN_OP, REALIGN, REALIGN_FIT = "realign, in memory", "realign, files", "realign, fit and files"
 PICKLED = "realign, NumPy and pickled records"
 
@@ -91,7 +92,7 @@ def variants(device: str) -> list[Variant]:
         Variant(PICKLED, "pickled", "realign"),
     ]
     if device.startswith("cuda"):
-        found += [Variant(BUFFERS, "buffers"), Variant(BUS, "bus")]
+        found += [Variant(MEMORY, "memory"), Variant(BUFFERS, "buffers"), Variant(BUS, "bus")]
     return found
 
 
@@ -144,7 +145,7 @@ def _compare(times: Sequence[ConversionTime]) -> None:
             time.of_copy, time.of_op = time.rows_per_s / rates[COPY], time.rows_per_s / op
         if time.variant in (REALIGN, REALIGN_FIT):
             time.times_pickled = time.rows_per_s / rates[PICKLED]
-        if time.variant == BUFFERS:
+        if time.variant in (MEMORY, BUFFERS):
             time.of_bus = time.rows_per_s / rates[BUS]
         if time.variant == COPY:
             time.peak_mb = None  # that of cp would say nothing
@@ -262,7 +263,7 @@ def _sample(folder: Path, variant: Variant, device: str) -> dict[str, float]:
 
 def _warm(folder: Path, job: str) -> None:
     """Read the files, so that the page cache holds what it can of them."""
-    if job in ("op", "buffers", "bus"):
+    if job in ("op", "memory", "buffers", "bus"):
         return
     for path in sorted(folder.iterdir()):
         with path.open("rb", buffering=0) as file:

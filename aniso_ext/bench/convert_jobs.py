@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from aniso_ext.align import Aligner
+    from aniso_ext.convert.device import CudaMapper, HostMapper, Pending
 
 IN_MEMORY_ROWS = 2**18
 """Rows of the jobs that work in memory."""
-COPIES = 32
-"""How often the bus job copies its buffer each way."""
+BUS_ROWS = 2**25
+"""Rows that cross the bus each way where nothing else is timed."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,15 @@ def pickled(job: Job) -> tuple[int, Callable[[], object]]:
     return rows, lambda: realign_records(paths, Path(job.output), mean, trace)
 
 
-def buffers(job: Job) -> tuple[int, Callable[[], object]]:
-    """Host buffers to host buffers: a conversion without its files."""
+def memory(job: Job) -> tuple[int, Callable[[], object]]:
+    """An array to pinned buffers: a conversion without its files, in which one thread copies the rows on the host."""
     from aniso_ext.convert.crew import Crew
-    from aniso_ext.convert.device import Extent, make_mapper
-    from aniso_ext.convert.maps import make_map
     from aniso_ext.convert.overlap import mapped_batches
     from aniso_ext.data import open_embeddings
 
     rows = _in_memory(job)
     shard = open_embeddings(rows).shards[0]
-    row_map = make_map(_aligner(job), shard.stored_dtype, shard.stored_dtype, job.device)
-    extent = Extent(shard.width, shard.stored_dtype, shard.stored_dtype, 8192, None)
-    mapper = make_mapper(row_map, extent, job.device, None).for_rows(shard.rows)
+    mapper = _mapper(job, rows).for_rows(shard.rows)
     reader = Crew(1, "aniso-read")
 
     def run() -> None:
@@ -119,6 +117,29 @@ def buffers(job: Job) -> tuple[int, Callable[[], object]]:
     return len(rows), run
 
 
+def buffers(job: Job) -> tuple[int, Callable[[], object]]:
+    """Pinned buffers to pinned buffers: the device's part of a conversion. The host takes every result in order."""
+    rows = _in_memory(job)
+    mapper = _mapper(job, rows)
+    sources = [mapper.buffer() for _ in range(mapper.depth + 1)]
+    for source in sources:
+        source[:] = np.resize(rows, source.shape)
+    batches = max(1, BUS_ROWS // mapper.batch_rows)
+
+    def run() -> None:
+        in_flight: deque[Pending] = deque()
+        with mapper:
+            for number in range(batches):
+                if len(in_flight) == mapper.depth:
+                    in_flight.popleft().result()
+                in_flight.append(mapper.submit(sources[number % len(sources)]))
+            while in_flight:
+                in_flight.popleft().result()
+
+    run()
+    return batches * mapper.batch_rows, run
+
+
 def bus(job: Job) -> tuple[int, Callable[[], object]]:
     """Rows to the device and as many back at the same time, from and to pinned memory."""
     import torch
@@ -128,9 +149,10 @@ def bus(job: Job) -> tuple[int, Callable[[], object]]:
     sent, back = rows.pin_memory(), torch.empty_like(rows).pin_memory()
     there, leaving = (torch.empty_like(rows, device=device) for _ in range(2))
     streams = [torch.cuda.Stream(device) for _ in range(2)]
+    copies = max(1, BUS_ROWS // len(rows))
 
     def run() -> None:
-        for _ in range(COPIES):
+        for _ in range(copies):
             with torch.cuda.stream(streams[0]):
                 there.copy_(sent, non_blocking=True)
             with torch.cuda.stream(streams[1]):
@@ -138,10 +160,10 @@ def bus(job: Job) -> tuple[int, Callable[[], object]]:
         torch.cuda.synchronize(device)
 
     run()
-    return COPIES * len(rows), run
+    return copies * len(rows), run
 
 
-JOBS = {job.__name__: job for job in (copy, op, convert, fit_and_convert, pickled, buffers, bus)}
+JOBS = {job.__name__: job for job in (copy, op, convert, fit_and_convert, pickled, memory, buffers, bus)}
 
 
 def _aligner(job: Job) -> Aligner:
@@ -151,6 +173,17 @@ def _aligner(job: Job) -> Aligner:
     if "device" in aligner.parameter_names():
         aligner.set_params(device=job.device)
     return aligner
+
+
+def _mapper(job: Job, rows: np.ndarray) -> HostMapper | CudaMapper:
+    """What `aniso convert` maps these rows with, batches of the size it takes for a long shard."""
+    from aniso_ext.convert.device import Extent, make_mapper
+    from aniso_ext.convert.maps import make_map
+    from aniso_ext.data.dtypes import stored_name
+
+    dtype = stored_name(rows.dtype)
+    row_map = make_map(_aligner(job), dtype, dtype, job.device)
+    return make_mapper(row_map, Extent(rows.shape[1], dtype, dtype, 8192), job.device, None)
 
 
 def _warmed_up(aligner: Aligner) -> Aligner:

@@ -114,6 +114,9 @@ class TensorMap:
         self._transform_into: Callable[[torch.Tensor, torch.Tensor], None] | None = getattr(
             aligner, "transform_into", None
         )
+        self._maps_rows_apart: Callable[[torch.Tensor], bool] = getattr(
+            aligner, "maps_rows_apart", lambda batch: False
+        )
         self._source: torch.dtype = getattr(torch, source_dtype)
         self._stored: torch.dtype = getattr(torch, stored_dtype)
         self._tile_bytes: int | None = getattr(aligner, "tile_bytes", None)
@@ -165,8 +168,12 @@ class TensorMap:
         """
         import torch
 
-        blocks = (self._transformed(_whole(block))[: len(block)] for block in stored.split(DEVICE_ROWS))
-        mapped = torch.cat([block.to(self._stored) for block in blocks])
+        rows = stored.to(self._working)
+        if self._maps_rows_apart(rows):
+            mapped = self._transformed(rows).to(self._stored)
+        else:
+            blocks = (self._transformed(_whole(block))[: len(block)] for block in rows.split(DEVICE_ROWS))
+            mapped = torch.cat([block.to(self._stored) for block in blocks])
         return mapped, _tensor_magnitudes(stored), _tensor_magnitudes(mapped)
 
     def is_finite(self, stored: np.ndarray) -> bool:
