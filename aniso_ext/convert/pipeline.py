@@ -101,7 +101,7 @@ def convert_embeddings(
     """
     started = time.perf_counter()
     check_choice("on_existing", on_existing, ON_EXISTING)
-    me = worker if isinstance(worker, Worker) else Worker(*(worker or (0, 1)))
+    me = Worker.of(worker)
     if me.world > 1 and on_existing != "resume":
         raise InputError(
             f"on_existing={on_existing!r} would undo what other workers have finished: remove the output before the "

@@ -97,7 +97,7 @@ def preview_conversion(
         >>> preview_conversion(make_aligner("identity").fit(rows, rows), rows, "out.npy").bytes_out
         64
     """
-    me = worker if isinstance(worker, Worker) else Worker(*(worker or (0, 1)))
+    me = Worker.of(worker)
     conversion = prepare(
         aligner,
         input,

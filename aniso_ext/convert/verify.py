@@ -102,7 +102,7 @@ def verify_conversion(
     """
     started = time.perf_counter()
     check_choice("rows", rows, ROWS)
-    me = worker if isinstance(worker, Worker) else Worker(*(worker or (0, 1)))
+    me = Worker.of(worker)
     machine = Machine(memory, device, threads)
     conversion = prepare(
         aligner,

@@ -39,6 +39,11 @@ class Worker:
         if not 1 <= self.world <= MOST_WORKERS or not 0 <= self.rank < self.world:
             raise InputError(f"worker {self.rank} of {self.world} is impossible: ranks go from 0 to the number minus 1")
 
+    @classmethod
+    def of(cls, worker: Worker | tuple[int, int] | None) -> Worker:
+        """A worker as callers may name it: itself, (rank, world), or None for a process that is alone."""
+        return worker if isinstance(worker, Worker) else cls(*(worker or (0, 1)))
+
     def __str__(self) -> str:
         return f"worker {self.rank} of {self.world}"
 
