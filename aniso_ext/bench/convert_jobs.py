@@ -70,18 +70,18 @@ def convert(job: Job) -> tuple[int, Callable[[], object]]:
     """Files to files."""
     from aniso_ext.convert import convert_embeddings
 
-    aligner = _warmed_up(_aligner(job))
-    return _rows(job), lambda: convert_embeddings(aligner, job.input, job.output)
+    aligner = _warmed_up(_aligner(job), job.device)
+    return _rows(job), lambda: convert_embeddings(aligner, job.input, job.output, device=job.device)
 
 
 def fit_and_convert(job: Job) -> tuple[int, Callable[[], object]]:
     """Files to files with a fit on them before it: what the four passes over records do."""
     from aniso_ext.convert import convert_embeddings
 
-    aligner = _warmed_up(_aligner(job))
+    aligner = _warmed_up(_aligner(job), job.device)
 
     def run() -> None:
-        convert_embeddings(aligner.fit(job.input, job.target), job.input, job.output)
+        convert_embeddings(aligner.fit(job.input, job.target), job.input, job.output, device=job.device)
 
     return _rows(job), run
 
@@ -186,12 +186,12 @@ def _mapper(job: Job, rows: np.ndarray) -> HostMapper | CudaMapper:
     return make_mapper(row_map, Extent(rows.shape[1], dtype, dtype, 8192), job.device, None)
 
 
-def _warmed_up(aligner: Aligner) -> Aligner:
+def _warmed_up(aligner: Aligner, device: str) -> Aligner:
     """The same aligner, after a conversion of a few rows: that imports what is imported late."""
     from aniso_ext.convert import convert_embeddings
 
     with tempfile.TemporaryDirectory() as folder:
-        convert_embeddings(aligner, np.ones((64, aligner.width), np.float16), Path(folder, "few.npy"))
+        convert_embeddings(aligner, np.ones((64, aligner.width), np.float16), Path(folder, "few.npy"), device=device)
     return aligner
 
 
