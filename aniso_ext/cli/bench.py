@@ -150,9 +150,10 @@ def convert(
     """Time conversions of float16 .npy shards from files to files.
 
     Beside `anisoalign` (the closed form) and `realign` run `cp` of the same files, each map alone on arrays in memory,
-    and ReAlign as one NumPy process over pickled records; on a GPU also the conversion without its files, and copies
-    over the bus. Every sample is a process of its own, whose peak memory is kept. Files have been read once before,
-    and every output is brought to disk. Nothing is timed before the results agree.
+    and ReAlign as one NumPy process over pickled records; on a GPU also the conversion without its files, the device's
+    part of it from pinned buffers to pinned buffers, and copies over the bus. Every sample is a process of its own,
+    whose peak memory is kept. Files have been read once before, and every output is brought to disk. Nothing is timed
+    before the results agree.
 
     \b
     Examples:
