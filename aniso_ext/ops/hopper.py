@@ -26,6 +26,9 @@ LARGEST_STREAMED_WIDTH, LARGEST_STREAMED_RANK = 4096, 256
 CHUNK = 64  # columns that a block of the kernels takes at a time
 # A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
 CELL_COUNTS = (512, 1024, 2048)
+# Where Q streams, so does the table, past shared memory: with the last cell, that of larger radii, a power of two fills
+# stages whole.
+STREAMED_CELL_COUNTS = (255, 511, 1023, 2047)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
 # For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.
@@ -166,12 +169,12 @@ def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
     return most, blocks**0.5 if dtype == torch.float32 or streamed else LARGEST_CELL_ERROR
 
 
-def _radius_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:
+def _radius_table(segments: torch.Tensor, dtype: torch.dtype, counts: tuple[int, ...]) -> PackedTable | None:
     """The smallest table that is good enough for rows of a dtype, NaN in its coarse cells; None if none is."""
     rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
     most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
-    for count in CELL_COUNTS:
+    for count in counts:
         table = pack_table(segments, count)
         secants = table.secants()
         error = table_error(segments, secants)
@@ -192,7 +195,8 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     if dtype != torch.float32 and not is_orthonormal(rounded.double(), torch.finfo(product).eps / 2):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = _radius_table(segments, dtype)
+    counts = STREAMED_CELL_COUNTS if streams(frame.width, frame.rank) else CELL_COUNTS
+    table = _radius_table(segments, dtype, counts)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)
