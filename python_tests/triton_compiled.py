@@ -45,7 +45,7 @@ CASES = (*(f"{operation},bf16,1280,128" for operation in KERNELS), "correct,tf32
 def compiled(
     kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any
 ) -> Any:
-    """A kernel for calibrated rows; the radius map is a table for bfloat16 and searched in 4 steps otherwise."""
+    """A kernel for calibrated rows; the radius map is a table for bfloat16 and TF32, with coarse cells, and else searched in 4 steps."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")
     blocks = padded_blocks(rank // 2)
@@ -54,8 +54,9 @@ def compiled(
         "PADDED": -(-width // PADDING) * PADDING,
         "P": blocks,
         "BLOCKS": rank // 2,
-        "STEPS": 4 if searched else 0,
-        "PIECES": 1025 if searched else 0,
+        "CELLS": 0 if searched else 512,
+        "STEPS": 4,
+        "PIECES": 1025,
         "SPLIT": False,
         "LEAK": False,
         "SHIFTED": True,
@@ -80,8 +81,8 @@ def compiled(
             signature[argument] = "i32"
         elif argument in FLOATS or (argument == "out" and values["ONLY_SUMS"]):
             signature[argument] = "*fp32"
-        elif argument == "cells":
-            signature[argument] = "*i16" if searched else "*i64"
+        elif argument in ("table", "buckets"):
+            signature[argument] = "*i32" if argument == "table" else "*i16"
         else:
             signature[argument] = "*i64" if argument == "pieces" else f"*{stored}"
         if argument != "count" and signature[argument] != "fp32":

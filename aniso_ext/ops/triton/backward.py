@@ -20,6 +20,8 @@ from aniso_ext.ops.triton.common import (
     accumulate,
     apart,
     block_pair,
+    block_row,
+    halves,
     load_ahead,
     load_rows,
     map_backward,
@@ -27,12 +29,14 @@ from aniso_ext.ops.triton.common import (
     multiply_project,
     multiply_rebuild,
     no_sums,
+    parts_of,
     polar,
     product_sums,
     row_gradient,
     row_sums,
     store_rows,
     to_product,
+    together,
 )
 from aniso_ext.ops.triton.forward import coordinates, split_rows
 
@@ -82,11 +86,100 @@ def walk_pairs(
     )  # fmt: skip
 
 
+@triton.jit
+def mapped_blocks(
+    p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Polar coordinates, T(rho), its slope, and k; from p, of blocks from ``first`` on."""
+    blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+    c_a = p_a + block_row(per_block, 0, blocks, P)
+    c_b = p_b + block_row(per_block, 1, blocks, P)
+    turned_a, turned_b = c_a + block_row(per_block, 2, blocks, P), c_b + block_row(per_block, 3, blocks, P)
+    rho, inverse, cos, sin = polar(turned_a, turned_b)
+    mapped, slope = map_radius(rho, blocks, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, True)
+    return rho, inverse, cos, sin, mapped, slope, mapped * cos - scale * c_a, mapped * sin - scale * c_b
+
+
+@triton.jit
+def product_parts(
+    p_a, p_b, h_a, h_b, first, scale, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """k.k + 2 k.(s p + Q^T o), k.Q^T g and k.h of blocks from ``first`` on."""
+    if PARTS == 1:
+        _, _, _, _, _, _, k_a, k_b = mapped_blocks(
+            p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
+        )
+        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
+        rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
+        squares = tl.sum(k_a * (k_a + 2.0 * rest_a) + k_b * (k_b + 2.0 * rest_b), axis=1)
+        dot_shift = tl.zeros_like(squares)
+        if SHIFTED:
+            shift_a, shift_b = block_row(per_block, 7, blocks, P), block_row(per_block, 8, blocks, P)
+            dot_shift = tl.sum(k_a * shift_a + k_b * shift_b, axis=1)
+        return squares, dot_shift, tl.sum(k_a * h_a + k_b * h_b, axis=1)
+    else:
+        low_a, high_a = halves(p_a)
+        low_b, high_b = halves(p_b)
+        low_h_a, high_h_a = halves(h_a)
+        low_h_b, high_h_b = halves(h_b)
+        squares, dot_shift, dot_grad = product_parts(
+            low_a, low_b, low_h_a, low_h_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
+            PIECES, P, SHIFTED, PARTS // 2,
+        )  # fmt: skip
+        more_squares, more_dot_shift, more_dot_grad = product_parts(
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, scale, per_block, table, buckets, starts,
+            pieces, CELLS, STEPS, PIECES, P, SHIFTED, PARTS // 2,
+        )  # fmt: skip
+        return squares + more_squares, dot_shift + more_dot_shift, dot_grad + more_dot_grad
+
+
+@triton.jit
+def gradient_parts(
+    p_a, p_b, h_a, h_b, first, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
+    CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """d - s beta k as a product takes it, and its factor, of blocks from ``first`` on.
+
+    The maps are looked up again: keeping what they gave until the norms are known takes more registers than there are.
+    """
+    if PARTS == 1:
+        rho, inverse, cos, sin, mapped, slope, k_a, k_b = mapped_blocks(
+            p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
+        )
+        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
+        rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
+        shift_a, shift_b = block_row(per_block, 7, blocks, P), block_row(per_block, 8, blocks, P)
+        h_a = alpha[:, None] * h_a - beta[:, None] * (k_a + rest_a) - gamma[:, None] * shift_a
+        h_b = alpha[:, None] * h_b - beta[:, None] * (k_b + rest_b) - gamma[:, None] * shift_b
+        d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, h_a, h_b)
+        of_k = (scale * beta)[:, None]
+        return to_product(d_a - (scale * h_a + of_k * k_a), d_b - (scale * h_b + of_k * k_b), PRODUCT, PRECISION)
+    else:
+        low_a, high_a = halves(p_a)
+        low_b, high_b = halves(p_b)
+        low_h_a, high_h_a = halves(h_a)
+        low_h_b, high_h_b = halves(h_b)
+        low_a, low_b, factor = gradient_parts(
+            low_a, low_b, low_h_a, low_h_b, first, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
+            CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
+        )  # fmt: skip
+        high_a, high_b, _ = gradient_parts(
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, alpha, beta, gamma, scale, per_block, table,
+            buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
+        )  # fmt: skip
+        return together(low_a, high_a), together(low_b, high_b), factor
+
+
 @triton.jit(do_not_specialize=["count"])
 def correct_backward_kernel(
-    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
-    pieces, count, grad_stride, row_stride,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
+    buckets, starts, pieces, count, grad_stride, row_stride,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
     SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,35 +192,21 @@ def correct_backward_kernel(
         base, grad_base, project, per_column, WIDTH, PADDED, P, SHIFTED, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION
     )
     scale = tl.load(scalars)
-    bias_a, bias_b = block_pair(per_block, 0, P)
-    target_a, target_b = block_pair(per_block, 2, P)
-    offset_a, offset_b = block_pair(per_block, 5, P)
-    shift_a, shift_b = block_pair(per_block, 7, P)
-    rho, inverse, cos, sin = polar(a + bias_a + target_a, b + bias_b + target_b)
-    mapped, slope = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
-    k_a = mapped * cos - scale * (a + bias_a)
-    k_b = mapped * sin - scale * (b + bias_b)
-    # s p + Q^T o, and then Q^T w
-    a = scale * a + offset_a
-    b = scale * b + offset_b
-    squares = tl.sum(k_a * (k_a + 2.0 * a) + k_b * (k_b + 2.0 * b), axis=1) + scale * (
-        scale * squares + 2.0 * dot_offset
-    )
-    squares += tl.load(scalars + 1)
-    a += k_a
-    b += k_b
-    dot_grad = tl.sum(k_a * h_a + k_b * h_b, axis=1) + scale * dot_grad + grad_offset
+    cross, along_shift, along_grad = product_parts(
+        a, b, h_a, h_b, 0, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
+        parts_of(PRODUCT),
+    )  # fmt: skip
+    squares = cross + scale * (scale * squares + 2.0 * dot_offset) + tl.load(scalars + 1)
+    dot_grad = along_grad + scale * dot_grad + grad_offset
     if SHIFTED:
-        dot_shift = tl.sum(k_a * shift_a + k_b * shift_b, axis=1) + scale * dot_shift + tl.load(scalars + 2)
+        dot_shift = along_shift + scale * dot_shift + tl.load(scalars + 2)
     alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)
-    h_a = alpha[:, None] * h_a - beta[:, None] * a - gamma[:, None] * shift_a
-    h_b = alpha[:, None] * h_b - beta[:, None] * b - gamma[:, None] * shift_b
-    d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, h_a, h_b)
+    product_a, product_b, factor = gradient_parts(
+        a, b, h_a, h_b, 0, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P,
+        PRODUCT, PRECISION, parts_of(PRODUCT),
+    )  # fmt: skip
     beta *= scale
     gamma *= scale
-    d_a -= scale * h_a + beta[:, None] * k_a
-    d_b -= scale * h_b + beta[:, None] * k_b
-    product_a, product_b, factor = to_product(d_a, d_b, PRODUCT, PRECISION)
     target = grad_y + rows * WIDTH
     first = tl.arange(0, BLOCK_COLUMNS)
     tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -150,9 +229,9 @@ def correct_backward_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def split_backward_kernel(
-    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, cells, starts,
-    pieces, count, grad_stride, row_stride,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
+    grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
+    buckets, starts, pieces, count, grad_stride, row_stride,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
     SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +249,9 @@ def split_backward_kernel(
     a += bias_a
     b += bias_b
     rho, inverse, cos, sin = polar(a + target_a, b + target_b)
-    mapped, slope = map_radius(rho, per_block, cells, starts, pieces, STEPS, PIECES, P)
+    mapped, slope = map_radius(
+        rho, tl.arange(0, P)[None, :], per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, True
+    )
     k_a, k_b = mapped * cos, mapped * sin
     if LEAK:
         k_a -= leak_a

@@ -14,8 +14,58 @@ import triton.language as tl
 RADIUS_EPS = tl.constexpr(1e-12)
 LEAST_NORMAL = tl.constexpr(2.0**-126)  # a square below it has lost its bits, and its root may be flushed to zero
 NORM_FLOOR = tl.constexpr(1e-12)
-LAST_CELL = tl.constexpr(2048)  # constants.CELLS, and operands.BUCKETS
+BUCKETS = tl.constexpr(2048)  # operands.BUCKETS
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def _search_coarse(slope: bool) -> str:
+    """PTX that searches the map where a cell is coarse: few lanes do, and only their warps wait.
+
+    Operands: the results, the map by the table (and its slope), the cell, the radius, its block, the scale of buckets;
+    buckets, starts, pieces; half of the window, the length of starts and of pieces.
+    """
+    names = ["map", *(["slope"] if slope else []), "cell", "rho", "block", "scale", "buckets", "starts", "pieces"]
+    results = 2 if slope else 1
+    at = {name: f"${results + number}" for number, name in enumerate([*names, "half", "length", "count"])}
+    found = "$1" if slope else "slope"
+    return f"""{{
+        .reg .pred yes; .reg .b32 below, half, index; .reg .u64 at; .reg .f32 start, value, slope;
+        mov.f32 $0, {at["map"]};
+        {f"mov.f32 $1, {at['slope']};" if slope else ""}
+        and.b32 below, {at["cell"]}, 0x7fff;
+        setp.le.u32 yes, below, 0x7c00;
+        @yes bra FOUND;
+        mul.f32 start, {at["rho"]}, {at["scale"]};
+        min.f32 start, start, 0f44FFE000;
+        cvt.rzi.u32.f32 below, start;
+        mad.lo.u32 index, {at["block"]}, 2048, below;
+        mad.wide.u32 at, index, 2, {at["buckets"]};
+        ld.global.nc.u16 below, [at];
+        mov.b32 half, {at["half"]};
+        HALVE:
+        mad.lo.u32 index, {at["block"]}, {at["length"]}, below;
+        add.u32 index, index, half;
+        mad.wide.u32 at, index, 4, {at["starts"]};
+        ld.global.nc.f32 start, [at];
+        setp.le.f32 yes, start, {at["rho"]};
+        @yes add.u32 below, below, half;
+        shr.u32 half, half, 1;
+        setp.ne.u32 yes, half, 0;
+        @yes bra HALVE;
+        mad.lo.u32 index, {at["block"]}, {at["length"]}, below;
+        mad.wide.u32 at, index, 4, {at["starts"]};
+        ld.global.nc.f32 start, [at];
+        mad.lo.u32 index, {at["block"]}, {at["count"]}, below;
+        mad.wide.u32 at, index, 8, {at["pieces"]};
+        ld.global.nc.v2.f32 {{value, {found}}}, [at];
+        sub.f32 start, {at["rho"]}, start;
+        fma.rn.f32 $0, start, {found}, value;
+        FOUND:
+        }}"""
+
+
+_SEARCH_COARSE = tl.constexpr(_search_coarse(False))
+_SEARCH_COARSE_SLOPE = tl.constexpr(_search_coarse(True))
 
 
 @triton.jit
@@ -80,14 +130,20 @@ def multiply_project(
 
 @triton.jit
 def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
-    """The two coordinates of the blocks from one product: halves that each thread already holds side by side."""
-    return tl.split(tl.permute(tl.reshape(pair, (BLOCK_ROWS, 2, P)), (0, 2, 1)))
+    """The two coordinates of the blocks from one product."""
+    return halves(pair)
 
 
 @triton.jit
-def together(a, b, P: tl.constexpr):
-    """The inverse of :func:`apart`: [BLOCK_ROWS, 2P]."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * P))
+def halves(value):
+    """The left and the right half of the columns, which each thread already holds side by side."""
+    return tl.split(tl.permute(tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def together(a, b):
+    """The inverse of :func:`halves`."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
@@ -98,7 +154,7 @@ def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.conste
     """
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = tl.dot(together(a, b), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
         tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
@@ -112,8 +168,8 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
         tile = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
-        second = tl.dot(together(c, d, P), tile, input_precision=PRECISION)
+        first = tl.dot(together(a, b), tile, input_precision=PRECISION)
+        second = tl.dot(together(c, d), tile, input_precision=PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
         even = tl.load(pointers).to(PRODUCT)
@@ -130,6 +186,20 @@ def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
     """Constants of the blocks, [1, P] for each coordinate."""
     pointers = per_block + row * P + tl.arange(0, P)
     return tl.load(pointers)[None, :], tl.load(pointers + P)[None, :]
+
+
+@triton.jit
+def block_row(per_block, row: tl.constexpr, blocks, P: tl.constexpr):
+    return tl.load(per_block + row * P + blocks)
+
+
+@triton.constexpr_function
+def parts_of(product):
+    """In how many parts what lies between two products is computed, one after the other, so that few registers hold it.
+
+    A factor of float16 coefficients is that of the whole row.
+    """
+    return 1 if product == tl.float16 else 4
 
 
 @triton.jit
@@ -180,23 +250,75 @@ def gather_short(values, index):
 
 
 @triton.jit
-def map_radius(rho, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr):
-    """(T(rho), slope) of [BLOCK_ROWS, P] radii; STEPS 0 means a table, see constants.Lookup."""
-    blocks = tl.arange(0, P)[None, :]
-    position = rho * tl.load(per_block + 4 * P + blocks)
-    if STEPS == 0:
-        # compared this way around a NaN falls in the last cell instead of being cast
-        cell = tl.where(position < LAST_CELL, position, LAST_CELL * 1.0).to(tl.int32)
-        intercept, slope = gather_pair(cells, blocks * (LAST_CELL + 1) + cell)
-        return intercept + rho * slope, slope
-    cell = tl.where(position < LAST_CELL - 1, position, (LAST_CELL - 1) * 1.0).to(tl.int32)
-    below = gather_short(cells, blocks * LAST_CELL + cell)
+def gather_word(words, index):
+    if INTERPRETED:
+        return tl.load(words + index)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $2, 4, $1; ld.global.nc.b32 $0, [at]; }",
+        "=r,l,r", [words.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def search_radius(rho, blocks, scale, buckets, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr):
+    """(T(rho), slope) of the piece that a radius lies in."""
+    position = rho * scale
+    # compared this way around a NaN falls in the last bucket instead of being cast
+    bucket = tl.where(position < BUCKETS - 1, position, (BUCKETS - 1) * 1.0).to(tl.int32)
+    below = gather_short(buckets, blocks * BUCKETS + bucket)
     first = blocks * (PIECES + (1 << STEPS))
     for step in tl.static_range(STEPS):
         half = 1 << (STEPS - 1 - step)
         below += tl.where(gather_float(starts, first + below + half) <= rho, half, 0)
     value, slope = gather_pair(pieces, blocks * PIECES + below)
     return value + (rho - gather_float(starts, first + below)) * slope, slope
+
+
+@triton.jit
+def map_radius(
+    rho, blocks, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, P: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """(T(rho), slope) of radii of ``blocks`` [1, n], see constants.Lookup; CELLS 0: no table, STEPS 0: no coarse cells.
+
+    SLOPE false: the slope is not asked for.
+    """
+    scale = tl.load(per_block + 4 * P + blocks)
+    if CELLS == 0:
+        return search_radius(rho, blocks, scale, buckets, starts, pieces, STEPS, PIECES)
+    else:  # a return from here on would be compiled as well
+        scale *= CELLS / BUCKETS
+        last_slope = tl.load(per_block + 11 * P + blocks)
+        unit = tl.load(per_block + 12 * P + blocks)
+        position = rho * scale
+        cell = tl.where(position < CELLS, position, CELLS * 1.0).to(tl.int32)
+        word = gather_word(table, blocks * (CELLS + 1) + cell)
+        start = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        rise = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        mapped = rho * last_slope + unit * (start + rise * (position - cell.to(tl.float32)))
+        slope = last_slope + unit * scale * rise
+        if STEPS > 0:
+            scale *= BUCKETS / CELLS
+            if INTERPRETED:
+                exact, exact_slope = search_radius(rho, blocks, scale, buckets, starts, pieces, STEPS, PIECES)
+                coarse = (word & 0x7FFF) > 0x7C00
+                mapped = tl.where(coarse, exact, mapped)
+                slope = tl.where(coarse, exact_slope, slope)
+            elif SLOPE:
+                mapped, slope = tl.inline_asm_elementwise(
+                    _SEARCH_COARSE_SLOPE, "=&f,=&f,f,f,r,f,r,f,l,l,l,r,r,r",
+                    [mapped, slope, word, rho, blocks, scale, buckets.to(tl.int64), starts.to(tl.int64),
+                     pieces.to(tl.int64), 1 << (STEPS - 1), PIECES + (1 << STEPS), PIECES],
+                    dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                mapped = tl.inline_asm_elementwise(
+                    _SEARCH_COARSE, "=&f,f,r,f,r,f,l,l,l,r,r,r",
+                    [mapped, word, rho, blocks, scale, buckets.to(tl.int64), starts.to(tl.int64),
+                     pieces.to(tl.int64), 1 << (STEPS - 1), PIECES + (1 << STEPS), PIECES],
+                    dtype=tl.float32, is_pure=True, pack=1,
+                )  # fmt: skip
+        return mapped, slope
 
 
 @triton.jit

@@ -14,12 +14,15 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     apart,
     block_pair,
+    block_row,
+    halves,
     load_ahead,
     load_rows,
     multiply_project,
     multiply_rebuild,
     multiply_rebuild_two,
     no_sums,
+    parts_of,
     product_sums,
     row_gradient,
     row_scales,
@@ -28,13 +31,13 @@ from aniso_ext.ops.triton.common import (
     store_rows,
     tanh,
     to_product,
+    together,
 )
 
 
 @triton.jit
-def turned_blocks(state, deltas, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.constexpr):
+def turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.constexpr):
     """What moves the blocks of a row: rho^, cos and sin of theta^ and of the increment, both tanh."""
-    blocks = tl.arange(0, P)
     sin0 = load_rows(state, blocks, BLOCKS, P, tl.float32)
     cos0 = load_rows(state + BLOCKS, blocks, BLOCKS, P, tl.float32)
     log_rho = load_rows(state + 2 * BLOCKS, blocks, BLOCKS, P, tl.float32)
@@ -46,6 +49,44 @@ def turned_blocks(state, deltas, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.con
     cos = cos0 * step_cos - sin0 * step_sin
     sin = sin0 * step_cos + cos0 * step_sin
     return radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho
+
+
+@triton.jit
+def coefficient_parts(
+    state, deltas, u_a, u_b, step_a, step_b, first, per_block, a_theta, a_rho, BLOCKS: tl.constexpr, P: tl.constexpr,
+    SHIFTED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """k as a product takes it, its factor, k.k + 2 k.Q^T u and k.Q^T g, of blocks from ``first`` on; from Q^T u, less
+    the step that has coordinates of its own."""
+    if PARTS == 1:
+        blocks = first + tl.arange(0, u_a.shape[1])
+        radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS, P)
+        a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
+        k_a = a.to(tl.float32) * factor[:, None]
+        k_b = b.to(tl.float32) * factor[:, None]
+        squares = tl.sum(k_a * (k_a + 2.0 * (u_a + step_a)) + k_b * (k_b + 2.0 * (u_b + step_b)), axis=1)
+        dot_shift = tl.zeros_like(squares)
+        if SHIFTED:
+            at = blocks[None, :]
+            dot_shift = tl.sum(k_a * block_row(per_block, 7, at, P) + k_b * block_row(per_block, 8, at, P), axis=1)
+        return a, b, factor, squares, dot_shift
+    else:
+        low_u_a, high_u_a = halves(u_a)
+        low_u_b, high_u_b = halves(u_b)
+        low_a, high_a = halves(step_a)
+        low_b, high_b = halves(step_b)
+        low_a, low_b, factor, squares, dot_shift = coefficient_parts(
+            state, deltas, low_u_a, low_u_b, low_a, low_b, first, per_block, a_theta, a_rho, BLOCKS, P, SHIFTED,
+            PRODUCT, PRECISION, PARTS // 2,
+        )  # fmt: skip
+        high_a, high_b, _, more_squares, more_dot_shift = coefficient_parts(
+            state, deltas, high_u_a, high_u_b, high_a, high_b, first + u_a.shape[1] // 2, per_block, a_theta, a_rho,
+            BLOCKS, P, SHIFTED, PRODUCT, PRECISION, PARTS // 2,
+        )  # fmt: skip
+        return (
+            together(low_a, high_a), together(low_b, high_b), factor, squares + more_squares,
+            dot_shift + more_dot_shift,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -95,17 +136,13 @@ def decode_kernel(
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     u_a, u_b = apart(u_pair, BLOCK_ROWS, P)
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
-    radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
-    a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
+    a, b, factor, cross, along_shift = coefficient_parts(
+        state, deltas, u_a, u_b, step_a, step_b, 0, per_block, a_theta, a_rho, BLOCKS, P, SHIFTED, PRODUCT, PRECISION,
+        parts_of(PRODUCT),
+    )  # fmt: skip
     if FORMS:
-        squares, dot_shift = tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1)
-        k_a = a.to(tl.float32) * factor[:, None]
-        k_b = b.to(tl.float32) * factor[:, None]
-        cross = k_a * (k_a + 2.0 * (u_a + step_a)) + k_b * (k_b + 2.0 * (u_b + step_b))
-        squares += tl.sum(cross, axis=1)
-        if SHIFTED:
-            shift_a, shift_b = block_pair(per_block, 7, P)
-            dot_shift += tl.sum(k_a * shift_a + k_b * shift_b, axis=1)
+        squares = tl.sum(squares, axis=1) + cross
+        dot_shift = tl.sum(dot_shift, axis=1) + along_shift
     else:
         rebuilt_squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         rebuilt_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
@@ -189,7 +226,9 @@ def decode_backward_kernel(
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
-    radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(state, deltas, a_theta, a_rho, BLOCKS, P)
+    radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(
+        state, deltas, tl.arange(0, P), a_theta, a_rho, BLOCKS, P
+    )
     k_a = radius * cos - step_a
     k_b = radius * sin - step_b
     shift_a, shift_b = block_pair(per_block, 7, P)

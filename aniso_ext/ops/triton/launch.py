@@ -30,39 +30,35 @@ class Folded(NamedTuple):
     per_block: torch.Tensor
     per_column: torch.Tensor
     scalars: torch.Tensor
-    cells: torch.Tensor
+    table: torch.Tensor
+    buckets: torch.Tensor
     starts: torch.Tensor
     pieces: torch.Tensor
-    gradient_cells: torch.Tensor
-    gradient_starts: torch.Tensor
-    gradient_pieces: torch.Tensor
+    cells: int
     steps: int
-    gradient_steps: int
+    coarse: bool
+    coarse_slopes: bool
     rank: int
     split: bool
     shifted: bool
     tf32: bool
 
-    def arrays(self, *, gradient: bool = False) -> tuple[torch.Tensor, ...]:
-        lookup = self[10:13] if gradient else self[7:10]
-        cells, starts, pieces = lookup
-        return (*self[:7], _pairs(cells), starts, _pairs(pieces))
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        # two neighbouring float32 as one int64, which a kernel gathers at once
+        return (*self[:10], self.pieces.view(torch.int64))
 
     def meta(self, *, gradient: bool = False) -> dict[str, Any]:
-        starts, steps = (self.gradient_starts, self.gradient_steps) if gradient else (self.starts, self.steps)
+        cells = 0 if gradient and not self.coarse_slopes else self.cells
+        searched = cells == 0 or self.coarse
         return {
             "PADDED": self.per_column.shape[1],
             "P": self.per_block.shape[1],
-            "STEPS": steps,
-            "PIECES": starts.shape[1] - (1 << steps) if steps else 0,
+            "CELLS": cells,
+            "STEPS": self.steps if searched else 0,
+            "PIECES": self.pieces.shape[1] if searched else 0,
             "SPLIT": self.split,
             "LEAK": self.leak_project.numel() > 0,
         }
-
-
-def _pairs(value: torch.Tensor) -> torch.Tensor:
-    """Two neighbouring float32 as one int64, which a kernel gathers at once."""
-    return value if value.dtype != torch.float32 or value.dim() < 3 else value.view(torch.int64)
 
 
 def _rows(rows: torch.Tensor) -> torch.Tensor:
@@ -185,7 +181,7 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
     if len(y):
         _launch(
             encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
+            grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
@@ -199,7 +195,7 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
+            grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
