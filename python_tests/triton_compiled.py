@@ -60,6 +60,7 @@ def compiled(
         "SPLIT": False,
         "LEAK": False,
         "SHIFTED": True,
+        "JOINED": name == "bf16",
         "ONLY_SUMS": False,
         "FORMS": True,
         "PROJECT": True,

@@ -18,11 +18,17 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     accumulate,
+    LEAST_NORMAL,
+    afresh,
     apart,
     block_pair,
     block_row,
     halves,
+    identity,
+    joined_gradient,
+    joined_sums,
     load_ahead,
+    load_joined,
     load_rows,
     map_backward,
     map_radius,
@@ -44,10 +50,10 @@ from aniso_ext.ops.triton.forward import coordinates, split_rows
 @triton.jit
 def walk_pairs(
     base, grad_base, project, per_column, WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr,
-    SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Q^T y, Q^T t and the six dot products of y, t, o and g."""
+    """Q^T y, Q^T t and the six dot products of y, t, o and g; JOINED: those with o and g in units of scalars[4]."""
     pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     h_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -56,6 +62,8 @@ def walk_pairs(
     dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     grad_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+    grad_joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -69,21 +77,30 @@ def walk_pairs(
             pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
             h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
-        offset = tl.load(per_column + PADDED + columns)[None, :]
         squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-        dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         dot_grad += row_sums(y * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-        grad_offset += row_sums(t * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-        if SHIFTED:
+        if JOINED:
+            weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
+            joined = tl.dot(tile, weights, joined, input_precision=PRECISION)
+            grad_joined = tl.dot(grad, weights, grad_joined, input_precision=PRECISION)
+        else:
+            offset = tl.load(per_column + PADDED + columns)[None, :]
+            dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            grad_offset += row_sums(t * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        if SHIFTED and not JOINED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     a, b = apart(pair, BLOCK_ROWS, P)
     h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
-    return (
-        a, b, h_a, h_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1),
-        tl.sum(dot_grad, axis=1), tl.sum(grad_offset, axis=1), tl.sum(grad_shift, axis=1),
-    )  # fmt: skip
+    squares, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_grad, axis=1)
+    if JOINED:
+        dot_offset, dot_shift = joined_sums(joined)
+        grad_offset, grad_shift = joined_sums(grad_joined)
+    else:
+        dot_offset, dot_shift = tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
+        grad_offset, grad_shift = tl.sum(grad_offset, axis=1), tl.sum(grad_shift, axis=1)
+    return a, b, h_a, h_b, squares, dot_offset, dot_shift, dot_grad, grad_offset, grad_shift
 
 
 @triton.jit
@@ -138,11 +155,11 @@ def product_parts(
 
 @triton.jit
 def gradient_parts(
-    p_a, p_b, h_a, h_b, first, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
+    p_a, p_b, h_a, h_b, first, inverse_factor, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
     CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """d - s beta k as a product takes it, and its factor, of blocks from ``first`` on.
+    """d - s beta k, times a number for each row, as a product takes it, and its factor, of blocks from ``first`` on.
 
     The maps are looked up again: keeping what they gave until the norms are known takes more registers than there are.
     """
@@ -158,18 +175,20 @@ def gradient_parts(
         h_b = alpha[:, None] * h_b - beta[:, None] * (k_b + rest_b) - gamma[:, None] * shift_b
         d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, h_a, h_b)
         of_k = (scale * beta)[:, None]
-        return to_product(d_a - (scale * h_a + of_k * k_a), d_b - (scale * h_b + of_k * k_b), PRODUCT, PRECISION)
+        d_a = (d_a - (scale * h_a + of_k * k_a)) * inverse_factor[:, None]
+        d_b = (d_b - (scale * h_b + of_k * k_b)) * inverse_factor[:, None]
+        return to_product(d_a, d_b, PRODUCT, PRECISION)
     else:
         low_a, high_a = halves(p_a)
         low_b, high_b = halves(p_b)
         low_h_a, high_h_a = halves(h_a)
         low_h_b, high_h_b = halves(h_b)
         low_a, low_b, factor = gradient_parts(
-            low_a, low_b, low_h_a, low_h_b, first, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
+            low_a, low_b, low_h_a, low_h_b, first, inverse_factor, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
             CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, alpha, beta, gamma, scale, per_block, table,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, scale, per_block, table,
             buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor
@@ -180,7 +199,7 @@ def correct_backward_kernel(
     grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
     buckets, starts, pieces, count, grad_stride, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -189,26 +208,54 @@ def correct_backward_kernel(
     base = y + read * row_stride
     grad_base = grad + read * grad_stride
     a, b, h_a, h_b, squares, dot_offset, dot_shift, dot_grad, grad_offset, grad_shift = walk_pairs(
-        base, grad_base, project, per_column, WIDTH, PADDED, P, SHIFTED, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION
+        base, grad_base, project, per_column, WIDTH, PADDED, P, SHIFTED, JOINED, BLOCK_ROWS, BLOCK_COLUMNS,
+        PRODUCT, PRECISION,
     )
     scale = tl.load(scalars)
+    if JOINED:
+        unit = tl.load(scalars + 4)
+        dot_offset *= unit
+        dot_shift *= unit
+        grad_offset *= unit
+        grad_shift *= unit
     cross, along_shift, along_grad = product_parts(
         a, b, h_a, h_b, 0, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
-        parts_of(PRODUCT),
+        parts_of(PRODUCT, P),
     )  # fmt: skip
     squares = cross + scale * (scale * squares + 2.0 * dot_offset) + tl.load(scalars + 1)
     dot_grad = along_grad + scale * dot_grad + grad_offset
     if SHIFTED:
         dot_shift = along_shift + scale * dot_shift + tl.load(scalars + 2)
     alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)
+    # what the product is multiplied with: rows t are added to it as they are
+    row_factor = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    if JOINED:
+        row_factor = unit * tl.where(alpha < LEAST_NORMAL, LEAST_NORMAL, alpha)
     product_a, product_b, factor = gradient_parts(
-        a, b, h_a, h_b, 0, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P,
-        PRODUCT, PRECISION, parts_of(PRODUCT),
+        afresh(a), afresh(b), h_a, h_b, 0, 1.0 / row_factor, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P,
+        PRODUCT, PRECISION, parts_of(PRODUCT, P),
     )  # fmt: skip
     beta *= scale
     gamma *= scale
     target = grad_y + rows * WIDTH
     first = tl.arange(0, BLOCK_COLUMNS)
+    if JOINED:
+        kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
+        joined = joined_gradient(-beta * unit / row_factor, -gamma * unit / row_factor, PRODUCT)
+        beta *= scale / row_factor
+        tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            result = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
+            weights = load_joined(project, columns, P, PADDED, PRODUCT)
+            result = tl.dot(joined, weights, result, input_precision=PRECISION)
+            grad_tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            result = tl.dot(grad_tile, kept, result, input_precision=PRECISION)
+            result -= tile.to(tl.float32) * beta[:, None]
+            tile = ahead
+            store_rows(target, columns, inside, result * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
+        return
     tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
@@ -241,7 +288,7 @@ def split_backward_kernel(
     base = y + read * row_stride
     grad_base = grad + read * grad_stride
     a, b, leak_a, leak_b, _, _, _ = coordinates(
-        base, project, leak_project, per_block, per_column, WIDTH, PADDED, P, False, LEAK, False,
+        base, project, leak_project, per_block, per_column, WIDTH, PADDED, P, False, LEAK, False, False,
         BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION,
     )  # fmt: skip
     bias_a, bias_b = block_pair(per_block, 0, P)
@@ -267,8 +314,8 @@ def split_backward_kernel(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
-            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
-            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,
+            WIDTH, PADDED, P, False, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
         squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
         dot_grad += product_sums(w * t, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -287,8 +334,8 @@ def split_backward_kernel(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
-            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
-            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,
+            WIDTH, PADDED, P, False, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
         grad_w = alpha[:, None] * t - beta[:, None] * w
         if SHIFTED:
@@ -308,8 +355,8 @@ def split_backward_kernel(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
-            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
-            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,
+            WIDTH, PADDED, P, False, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
         grad_w = alpha[:, None] * t - beta[:, None] * w
         if SHIFTED:

@@ -135,6 +135,14 @@ def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def afresh(value):
+    """The value, of which the compiler does not know that it has seen it: what follows from it is computed again."""
+    if INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def halves(value):
     """The left and the right half of the columns, which each thread already holds side by side."""
     return tl.split(tl.permute(tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2)), (0, 2, 1)))
@@ -182,6 +190,46 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
 
 
 @triton.jit
+def load_joined(project, columns, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr):
+    """Offset and shift in pieces for a tile of columns, [16, n]; constants._columns_of_products."""
+    pointers = project + (2 * P + tl.arange(0, 16))[:, None] * PADDED + columns[None, :]
+    return tl.load(pointers).to(PRODUCT)
+
+
+@triton.jit
+def joined_coefficients(norm, PRODUCT: tl.constexpr):
+    """What takes offset + |w| shift from :func:`load_joined`, [BLOCK_ROWS, 16]."""
+    at = tl.arange(0, 16)[None, :]
+    high = norm.to(PRODUCT).to(tl.float32)
+    of_shift = tl.where(at < 4, high[:, None], tl.where(at == 4, (norm - high)[:, None], 0.0))
+    return tl.where(at < 2, 1.0, of_shift).to(PRODUCT)
+
+
+@triton.jit
+def joined_gradient(of_offset, of_shift, PRODUCT: tl.constexpr):
+    """What takes of_offset offset + of_shift shift from :func:`load_joined`, [BLOCK_ROWS, 16]."""
+    at = tl.arange(0, 16)[None, :]
+    offset_high, shift_high = of_offset.to(PRODUCT).to(tl.float32), of_shift.to(PRODUCT).to(tl.float32)
+    low = tl.where(at == 4, (of_shift - shift_high)[:, None], tl.where(at == 5, (of_offset - offset_high)[:, None], 0.0))
+    return tl.where(at < 2, offset_high[:, None], tl.where(at < 4, shift_high[:, None], low)).to(PRODUCT)
+
+
+@triton.jit
+def joined_sums(joined):
+    """Dot products with offset and shift from those with :func:`load_joined`."""
+    at = tl.arange(0, 16)[None, :]
+    of_shift = tl.where((at == 2) | (at == 3), joined, 0.0)
+    return tl.sum(tl.where(at < 2, joined, 0.0), axis=1), tl.sum(of_shift, axis=1)
+
+
+@triton.jit
+def identity(scale, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched."""
+    at = tl.arange(0, BLOCK_COLUMNS)
+    return tl.where(at[:, None] == at[None, :], scale, 0.0).to(PRODUCT)
+
+
+@triton.jit
 def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
     """Constants of the blocks, [1, P] for each coordinate."""
     pointers = per_block + row * P + tl.arange(0, P)
@@ -194,12 +242,12 @@ def block_row(per_block, row: tl.constexpr, blocks, P: tl.constexpr):
 
 
 @triton.constexpr_function
-def parts_of(product):
+def parts_of(product, blocks):
     """In how many parts what lies between two products is computed, one after the other, so that few registers hold it.
 
     A factor of float16 coefficients is that of the whole row.
     """
-    return 1 if product == tl.float16 else 4
+    return 1 if product == tl.float16 else blocks // 16
 
 
 @triton.jit

@@ -16,6 +16,7 @@ Radius maps: see :class:`Lookup`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from aniso_ext.ops.operands import BUCKETS, fold, is_orthonormal, radius_segment
 from aniso_ext.ops.radius_table import PackedTable
 
 PADDING = 128
+JOINED = 16  # the fewest factors that tensor cores add up
 LEAST_WIDTH = 64
 LEAST_BLOCKS = 16  # a side of the smallest matrix that tensor cores multiply
 LARGEST_RANK = 1024
@@ -69,14 +71,15 @@ class Constants:
     """Arrays of a frame for rows of one dtype; P is M padded, W is D padded.
 
     ============= ============================ =====================================================================
-    project       [2P, W], float16 [4P, W]     rows: even columns of Q, then odd ones; then their rounding errors
+    project       [2P, W], float16 [4P, W],    rows: even columns of Q, then odd ones; for float16 then their rounding
+                  bfloat16 [2P + JOINED, W]    errors, for bfloat16 :func:`_columns_of_products`
     rebuild       [W, 2P]                      the same, transposed
     leak_project  like project, or [0]         ((I - QQ^T) D_V Q)^T, projected diagonal complements only
     leak_rebuild  [W, 2P] or [0]               the same, transposed
     per_block     [BLOCK_CONSTANTS, P] float32 bias, target, bucket scale, Q^T o, Q^T g, bias of the leak, last slope,
                                                unit
     per_column    [3, W] float32               scale, offset, shift
-    scalars       [4] float32                  scale, o.o, o.g, g.g
+    scalars       [6] float32                  scale, o.o, o.g, g.g, the unit of joined products, scale / unit
     lookup        Lookup                       radius maps
     coarse_slopes                              whether gradients have the slope of a cell, or of the map itself
     forms                                      whether norms may come from quadratic forms, for which Q^T Q = I
@@ -135,6 +138,16 @@ def _both_ways(basis: torch.Tensor, blocks: int, width: int) -> tuple[torch.Tens
     apart = basis.new_zeros(width, 2 * blocks)
     apart[: len(basis)] = _apart(basis, blocks)
     return apart.T.contiguous(), apart
+
+
+def _columns_of_products(offset: torch.Tensor, shift: torch.Tensor, width: int) -> torch.Tensor:
+    """[JOINED, W]: offset and shift in two bfloat16 pieces each, and the first pieces of shift and offset once more."""
+    joined = offset.new_zeros(JOINED, width, dtype=torch.bfloat16)
+    for row, value in ((0, offset), (2, shift)):
+        joined[row, : len(value)] = value
+        joined[row + 1, : len(value)] = value - joined[row, : len(value)].double()
+    joined[4], joined[5] = joined[2], joined[0]
+    return joined
 
 
 def _padded(value: torch.Tensor, blocks: int, fill: float = 0) -> torch.Tensor:
@@ -198,8 +211,15 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         leak_project, leak_rebuild, leak, _ = prepared(operands.input_weight[frame.rank :].T)
         leak_bias = -exact.source_mean @ leak
 
+    # In IEEE float32 norms from quadratic forms would be the largest errors by far.
+    forms = (dtype != torch.float32 or tf32) and is_orthonormal(used, rounding)
     offset = operands.offset
     shift = torch.zeros_like(offset) if operands.shift is None else operands.shift
+    # the scale as a power of two, which a product of bfloat16 factors keeps, times a unit that rows are multiplied with
+    scale = float(operands.scale[0]) if frame.complement == "scalar" else 1.0
+    unit = 2 * math.frexp(scale)[0] if scale else 1.0
+    if product == torch.bfloat16 and (forms or frame.complement != "scalar"):
+        project = torch.cat((project, _columns_of_products(offset / unit, shift / unit, width)))
     pairs = {
         BIAS: -exact.source_mean @ projecting,
         TARGET: operands.target_coordinates,
@@ -214,9 +234,9 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     per_block[BUCKET_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
     per_column = used.new_zeros(3, width)
     per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
-    # In IEEE float32 a table, and norms from quadratic forms, would be the largest errors by far.
-    ieee = dtype == torch.float32 and not tf32
-    table = None if ieee or product != dtype else fitting_table(segments, dtype)
+    # In IEEE float32 a table would be the largest error by far.
+    exactly = product == torch.float32 and not tf32
+    table = None if exactly else fitting_table(segments, dtype)
     if table is not None:
         per_block[[LAST_SLOPE, UNIT], : frame.blocks] = table.scales[1:].double()
     return Constants(
@@ -226,14 +246,19 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         leak_rebuild=leak_rebuild,
         per_block=per_block.float(),
         per_column=per_column.float(),
-        scalars=torch.stack((operands.scale[0], offset @ offset, offset @ shift, shift @ shift)).float(),
+        scalars=torch.stack(
+            (
+                *(operands.scale[0], offset @ offset, offset @ shift, shift @ shift),
+                *operands.scale.new_tensor((unit, scale / unit)),
+            )
+        ).float(),
         lookup=_lookup(segments, table, blocks),
         # Where the basis is rounded to bfloat16, radii are off by the distance of knots, and the slope of a knot says
         # nothing better than that of a cell (both are .5 off on fitted maps).
         coarse_slopes=dtype == torch.bfloat16,
         rank=frame.rank,
         shifted=operands.shift is not None,
-        forms=not ieee and is_orthonormal(used, rounding),
+        forms=forms,
         diagonal=frame.complement != "scalar",
         tf32=tf32,
     )

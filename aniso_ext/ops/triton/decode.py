@@ -16,7 +16,11 @@ from aniso_ext.ops.triton.common import (
     block_pair,
     block_row,
     halves,
+    identity,
+    joined_gradient,
+    joined_sums,
     load_ahead,
+    load_joined,
     load_rows,
     multiply_project,
     multiply_rebuild,
@@ -104,7 +108,7 @@ def decode_kernel(
     state, deltas, out, project, rebuild, per_block, per_column, scalars,
     count, state_stride, deltas_stride, a_theta, a_rho, a_v,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, FORMS: tl.constexpr,
-    SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    JOINED: tl.constexpr, SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -119,6 +123,7 @@ def decode_kernel(
     step_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         step = a_v * tanh(load_rows(moves, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), FAST)
@@ -131,18 +136,26 @@ def decode_kernel(
                 v0 = u.to(PRODUCT)
             u_pair = multiply_project(v0, project, columns, u_pair, P, PADDED, PRODUCT, PRECISION)
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            if SHIFTED:
+            if SHIFTED and JOINED:
+                weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
+                joined = tl.dot(v0, weights, joined, input_precision=PRECISION)
+                if PROJECT:
+                    joined = tl.dot(step.to(PRODUCT), weights, joined, input_precision=PRECISION)
+            elif SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     u_a, u_b = apart(u_pair, BLOCK_ROWS, P)
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     a, b, factor, cross, along_shift = coefficient_parts(
         state, deltas, u_a, u_b, step_a, step_b, 0, per_block, a_theta, a_rho, BLOCKS, P, SHIFTED, PRODUCT, PRECISION,
-        parts_of(PRODUCT),
+        parts_of(PRODUCT, P),
     )  # fmt: skip
     if FORMS:
         squares = tl.sum(squares, axis=1) + cross
         dot_shift = tl.sum(dot_shift, axis=1) + along_shift
+        if JOINED:
+            _, of_shift = joined_sums(joined)
+            dot_shift += tl.load(scalars + 4) * of_shift
     else:
         rebuilt_squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         rebuilt_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
@@ -160,6 +173,22 @@ def decode_kernel(
     row_factor = inverse * outer
     target = out + rows * WIDTH
     first = tl.arange(0, BLOCK_COLUMNS)
+    if JOINED:
+        of_shift = tl.load(scalars + 4) / inverse
+        joined = joined_gradient(tl.zeros_like(of_shift), of_shift, PRODUCT)
+        kept = identity(1.0, BLOCK_COLUMNS, PRODUCT)
+        move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            w = multiply_rebuild(a, b, rebuild, columns, P, PRODUCT, PRECISION)
+            if SHIFTED:
+                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w, input_precision=PRECISION)
+            v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            w = tl.dot(v0, kept, w, input_precision=PRECISION) + a_v * tanh(move, FAST)
+            move = move_ahead
+            store_rows(target, columns, inside, w * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
+        return
     v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
@@ -180,7 +209,7 @@ def decode_backward_kernel(
     grad, state, deltas, grad_state, grad_deltas, project, rebuild, per_block, per_column, scalars,
     count, grad_stride, state_stride, deltas_stride, a_theta, a_rho, a_v,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, FORMS: tl.constexpr,
-    SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    JOINED: tl.constexpr, SHIFTED: tl.constexpr, PROJECT: tl.constexpr, FAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With t at e, h = Q^T t and grad_w = alpha t - beta w - gamma g (common.row_gradient), in one rebuilding walk:

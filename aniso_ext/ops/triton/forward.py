@@ -23,7 +23,11 @@ from aniso_ext.ops.triton.common import (
     block_pair,
     block_row,
     halves,
+    identity,
+    joined_coefficients,
+    joined_sums,
     load_ahead,
+    load_joined,
     load_rows,
     map_radius,
     multiply_project,
@@ -53,17 +57,20 @@ def coordinates(
     SUMS: tl.constexpr,
     LEAK: tl.constexpr,
     SHIFTED: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """p, the leak p', and y.y, y.o, y.g of a block of rows in one walk over them."""
+    """p, the leak p', and y.y, y.o, y.g of a block of rows in one walk over them; JOINED: y.o and y.g in units of
+    scalars[4]."""
     pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     leak_pair = tl.zeros((BLOCK_ROWS, 2 * P), tl.float32)
     squares = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_offset = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     dot_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+    joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -73,9 +80,13 @@ def coordinates(
         if SUMS:
             wide = tile.to(tl.float32)
             squares += row_sums(wide * wide, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            offset = tl.load(per_column + PADDED + columns)[None, :]
-            dot_offset += row_sums(wide * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            if SHIFTED:
+            if JOINED:
+                weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
+                joined = tl.dot(tile, weights, joined, input_precision=PRECISION)
+            else:
+                offset = tl.load(per_column + PADDED + columns)[None, :]
+                dot_offset += row_sums(wide * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            if SHIFTED and not JOINED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     a, b = apart(pair, BLOCK_ROWS, P)
@@ -84,7 +95,10 @@ def coordinates(
         more_a, more_b = apart(leak_pair, BLOCK_ROWS, P)
         leak_a = more_a + leak_a
         leak_b = more_b + leak_b
-    return a, b, leak_a, leak_b, tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
+    squares, dot_offset, dot_shift = tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
+    if JOINED:
+        dot_offset, dot_shift = joined_sums(joined)
+    return a, b, leak_a, leak_b, squares, dot_offset, dot_shift
 
 
 @triton.jit
@@ -147,7 +161,7 @@ def split_coefficients(
 
 @triton.jit
 def coefficients(
-    a, b, first, scale, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    a, b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
     PIECES: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr, ROUNDED: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,12 +170,17 @@ def coefficients(
     k_a -= scale * c_a
     k_b -= scale * c_b
     if ROUNDED:
+        k_a /= unit
+        k_b /= unit
         k_a, k_b, factor = to_product(k_a, k_b, PRODUCT, PRECISION)
     else:
         factor = tl.full((a.shape[0],), 1.0, tl.float32)
     # the norms are those of the row that is built, from rounded coefficients
     wide_a = k_a.to(tl.float32) * factor[:, None]
     wide_b = k_b.to(tl.float32) * factor[:, None]
+    if ROUNDED:
+        wide_a *= unit
+        wide_b *= unit
     blocks = first + tl.arange(0, a.shape[1])[None, :]
     rest_a = scale * a + block_row(per_block, 5, blocks, P)
     rest_b = scale * b + block_row(per_block, 6, blocks, P)
@@ -175,25 +194,25 @@ def coefficients(
 
 @triton.jit
 def coefficients_in_parts(
-    a, b, first, scale, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    a, b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS: tl.constexpr, STEPS: tl.constexpr,
     PIECES: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr, ROUNDED: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The same, one part of the blocks after the other, so that few registers hold what is computed on the way."""
     if PARTS == 1:
         return coefficients(
-            a, b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED, ROUNDED,
+            a, b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED, ROUNDED,
             PRODUCT, PRECISION,
         )  # fmt: skip
     else:
         low_a, high_a = halves(a)
         low_b, high_b = halves(b)
         low_a, low_b, factor, squares, dot_shift = coefficients_in_parts(
-            low_a, low_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
+            low_a, low_b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
             ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficients_in_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
+            high_a, high_b, first + a.shape[1] // 2, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS,
             PIECES, P, SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -204,32 +223,43 @@ def coefficients_in_parts(
 
 @triton.jit
 def rebuilt_sums(
-    base, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    P: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    base, k_a, k_b, k_factor, c_a, c_b, c_factor, joined, project, rebuild, per_column, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    P: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """|w|^2 and w.g of rebuilt rows."""
     squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     dot_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
+        if SHIFTED:
+            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
         w = split_rows(
-            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column,
-            WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+            base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, joined, project, rebuild, per_column,
+            WIDTH, PADDED, P, JOINED, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
         squares += product_sums(w * w, BLOCK_ROWS, BLOCK_COLUMNS)
         if SHIFTED:
-            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             dot_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
     return tl.sum(squares, axis=1), tl.sum(dot_shift, axis=1)
 
 
 @triton.jit
 def split_rows(
-    base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, rebuild, per_column, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, P: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, joined, project, rebuild, per_column, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, P: tl.constexpr, JOINED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w = Q k + D_V (y - Q c_t) + o."""
+    """A tile of w = Q k + D_V (y - Q c_t) + o; JOINED: from -c_t, and with |w| g on top where ``joined`` asks for it."""
+    if JOINED:
+        scale = tl.load(per_column + columns)[None, :]
+        kept, outside = multiply_rebuild_two(k_a, k_b, c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
+        tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        outside = tl.dot(tile, identity(1.0, BLOCK_COLUMNS, PRODUCT), outside, input_precision=PRECISION)
+        weights = load_joined(project, columns, P, PADDED, PRODUCT)
+        kept = tl.dot(joined, weights, kept, input_precision=PRECISION)
+        return kept + outside * scale
     tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
     moved, inside = multiply_rebuild_two(k_a, k_b, c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
     outside = (tile - inside * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
@@ -241,7 +271,7 @@ def correct_kernel(
     y, out, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table, buckets, starts, pieces,
     count, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, ONLY_SUMS: tl.constexpr,
+    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr, ONLY_SUMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows e into ``out`` [N, D]; ONLY_SUMS: weighted sums of what e' is made of into ``out``, for each
@@ -256,28 +286,36 @@ def correct_kernel(
     # rows past the end read the last one again, which needs no mask, and are not stored
     base = y + tl.minimum(rows, count - 1) * row_stride
     a, b, leak_a, leak_b, squares, dot_offset, dot_shift = coordinates(
-        base, project, leak_project, per_block, per_column, WIDTH, PADDED, P, not SPLIT, LEAK, SHIFTED,
+        base, project, leak_project, per_block, per_column, WIDTH, PADDED, P, not SPLIT, LEAK, SHIFTED, JOINED,
         BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION,
     )  # fmt: skip
     shift_squares = tl.load(scalars + 3)
     scale = tl.load(scalars)
+    unit = 1.0
+    if JOINED:
+        unit = tl.load(scalars + 4)
+        dot_offset *= unit
+        dot_shift *= unit
     if SPLIT:
         product_a, product_b, factor, inner_a, inner_b, inner_factor = split_coefficients(
             a, b, leak_a, leak_b, 0, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, LEAK,
-            not ONLY_SUMS, PRODUCT, PRECISION, parts_of(PRODUCT),
+            not ONLY_SUMS, PRODUCT, PRECISION, parts_of(PRODUCT, P),
         )  # fmt: skip
         if ONLY_SUMS:
             k_a, k_b, c_a, c_b = product_a, product_b, inner_a, inner_b
             product_a, product_b, factor = to_product(k_a, k_b, PRODUCT, PRECISION)
             inner_a, inner_b, inner_factor = to_product(c_a, c_b, PRODUCT, PRECISION)
+        if JOINED:  # c_t is taken away
+            inner_a, inner_b = -inner_a, -inner_b
+        joined = joined_coefficients(tl.zeros((BLOCK_ROWS,), tl.float32), PRODUCT)
         squares, dot_shift = rebuilt_sums(
-            base, product_a, product_b, factor, inner_a, inner_b, inner_factor, rebuild, per_column,
-            WIDTH, PADDED, P, SHIFTED, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION,
+            base, product_a, product_b, factor, inner_a, inner_b, inner_factor, joined, project, rebuild, per_column,
+            WIDTH, PADDED, P, SHIFTED, JOINED, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT, PRECISION,
         )  # fmt: skip
     else:
         product_a, product_b, factor, cross, along_shift = coefficients_in_parts(
-            a, b, 0, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
-            not ONLY_SUMS, PRODUCT, PRECISION, parts_of(PRODUCT),
+            a, b, 0, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
+            not ONLY_SUMS, PRODUCT, PRECISION, parts_of(PRODUCT, P),
         )  # fmt: skip
         k_a, k_b = product_a, product_b
         squares = cross + scale * (scale * squares + 2.0 * dot_offset) + tl.load(scalars + 1)
@@ -304,13 +342,26 @@ def correct_kernel(
     else:
         row_factor = inverse * outer
         target = out + rows * WIDTH
-        tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        joined = joined_coefficients(1.0 / inverse, PRODUCT)
+        if JOINED and not SPLIT:
+            row_factor *= unit
+            kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
+            for start in range(0, WIDTH, BLOCK_COLUMNS):
+                columns = start + tl.arange(0, BLOCK_COLUMNS)
+                w = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
+                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w, input_precision=PRECISION)
+                tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
+                w = tl.dot(tile, kept, w, input_precision=PRECISION)
+                store_rows(target, columns, inside, w * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
+            return
+        if not SPLIT:
+            tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             if SPLIT:
                 e = row_factor[:, None] * split_rows(
-                    base, columns, product_a, product_b, factor, inner_a, inner_b, inner_factor, rebuild, per_column,
-                    WIDTH, PADDED, P, BLOCK_COLUMNS, PRODUCT, PRECISION,
+                    base, columns, product_a, product_b, factor, inner_a, inner_b, inner_factor, joined, project, rebuild, per_column,
+                    WIDTH, PADDED, P, JOINED, BLOCK_COLUMNS, PRODUCT, PRECISION,
                 )  # fmt: skip
             else:
                 ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
@@ -319,6 +370,6 @@ def correct_kernel(
                 w = moved * factor[:, None] + tile.to(tl.float32) * scale
                 e = row_factor[:, None] * (w + tl.load(per_column + PADDED + columns)[None, :])
                 tile = ahead
-            if SHIFTED:
+            if SHIFTED and not (SPLIT and JOINED):
                 e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
             store_rows(target, columns, inside, e, WIDTH, BLOCK_COLUMNS)

@@ -47,6 +47,10 @@ class Folded(NamedTuple):
         # two neighbouring float32 as one int64, which a kernel gathers at once
         return (*self[:10], self.pieces.view(torch.int64))
 
+    @property
+    def joined(self) -> bool:
+        return self.project.dtype == torch.bfloat16 and self.project.shape[0] > 2 * self.per_block.shape[1]
+
     def meta(self, *, gradient: bool = False) -> dict[str, Any]:
         cells = 0 if gradient and not self.coarse_slopes else self.cells
         searched = cells == 0 or self.coarse
@@ -122,7 +126,7 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             forward.correct_kernel, operation, y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, JOINED=folded.joined, ONLY_SUMS=False,
             **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
@@ -146,7 +150,7 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
-            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(),
+            WIDTH=width, SHIFTED=False, JOINED=folded.joined, ONLY_SUMS=True, **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
@@ -169,7 +173,7 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=width, BLOCKS=blocks, **folded.meta(),
+            WIDTH=width, BLOCKS=blocks, JOINED=folded.joined and not folded.split, **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -182,7 +186,8 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
         _launch(
             encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True),
+            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, JOINED=folded.joined and not folded.split,
+            **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -193,10 +198,11 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
+        joined = {} if folded.split else {"JOINED": folded.joined}
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **joined, **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -225,6 +231,7 @@ class Update(NamedTuple):
             "P": self.per_block.shape[1],
             "BLOCKS": self.rank // 2,
             "FORMS": self.forms,
+            "JOINED": self.forms and self.project.shape[0] % (2 * self.per_block.shape[1]) != 0,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
             "FAST": self.project.dtype != torch.float32,
