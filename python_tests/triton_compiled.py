@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aniso_ext.ops.triton import backward, decode, encode, forward
+from aniso_ext.ops.triton import backward, decode, decode_backward, encode, forward
 from aniso_ext.ops.triton.configurations import Configuration, configuration
 from aniso_ext.ops.triton.constants import PADDING, padded_blocks
 
@@ -35,7 +35,7 @@ KERNELS = {
     "correct_backward": (backward.correct_backward_kernel, {}),
     "split_backward": (backward.split_backward_kernel, {"SPLIT": True}),
     "encode_backward": (encode.encode_backward_kernel, {}),
-    "decode_backward": (decode.decode_backward_kernel, {}),
+    "decode_backward": (decode_backward.decode_backward_kernel, {}),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 FLOATS = ("per_block", "per_column", "scalars", "starts")
@@ -45,7 +45,7 @@ CASES = (*(f"{operation},bf16,1280,128" for operation in KERNELS), "correct,tf32
 def compiled(
     kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any
 ) -> Any:
-    """A kernel for calibrated rows; the radius map is a table for bfloat16 and TF32, with coarse cells, and else searched in 4 steps."""
+    """A kernel for calibrated rows; the radius map is a table with coarse cells for bfloat16 and TF32, else searched."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")
     blocks = padded_blocks(rank // 2)

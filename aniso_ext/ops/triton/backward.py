@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
-    accumulate,
     LEAST_NORMAL,
+    accumulate,
     afresh,
     apart,
     block_pair,
-    block_row,
+    ended,
     halves,
     identity,
     joined_gradient,
@@ -30,13 +30,10 @@ from aniso_ext.ops.triton.common import (
     load_ahead,
     load_joined,
     load_rows,
-    map_backward,
-    map_radius,
     multiply_project,
     multiply_rebuild,
     no_sums,
     parts_of,
-    polar,
     product_sums,
     row_gradient,
     row_sums,
@@ -45,6 +42,7 @@ from aniso_ext.ops.triton.common import (
     together,
 )
 from aniso_ext.ops.triton.forward import coordinates, split_rows
+from aniso_ext.ops.triton.maps import block_row, map_backward, map_radius, polar
 
 
 @triton.jit
@@ -87,10 +85,14 @@ def walk_pairs(
             offset = tl.load(per_column + PADDED + columns)[None, :]
             dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             grad_offset += row_sums(t * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-        if SHIFTED and not JOINED:
-            shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
-            dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            if SHIFTED:
+                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+                grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+        if JOINED:
+            grad_joined = ended(grad_joined)
+        else:
+            h_pair = ended(h_pair)
     a, b = apart(pair, BLOCK_ROWS, P)
     h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
     squares, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_grad, axis=1)
@@ -184,12 +186,12 @@ def gradient_parts(
         low_h_a, high_h_a = halves(h_a)
         low_h_b, high_h_b = halves(h_b)
         low_a, low_b, factor = gradient_parts(
-            low_a, low_b, low_h_a, low_h_b, first, inverse_factor, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces,
-            CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
+            low_a, low_b, low_h_a, low_h_b, first, inverse_factor, alpha, beta, gamma, scale, per_block, table, buckets,
+            starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, scale, per_block, table,
-            buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, scale,
+            per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor
 
@@ -198,9 +200,9 @@ def gradient_parts(
 def correct_backward_kernel(
     grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
     buckets, starts, pieces, count, grad_stride, row_stride,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < count
@@ -210,7 +212,7 @@ def correct_backward_kernel(
     a, b, h_a, h_b, squares, dot_offset, dot_shift, dot_grad, grad_offset, grad_shift = walk_pairs(
         base, grad_base, project, per_column, WIDTH, PADDED, P, SHIFTED, JOINED, BLOCK_ROWS, BLOCK_COLUMNS,
         PRODUCT, PRECISION,
-    )
+    )  # fmt: skip
     scale = tl.load(scalars)
     if JOINED:
         unit = tl.load(scalars + 4)
@@ -232,8 +234,8 @@ def correct_backward_kernel(
     if JOINED:
         row_factor = unit * tl.where(alpha < LEAST_NORMAL, LEAST_NORMAL, alpha)
     product_a, product_b, factor = gradient_parts(
-        afresh(a), afresh(b), h_a, h_b, 0, 1.0 / row_factor, alpha, beta, gamma, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P,
-        PRODUCT, PRECISION, parts_of(PRODUCT, P),
+        afresh(a), afresh(b), h_a, h_b, 0, 1.0 / row_factor, alpha, beta, gamma, scale, per_block, table, buckets,
+        starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, parts_of(PRODUCT, P),
     )  # fmt: skip
     beta *= scale
     gamma *= scale
@@ -255,31 +257,31 @@ def correct_backward_kernel(
             result -= tile.to(tl.float32) * beta[:, None]
             tile = ahead
             store_rows(target, columns, inside, result * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
-        return
-    tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
-    grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
-    for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-        # one tile of float32 to exchange between threads, where y and t apart would be two
-        rest = (scale * alpha)[:, None] * grad_tile.to(tl.float32) - (scale * beta)[:, None] * tile.to(tl.float32)
-        rest -= beta[:, None] * tl.load(per_column + PADDED + columns)[None, :]
-        if SHIFTED:
-            rest -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
-        result = moved * factor[:, None] + rest
-        tile = ahead
-        grad_tile = grad_ahead
-        store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)
+    else:
+        tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
+            # one tile of float32 to exchange between threads, where y and t apart would be two
+            rest = (scale * alpha)[:, None] * grad_tile.to(tl.float32) - (scale * beta)[:, None] * tile.to(tl.float32)
+            rest -= beta[:, None] * tl.load(per_column + PADDED + columns)[None, :]
+            if SHIFTED:
+                rest -= gamma[:, None] * tl.load(per_column + 2 * PADDED + columns)[None, :]
+            result = moved * factor[:, None] + rest
+            tile = ahead
+            grad_tile = grad_ahead
+            store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["count"])
 def split_backward_kernel(
     grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
     buckets, starts, pieces, count, grad_stride, row_stride,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -16,23 +16,21 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     apart,
-    block_row,
     halves,
     identity,
     joined_coefficients,
     load_ahead,
     load_joined,
     load_rows,
-    map_radius,
     multiply_project,
     multiply_rebuild,
     parts_of,
-    polar,
     store_rows,
     to_product,
     together,
 )
 from aniso_ext.ops.triton.forward import coordinates
+from aniso_ext.ops.triton.maps import block_row, map_radius, polar
 
 
 @triton.jit
@@ -106,11 +104,11 @@ def gradient_parts(
 
 @triton.jit(do_not_specialize=["count"])
 def encode_kernel(
-    y, out, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table, buckets, starts, pieces,
-    count, row_stride,
+    y, out, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table, buckets, starts,
+    pieces, count, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, CELLS: tl.constexpr,
-    STEPS: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < count
@@ -143,18 +141,18 @@ def encode_kernel(
             tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             v = tl.dot(tile, kept, v, input_precision=PRECISION)
             store_rows(row_out + 3 * BLOCKS, columns, inside, v * unit, WIDTH, BLOCK_COLUMNS)
-        return
-    tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
-    for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        along = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
-        v = (tile.to(tl.float32) - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
-        tile = ahead
-        v += tl.load(per_column + PADDED + columns)[None, :]
-        if LEAK:
-            v -= multiply_rebuild(leak_a, leak_b, rebuild, columns, P, PRODUCT, PRECISION) * leak_factor[:, None]
-        store_rows(row_out + 3 * BLOCKS, columns, inside, v, WIDTH, BLOCK_COLUMNS)
+    else:
+        tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            along = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
+            v = (tile.to(tl.float32) - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
+            tile = ahead
+            v += tl.load(per_column + PADDED + columns)[None, :]
+            if LEAK:
+                v -= multiply_rebuild(leak_a, leak_b, rebuild, columns, P, PRODUCT, PRECISION) * leak_factor[:, None]
+            store_rows(row_out + 3 * BLOCKS, columns, inside, v, WIDTH, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -162,8 +160,8 @@ def encode_backward_kernel(
     grad, y, grad_y, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table,
     buckets, starts, pieces, count, grad_stride, row_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, BLOCKS: tl.constexpr, CELLS: tl.constexpr,
-    STEPS: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, JOINED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < count
@@ -209,15 +207,15 @@ def encode_backward_kernel(
             tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
             result = tl.dot(tile, kept, result, input_precision=PRECISION)
             store_rows(target, columns, inside, result * unit, WIDTH, BLOCK_COLUMNS)
-        return
-    tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
-    for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
-        result += tile.to(tl.float32) * tl.load(per_column + columns)[None, :]
-        tile = ahead
-        if LEAK:
-            leak = multiply_rebuild(leak_a, leak_b, leak_rebuild, columns, P, PRODUCT, PRECISION)
-            result += leak * leak_factor[:, None]
-        store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)
+    else:
+        tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+            result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
+            result += tile.to(tl.float32) * tl.load(per_column + columns)[None, :]
+            tile = ahead
+            if LEAK:
+                leak = multiply_rebuild(leak_a, leak_b, leak_rebuild, columns, P, PRODUCT, PRECISION)
+                result += leak * leak_factor[:, None]
+            store_rows(target, columns, inside, result, WIDTH, BLOCK_COLUMNS)

@@ -18,10 +18,9 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
-    RADIUS_EPS,
     apart,
     block_pair,
-    block_row,
+    ended,
     halves,
     identity,
     joined_coefficients,
@@ -29,7 +28,6 @@ from aniso_ext.ops.triton.common import (
     load_ahead,
     load_joined,
     load_rows,
-    map_radius,
     multiply_project,
     multiply_rebuild,
     multiply_rebuild_two,
@@ -42,6 +40,7 @@ from aniso_ext.ops.triton.common import (
     to_product,
     together,
 )
+from aniso_ext.ops.triton.maps import RADIUS_EPS, block_row, map_radius
 
 
 @triton.jit
@@ -86,9 +85,13 @@ def coordinates(
             else:
                 offset = tl.load(per_column + PADDED + columns)[None, :]
                 dot_offset += row_sums(wide * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            if SHIFTED and not JOINED:
-                shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
-                dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+                if SHIFTED:
+                    shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
+                    dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
+            if JOINED:
+                joined = ended(joined)
+            else:
+                pair = ended(pair)
     a, b = apart(pair, BLOCK_ROWS, P)
     leak_a, leak_b = block_pair(per_block, 9, P)
     if LEAK:
@@ -201,19 +204,19 @@ def coefficients_in_parts(
     """The same, one part of the blocks after the other, so that few registers hold what is computed on the way."""
     if PARTS == 1:
         return coefficients(
-            a, b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED, ROUNDED,
-            PRODUCT, PRECISION,
+            a, b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
+            ROUNDED, PRODUCT, PRECISION,
         )  # fmt: skip
     else:
         low_a, high_a = halves(a)
         low_b, high_b = halves(b)
         low_a, low_b, factor, squares, dot_shift = coefficients_in_parts(
-            low_a, low_b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, SHIFTED,
-            ROUNDED, PRODUCT, PRECISION, PARTS // 2,
+            low_a, low_b, first, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P,
+            SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficients_in_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, unit, per_block, table, buckets, starts, pieces, CELLS, STEPS,
-            PIECES, P, SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
+            high_a, high_b, first + a.shape[1] // 2, scale, unit, per_block, table, buckets, starts, pieces, CELLS,
+            STEPS, PIECES, P, SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
             together(low_a, high_a), together(low_b, high_b), factor, squares + more_squares,
@@ -251,7 +254,7 @@ def split_rows(
     PADDED: tl.constexpr, P: tl.constexpr, JOINED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w = Q k + D_V (y - Q c_t) + o; JOINED: from -c_t, and with |w| g on top where ``joined`` asks for it."""
+    """A tile of w = Q k + D_V (y - Q c_t) + o; JOINED: from -c_t, and with |w| g on top if ``joined`` asks for it."""
     if JOINED:
         scale = tl.load(per_column + columns)[None, :]
         kept, outside = multiply_rebuild_two(k_a, k_b, c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
@@ -268,11 +271,12 @@ def split_rows(
 
 @triton.jit(do_not_specialize=["count"])
 def correct_kernel(
-    y, out, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table, buckets, starts, pieces,
-    count, row_stride,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr, ONLY_SUMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    y, out, project, rebuild, leak_project, leak_rebuild, per_block, per_column, scalars, table, buckets, starts,
+    pieces, count, row_stride,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, P: tl.constexpr, CELLS: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, SPLIT: tl.constexpr, LEAK: tl.constexpr, SHIFTED: tl.constexpr, JOINED: tl.constexpr,
+    ONLY_SUMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows e into ``out`` [N, D]; ONLY_SUMS: weighted sums of what e' is made of into ``out``, for each
     program PADDED columns of y, then P each of k_a, k_b, the weight, and if SPLIT c_a and c_b.
@@ -353,23 +357,23 @@ def correct_kernel(
                 tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
                 w = tl.dot(tile, kept, w, input_precision=PRECISION)
                 store_rows(target, columns, inside, w * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
-            return
-        if not SPLIT:
-            tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
-        for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            if SPLIT:
-                e = row_factor[:, None] * split_rows(
-                    base, columns, product_a, product_b, factor, inner_a, inner_b, inner_factor, joined, project, rebuild, per_column,
-                    WIDTH, PADDED, P, JOINED, BLOCK_COLUMNS, PRODUCT, PRECISION,
-                )  # fmt: skip
-            else:
-                ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
-                moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-                # factors of a row come last: what is exchanged between threads is then the tile as it was loaded
-                w = moved * factor[:, None] + tile.to(tl.float32) * scale
-                e = row_factor[:, None] * (w + tl.load(per_column + PADDED + columns)[None, :])
-                tile = ahead
-            if SHIFTED and not (SPLIT and JOINED):
-                e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
-            store_rows(target, columns, inside, e, WIDTH, BLOCK_COLUMNS)
+        else:
+            if not SPLIT:
+                tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+            for start in range(0, WIDTH, BLOCK_COLUMNS):
+                columns = start + tl.arange(0, BLOCK_COLUMNS)
+                if SPLIT:
+                    e = row_factor[:, None] * split_rows(
+                        base, columns, product_a, product_b, factor, inner_a, inner_b, inner_factor, joined, project,
+                        rebuild, per_column, WIDTH, PADDED, P, JOINED, BLOCK_COLUMNS, PRODUCT, PRECISION,
+                    )  # fmt: skip
+                else:
+                    ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+                    moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
+                    # factors of a row come last: what is exchanged between threads is then the tile as it was loaded
+                    w = moved * factor[:, None] + tile.to(tl.float32) * scale
+                    e = row_factor[:, None] * (w + tl.load(per_column + PADDED + columns)[None, :])
+                    tile = ahead
+                if SHIFTED and not (SPLIT and JOINED):
+                    e += tl.load(per_column + 2 * PADDED + columns)[None, :] * outer[:, None]
+                store_rows(target, columns, inside, e, WIDTH, BLOCK_COLUMNS)

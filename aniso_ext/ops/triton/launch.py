@@ -12,6 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from aniso_ext.ops.triton import backward, decode, encode, forward
 from aniso_ext.ops.triton.configurations import Configuration, configuration, smaller
+from aniso_ext.ops.triton.decode_backward import decode_backward_kernel
 
 INTERPRETED = not isinstance(forward.correct_kernel, triton.JITFunction)
 SUMMED_AT_ONCE = 1 << 20  # rows of one launch of correct_sums, whose partial sums are kept
@@ -260,7 +261,7 @@ def decode_backward(
     grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
     if len(state):
         _launch(
-            decode.decode_backward_kernel, "decode_backward", state, len(state), update.rank,
+            decode_backward_kernel, "decode_backward", state, len(state), update.rank,
             grads, states, moves, grad_state, grad_deltas, *update[:5], len(state),
             grads.stride(0), states.stride(0), moves.stride(0), *update[9:12],
             WIDTH=state.shape[1] - update.rank // 2 * 3, **update.meta(),
