@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import BRANCHES, Case, arrays_of, frame_of, rows_of
+from cases import BRANCHES, Case, arrays_of, frame_of, frame_with_jumps, rows_of
 
 from aniso_ext.ops import backends, hopper, radius_table
 from aniso_ext.ops.operands import operands
@@ -71,11 +71,7 @@ def test_the_table_of_float32_rows_moves_no_row_by_more_than_the_contract_leaves
 
 def test_maps_with_many_jumps_have_no_table():
     """Copies in a corpus make coinciding quantiles: then other kernels serve, which search the knots."""
-    arrays = {name: torch.tensor(value) for name, value in arrays_of(SMOOTH).items()}
-    steps = torch.arange(SMOOTH.knots, dtype=torch.float64).div(8, rounding_mode="floor")
-    arrays["radius_target_knots"] = (0.1 + 0.02 * steps).expand(SMOOTH.blocks, -1).contiguous()
-    frame = type(frame_of(SMOOTH)).from_tensors(arrays)
-    assert hopper.fold_hopper(frame, torch.float16, CPU) is None
+    assert hopper.fold_hopper(frame_with_jumps(SMOOTH, 8), torch.float16, CPU) is None
 
 
 def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():

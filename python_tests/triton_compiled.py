@@ -45,7 +45,7 @@ CASES = (*(f"{operation},bf16,1280,128" for operation in KERNELS), "correct,tf32
 def compiled(
     kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any
 ) -> Any:
-    """A kernel for calibrated rows; the radius map is a table with coarse cells for bfloat16 and TF32, else searched."""
+    """A kernel for calibrated rows; the maps are tables with coarse cells for bfloat16 and TF32, and else searched."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")
     blocks = padded_blocks(rank // 2)
