@@ -41,14 +41,11 @@ def test_kernels_pass_in_the_interpreter():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_a_gpu_and_without_large_spills(architecture):
-    """Of the shape that the package is tuned for. A few words of the part between the products may be spilled; more
-    where benchmarks/tune_triton.py found that two spilling programs a multiprocessor are faster than one that does not.
-    """
+    """Of the shape that the package is tuned for. A few words of the part between the products may be spilled."""
     output = in_a_process(str(HERE / "triton_compiled.py"), str(architecture), TRITON_INTERPRET="0")
     stacks = {name: int(stack) for name, stack in re.findall(r"^(\S+) registers \d+ stack (\d+)", output, re.M)}
     assert len(stacks) == 11, output
-    measured = {"correct_backward": 2304, "decode": 384, "encode_backward": 256}
-    large = {name: stack for name, stack in stacks.items() if stack > measured.get(name.split(",")[0], 160)}
+    large = {name: stack for name, stack in stacks.items() if stack > 160}
     assert architecture != 90 or not large, output
 
 

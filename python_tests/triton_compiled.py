@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an architecture, without a GPU, and print what ptxas made of them.
 
-    python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages] ...]
+    python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages[,registers]] ...]
 
 One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program.
 """
@@ -89,7 +89,7 @@ def compiled(
         if argument != "count" and signature[argument] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.registers or None}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -108,8 +108,7 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        table = "correct" if operation == "correct_split" else operation
-        choice = configuration(table, DTYPES[name], int(width), int(rank))
+        choice = configuration(operation, DTYPES[name], int(width), int(rank))
         if shape:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)

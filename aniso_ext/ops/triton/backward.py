@@ -90,9 +90,9 @@ def walk_pairs(
                 dot_shift += row_sums(y * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
                 grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         if JOINED:
-            grad_joined = ended(grad_joined)
+            grad_joined = ended(grad_joined, PRODUCT)
         else:
-            h_pair = ended(h_pair)
+            h_pair = ended(h_pair, PRODUCT)
     a, b = apart(pair, BLOCK_ROWS, P)
     h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
     squares, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_grad, axis=1)

@@ -91,13 +91,13 @@ def afresh(value):
 
 
 @triton.jit
-def ended(sums):
+def ended(sums, PRODUCT: tl.constexpr):
     """Sums of a product after it has ended, for walks whose tiles a product and registers read.
 
-    Such tiles have no buffer more than are on their way: the next copy would overwrite one while an asynchronous
-    product still reads it.
+    The compiler gives such tiles no more buffers than are on their way, and so the next copy would overwrite one while
+    an asynchronous product still reads it. Tiles of float32 are rounded first, and read from there.
     """
-    return afresh(sums)
+    return sums if PRODUCT == tl.float32 else afresh(sums)
 
 
 @triton.jit

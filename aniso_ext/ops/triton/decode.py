@@ -142,9 +142,9 @@ def decode_kernel(
             elif SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            u_pair = ended(u_pair)
+            u_pair = ended(u_pair, PRODUCT)
             if JOINED:
-                joined = ended(joined)
+                joined = ended(joined, PRODUCT)
     u_a, u_b = apart(u_pair, BLOCK_ROWS, P)
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     a, b, factor, cross, along_shift = coefficient_parts(

@@ -183,11 +183,11 @@ def decode_backward_kernel(
                 joined = tl.dot(v0, weights, joined, input_precision=PRECISION)
             elif SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            w_pair = ended(w_pair)
+            w_pair = ended(w_pair, PRODUCT)
             if JOINED:
-                joined = ended(joined)
+                joined = ended(joined, PRODUCT)
         else:
-            h_pair = ended(h_pair)
+            h_pair = ended(h_pair, PRODUCT)
     step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
     h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
     w_a, w_b = apart(w_pair, BLOCK_ROWS, P)

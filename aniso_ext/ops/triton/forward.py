@@ -89,9 +89,9 @@ def coordinates(
                     shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                     dot_shift += row_sums(wide * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if JOINED:
-                joined = ended(joined)
+                joined = ended(joined, PRODUCT)
             else:
-                pair = ended(pair)
+                pair = ended(pair, PRODUCT)
     a, b = apart(pair, BLOCK_ROWS, P)
     leak_a, leak_b = block_pair(per_block, 9, P)
     if LEAK:

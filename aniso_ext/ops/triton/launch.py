@@ -109,6 +109,7 @@ def _launch(
                     BLOCK_COLUMNS=candidate.block_columns,
                     num_warps=candidate.num_warps,
                     num_stages=candidate.num_stages,
+                    **({"maxnreg": candidate.registers} if candidate.registers else {}),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:
@@ -123,7 +124,8 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
     folded, rows = Folded(*constants), _rows(y)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
-        operation = "correct_leak" if folded.leak_project.numel() else "correct"
+        plain = "correct_split" if folded.split else "correct"
+        operation = "correct_leak" if folded.leak_project.numel() else plain
         _launch(
             forward.correct_kernel, operation, y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
