@@ -5,7 +5,8 @@
     python benchmarks/tune_triton.py all --dtype bf16 --seconds 60
 
 Every candidate is compared with the float64 reference before it is timed. A line has block rows, block columns, warps,
-stages and the most registers, then the median, the 20th and the 80th percentile in ns a row; the first line is the table's present choice.
+stages and the most registers, then the median, the 20th and the 80th percentile in ns a row; the first line is the
+table's present choice.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def prepare(
     y = rows_like(rows, case.width, dtype)
     direct = backend._initialisation(frame, y, norms=not operation.startswith("encode"))
     bounds = {"a_theta": A_THETA, "a_rho": A_RHO, "a_v": A_V}
-    forward = "correct" if operation in ("correct_leak", "correct_split", "split_backward") else operation.removesuffix("_backward")
+    forward = operation.removesuffix("_backward")
+    if operation in ("correct_leak", "correct_split", "split_backward"):
+        forward = "correct"
     inputs: tuple[torch.Tensor, ...] = (y,)
     if forward == "decode":
         state = launch.encode_rows(y, *backend._initialisation(frame, y, norms=False))

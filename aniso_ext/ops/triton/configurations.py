@@ -1,8 +1,7 @@
 """Block sizes of the kernels, from a table instead of a search at run time: the first call is as fast as the others.
 
 ``ANISO_TRITON_CONFIG="rows,columns,warps,stages[,registers]"`` or :func:`overridden` replace the choice of the table
-for every kernel;
-``benchmarks/tune_triton.py`` measures candidates.
+for every kernel; ``benchmarks/tune_triton.py`` measures candidates.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _HALF = {
 OPERATIONS = tuple(_HALF)
 # Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
 # so that three programs share a multiprocessor.
-_BFLOAT16 = {
+_BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
     "correct": {128: (128, 64, 8, 3)},
     "correct_sums": {64: (64, 64, 4, 3, 168), 128: (128, 64, 8, 3)},
     "decode": {64: (64, 64, 4, 3)},
