@@ -4,8 +4,9 @@
     python benchmarks/tune_triton.py correct_backward --configurations "64,64,8,3;128,64,8,3"
     python benchmarks/tune_triton.py all --dtype bf16 --seconds 60
 
-Every candidate is compared with the float64 reference before it is timed. A line has block rows, block columns, warps
-and stages, then the median, the 20th and the 80th percentile in ns a row; the first line is the table's present choice.
+Every candidate is compared with the float64 reference before it is timed. A line has block rows, block columns, warps,
+stages and the most registers, then the median, the 20th and the 80th percentile in ns a row; the first line is the
+table's present choice.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def prepare(
     y = rows_like(rows, case.width, dtype)
     direct = backend._initialisation(frame, y, norms=not operation.startswith("encode"))
     bounds = {"a_theta": A_THETA, "a_rho": A_RHO, "a_v": A_V}
-    forward = "correct" if operation in ("correct_leak", "split_backward") else operation.removesuffix("_backward")
+    forward = operation.removesuffix("_backward")
+    if operation in ("correct_leak", "correct_split", "split_backward"):
+        forward = "correct"
     inputs: tuple[torch.Tensor, ...] = (y,)
     if forward == "decode":
         state = launch.encode_rows(y, *backend._initialisation(frame, y, norms=False))
@@ -65,7 +68,7 @@ def prepare(
         inputs = (state, deltas)
         c = backend.constants(frame, state)
         direct = (
-            *(c.project, c.rebuild, c.per_block, c.per_column, c.scalars, c.rank, c.orthonormal, c.shifted, c.tf32),
+            *(c.project, c.rebuild, c.per_block, c.per_column, c.scalars, c.rank, c.forms, c.shifted, c.tf32),
             *(A_THETA, A_RHO, A_V, True),
         )
 
@@ -118,7 +121,7 @@ def measure(call: Callable[[], object], repeats: int) -> list[float]:
 def tune(operation: str, arguments: argparse.Namespace) -> None:
     dtype = DTYPES[arguments.dtype]
     torch.set_float32_matmul_precision("high" if arguments.dtype == "tf32" else "highest")
-    needed = {"split_backward": "diagonal", "correct_leak": "diagonal_projected"}
+    needed = {"split_backward": "diagonal", "correct_split": "diagonal", "correct_leak": "diagonal_projected"}
     complement = needed.get(operation, arguments.complement)
     case = Case(arguments.width, arguments.rank, knots=arguments.knots, complement=complement, calibrated=True)
     call, error = prepare(operation, case, dtype, arguments.rows)
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=90.0, help="time for the candidates of one operation")
-    parser.add_argument("--configurations", default="", help="rows,columns,warps,stages;...: instead of the grid")
+    parser.add_argument("--configurations", default="", help="rows,columns,warps,stages[,registers];...: not the grid")
     arguments = parser.parse_args()
     names = OPERATIONS if "all" in arguments.operation else arguments.operation
     for operation in names:

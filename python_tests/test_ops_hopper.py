@@ -6,9 +6,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import BRANCHES, Case, arrays_of, frame_of, rows_of
+from cases import BRANCHES, Case, arrays_of, frame_of, frame_with_jumps, rows_of
 
-from aniso_ext.ops import backends, hopper
+from aniso_ext.ops import backends, hopper, radius_table
 from aniso_ext.ops.operands import operands
 
 CPU = torch.device("cpu")
@@ -52,13 +52,13 @@ def test_a_cell_is_off_by_no_more_than_it_may_or_is_marked(case, dtype):
         assert (np.abs(values - exact)[~coarse] <= allowed + slack[~coarse]).all()
         assert not coarse[radii > source[block, -1]].any(), "beyond the last knot the ratio is kept, exactly"
         marked += coarse[: source.shape[1]].mean() / case.blocks
-    assert marked <= hopper.MOST_COARSE_KNOTS
+    assert marked <= radius_table.MOST_COARSE_KNOTS
 
 
 def test_the_table_is_as_small_as_its_error_allows():
     """Half the rounding of a coefficient: a format with finer rounding needs more cells."""
     few, many = (folded(SAMPLED, dtype).cells.shape[1] - 1 for dtype in (torch.bfloat16, torch.float16))
-    assert few == hopper.CELL_COUNTS[0] < many <= hopper.CELL_COUNTS[-1]
+    assert few == radius_table.CELL_COUNTS[0] < many <= radius_table.CELL_COUNTS[-1]
 
 
 def test_cells_that_stream_fill_stages_whole():
@@ -80,11 +80,7 @@ def test_the_table_of_float32_rows_moves_no_row_by_more_than_the_contract_leaves
 
 def test_maps_with_many_jumps_have_no_table():
     """Copies in a corpus make coinciding quantiles: then other kernels serve, which search the knots."""
-    arrays = {name: torch.tensor(value) for name, value in arrays_of(SMOOTH).items()}
-    steps = torch.arange(SMOOTH.knots, dtype=torch.float64).div(8, rounding_mode="floor")
-    arrays["radius_target_knots"] = (0.1 + 0.02 * steps).expand(SMOOTH.blocks, -1).contiguous()
-    frame = type(frame_of(SMOOTH)).from_tensors(arrays)
-    assert hopper.fold_hopper(frame, torch.float16, CPU) is None
+    assert hopper.fold_hopper(frame_with_jumps(SMOOTH, 8), torch.float16, CPU) is None
 
 
 def test_padding_is_zero_and_coordinates_are_those_of_the_rounded_basis():

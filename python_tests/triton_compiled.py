@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an architecture, without a GPU, and print what ptxas made of them.
 
-    python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages] ...]
+    python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages[,registers]] ...]
 
 One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aniso_ext.ops.triton import backward, decode, encode, forward
+from aniso_ext.ops.triton import backward, decode, decode_backward, encode, forward
 from aniso_ext.ops.triton.configurations import Configuration, configuration
 from aniso_ext.ops.triton.constants import PADDING, padded_blocks
 
@@ -35,7 +35,7 @@ KERNELS = {
     "correct_backward": (backward.correct_backward_kernel, {}),
     "split_backward": (backward.split_backward_kernel, {"SPLIT": True}),
     "encode_backward": (encode.encode_backward_kernel, {}),
-    "decode_backward": (decode.decode_backward_kernel, {}),
+    "decode_backward": (decode_backward.decode_backward_kernel, {}),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 FLOATS = ("per_block", "per_column", "scalars", "starts")
@@ -45,7 +45,7 @@ CASES = (*(f"{operation},bf16,1280,128" for operation in KERNELS), "correct,tf32
 def compiled(
     kernel: Any, name: str, width: int, rank: int, choice: Configuration, architecture: int, **meta: Any
 ) -> Any:
-    """A kernel for calibrated rows; the radius map is a table for bfloat16 and searched in 4 steps otherwise."""
+    """A kernel for calibrated rows; the maps are tables with coarse cells for bfloat16 and TF32, and else searched."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")
     blocks = padded_blocks(rank // 2)
@@ -54,11 +54,13 @@ def compiled(
         "PADDED": -(-width // PADDING) * PADDING,
         "P": blocks,
         "BLOCKS": rank // 2,
-        "STEPS": 4 if searched else 0,
-        "PIECES": 1025 if searched else 0,
+        "CELLS": 0 if searched else 512,
+        "STEPS": 4,
+        "PIECES": 1025,
         "SPLIT": False,
         "LEAK": False,
         "SHIFTED": True,
+        "JOINED": name == "bf16",
         "ONLY_SUMS": False,
         "FORMS": True,
         "PROJECT": True,
@@ -80,14 +82,14 @@ def compiled(
             signature[argument] = "i32"
         elif argument in FLOATS or (argument == "out" and values["ONLY_SUMS"]):
             signature[argument] = "*fp32"
-        elif argument == "cells":
-            signature[argument] = "*i16" if searched else "*i64"
+        elif argument in ("table", "buckets"):
+            signature[argument] = "*i32" if argument == "table" else "*i16"
         else:
             signature[argument] = "*i64" if argument == "pieces" else f"*{stored}"
         if argument != "count" and signature[argument] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.registers or None}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -106,8 +108,7 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        table = "correct" if operation == "correct_split" else operation
-        choice = configuration(table, DTYPES[name], int(width), int(rank))
+        choice = configuration(operation, DTYPES[name], int(width), int(rank))
         if shape:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)

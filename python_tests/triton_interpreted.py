@@ -13,7 +13,7 @@ import pytest
 import test_ops_gradients as gradients
 import test_ops_values as values
 import torch
-from cases import BRANCHES, COMPLEMENTS, Case, arrays_of, deltas_of, frame_of, named, rows_of
+from cases import BRANCHES, COMPLEMENTS, Case, arrays_of, deltas_of, frame_of, frame_with_jumps, named, rows_of
 from devices import Run
 
 from aniso_ext import ops
@@ -161,6 +161,26 @@ def test_zero_radii_and_zero_rows():
     gradients.test_gradients_near_the_origin_stay_finite(RUNS[0])
     gradients.test_polar_gradients_vanish_at_zero_radius(RUNS[0])
     values.test_a_row_of_zero_length_comes_out_as_zero(RUNS[0])
+
+
+@pytest.mark.parametrize("operator", ["correct", "encode"])
+@pytest.mark.parametrize("jump", [256, 8], ids=["coarse cells", "no table"])
+def test_radii_without_a_cell_that_is_fine_enough_are_searched(jump, operator):
+    """A neighbour's value would be off by a jump, 0.02 of lengths near 1; float16 rows by a tenth of that."""
+    case = Case(96, 48, knots=1024)
+    frame, y = frame_with_jumps(case, jump), rows_of(case, 60, torch.float16)
+    lookup = backend.constants(frame, y).lookup
+    assert (lookup.cells > 0 and lookup.coarse) if jump == 256 else lookup.cells == 0
+    if lookup.coarse:
+        pairs = (y.double() - frame.source_mean + frame.target_mean) @ frame.basis
+        rho = torch.hypot(pairs[:, 0::2], pairs[:, 1::2]).T
+        cell = (rho / frame.radius_source_knots[:, -1:] * lookup.cells).clamp_max(lookup.cells).long()
+        assert ((lookup.table[: case.blocks].gather(1, cell) & 0x7FFF) > 0x7C00).any()
+    found = getattr(ops, operator)(y, frame, backend="triton").double()
+    exact = getattr(ops, operator)(y.double(), frame, backend="reference")
+    if operator == "encode":
+        found, exact = (z[:, 2 * case.blocks : 3 * case.blocks].exp() for z in (found, exact))
+    assert (found - exact).norm(dim=1).max() <= 2e-3
 
 
 def test_half_precision_coefficients_neither_overflow_nor_vanish():

@@ -16,7 +16,7 @@ import torch
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import fold as operands_of
 from aniso_ext.ops.operands import is_orthonormal, radius_segments
-from aniso_ext.ops.radius_table import PackedTable, coarse_cells, pack_table, table_error
+from aniso_ext.ops.radius_table import CELL_COUNTS, PackedTable, smallest_table
 from aniso_ext.ops.tracing import constant_while_tracing
 
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
@@ -24,8 +24,6 @@ LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
 LARGEST_STREAMED_WIDTH, LARGEST_STREAMED_RANK = 4096, 256
 CHUNK = 64  # columns that a block of the kernels takes at a time
-# A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
-CELL_COUNTS = (512, 1024, 2048)
 # Where Q streams, so does the table, past shared memory: with the last cell, that of larger radii, a power of two fills
 # stages whole.
 STREAMED_CELL_COUNTS = (255, 511, 1023, 2047)
@@ -33,7 +31,6 @@ STREAMED_CELL_COUNTS = (255, 511, 1023, 2047)
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
 # For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.
 LARGEST_ERROR_TF32 = 0.75
-MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,21 +166,14 @@ def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
     return most, blocks**0.5 if dtype == torch.float32 or streamed else LARGEST_CELL_ERROR
 
 
-def _radius_table(segments: torch.Tensor, dtype: torch.dtype, counts: tuple[int, ...]) -> PackedTable | None:
-    """The smallest table that is good enough for rows of a dtype, NaN in its coarse cells; None if none is."""
+def fitting_table(
+    segments: torch.Tensor, dtype: torch.dtype, counts: tuple[int, ...] = CELL_COUNTS
+) -> PackedTable | None:
+    """The smallest table that is good enough for rows of a dtype; None if none is."""
     rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
     most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
-    for count in counts:
-        table = pack_table(segments, count)
-        secants = table.secants()
-        error = table_error(segments, secants)
-        kept = error[error <= most_of_cell]
-        fine = float(kept.square().mean().sqrt()) <= most if len(kept) else False
-        if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
-            table.cells[coarse_cells(segments, secants, most_of_cell)] = torch.nan
-            return table
-    return None
+    return smallest_table(segments, most, most_of_cell, counts)
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
@@ -196,7 +186,7 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
     counts = STREAMED_CELL_COUNTS if streams(frame.width, frame.rank) else CELL_COUNTS
-    table = _radius_table(segments, dtype, counts)
+    table = fitting_table(segments, dtype, counts)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)

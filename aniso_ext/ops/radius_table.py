@@ -2,9 +2,9 @@
 
 T(rho) = intercept + rho * slope in equal cells of [0, last knot], the secant of the map over the cell, and one more
 cell that keeps the ratio from there on. In a cell of width h whose pieces have slopes from s0 to s1 the secant is off
-by at most h (s1 - s0)/4, as the furthest point is a knot inside. :func:`table_suffices` says whether that is below the
-rounding of the coefficients; where it is not, as for a map with jumps, kernels search the knots, be it for all radii
-or for those of :func:`coarse_cells`.
+by at most h (s1 - s0)/4, as the furthest point is a knot inside. Where that is not below the rounding of the
+coefficients, as for a map with jumps, kernels search the knots, be it for all radii or for those of
+:func:`coarse_cells`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-CELLS = 2048
+# A small table stays in the first-level cache, which saves up to a quarter of the time; a large one is off by less.
+CELL_COUNTS = (512, 1024, 2048)
+MOST_COARSE_KNOTS = 0.05  # in cells that are off by more; each costs a search
 
 
-def secant_table(segments: torch.Tensor, cells: int = CELLS) -> torch.Tensor:
+def secant_table(segments: torch.Tensor, cells: int) -> torch.Tensor:
     """Segments [M, K + 1, 3] as [M, cells + 1, 2], intercept and slope of each cell, in the dtype of the segments."""
     start, value, slope = segments.unbind(2)
     last = start[:, -1:]
@@ -86,8 +88,23 @@ def coarse_cells(segments: torch.Tensor, table: torch.Tensor, most: float) -> to
     return worst > most
 
 
-def table_suffices(segments: torch.Tensor, rounding: float) -> bool:
-    """Whether the table is off by less than coefficients are rounded by, in the root of the mean square over a row."""
-    error = table_error(segments, secant_table(segments))
-    size = segments[:, 1:, 1].square().mean().sqrt()
-    return bool(error.square().mean().sqrt() <= rounding * size and error.max() <= 16 * rounding * size)
+def smallest_table(
+    segments: torch.Tensor, most: float, most_of_cell: float, counts: tuple[int, ...] = CELL_COUNTS
+) -> PackedTable | None:
+    """The smallest table that is good enough, NaN in its coarse cells; None if none is.
+
+    Args:
+        most: what it may be off by in the root of the mean square over the knots, coarse cells left out.
+        most_of_cell: what a cell may be off by that is not coarse.
+        counts: of cells, ascending.
+    """
+    for count in counts:
+        table = pack_table(segments, count)
+        secants = table.secants()
+        error = table_error(segments, secants)
+        kept = error[error <= most_of_cell]
+        fine = float(kept.square().mean().sqrt()) <= most if len(kept) else False
+        if fine and len(kept) >= (1 - MOST_COARSE_KNOTS) * error.numel():
+            table.cells[coarse_cells(segments, secants, most_of_cell)] = torch.nan
+            return table
+    return None

@@ -22,8 +22,8 @@ from aniso_ext.ops.triton.constants import LARGEST_RANK, Constants
 NAMESPACE = "aniso_ext"
 _FOLDED = (
     "Tensor project, Tensor rebuild, Tensor leak_project, Tensor leak_rebuild, Tensor per_block, Tensor per_column, "
-    "Tensor scalars, Tensor cells, Tensor starts, Tensor pieces, Tensor gradient_cells, Tensor gradient_starts, "
-    "Tensor gradient_pieces, int steps, int gradient_steps, int rank, bool split, bool shifted, bool tf32"
+    "Tensor scalars, Tensor table, Tensor buckets, Tensor starts, Tensor pieces, int cells, int steps, bool coarse, "
+    "bool coarse_slopes, int rank, bool split, bool shifted, bool tf32"
 )
 _UPDATE = (
     "Tensor state, Tensor deltas, Tensor project, Tensor rebuild, Tensor per_block, Tensor per_column, Tensor scalars, "
@@ -38,7 +38,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "triton_decode": (f"({_UPDATE}) -> Tensor", launch.decode_rows),
     "triton_decode_backward": (f"(Tensor grad, {_UPDATE}) -> (Tensor, Tensor)", launch.decode_backward),
 }
-_TENSORS = {"correct": 14, "encode": 14, "decode": 7}  # arguments of the schema that are tensors; they come first
+_TENSORS = {"correct": 12, "encode": 12, "decode": 7}  # arguments of the schema that are tensors; they come first
 
 
 def _like_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
@@ -147,10 +147,9 @@ def constants(frame: Frame, rows: torch.Tensor) -> Constants:
 def _initialisation(frame: Frame, rows: torch.Tensor, *, norms: bool) -> tuple[Any, ...]:
     """Arguments of ``correct`` and ``encode`` in schema order; without norms a scalar complement is never split."""
     c = constants(frame, rows)
-    lookups = (*c.forward[:3], *c.backward[:3], c.forward.steps, c.backward.steps)
     split = c.split if norms else c.diagonal
     arrays = (c.project, c.rebuild, c.leak_project, c.leak_rebuild, c.per_block, c.per_column, c.scalars)
-    return (*arrays, *lookups, c.rank, split, c.shifted, c.tf32)
+    return (*arrays, *c.lookup, c.coarse_slopes, c.rank, split, c.shifted, c.tf32)
 
 
 def correct(y: torch.Tensor, frame: Frame) -> torch.Tensor:

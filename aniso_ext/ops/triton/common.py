@@ -1,4 +1,4 @@
-"""Pieces that the kernels share: tiles of rows, projection, the radius map, elementary functions, norms.
+"""Pieces that the kernels share: tiles of rows, products, elementary functions, norms.
 
 Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. P is M
 padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
@@ -11,10 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RADIUS_EPS = tl.constexpr(1e-12)
 LEAST_NORMAL = tl.constexpr(2.0**-126)  # a square below it has lost its bits, and its root may be flushed to zero
 NORM_FLOOR = tl.constexpr(1e-12)
-LAST_CELL = tl.constexpr(2048)  # constants.CELLS, and operands.BUCKETS
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -80,14 +78,38 @@ def multiply_project(
 
 @triton.jit
 def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
-    """The two coordinates of the blocks from one product: halves that each thread already holds side by side."""
-    return tl.split(tl.permute(tl.reshape(pair, (BLOCK_ROWS, 2, P)), (0, 2, 1)))
+    """The two coordinates of the blocks from one product."""
+    return halves(pair)
 
 
 @triton.jit
-def together(a, b, P: tl.constexpr):
-    """The inverse of :func:`apart`: [BLOCK_ROWS, 2P]."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * P))
+def afresh(value):
+    """The value, of which the compiler does not know that it has seen it: what follows from it is computed again."""
+    if INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def ended(sums, PRODUCT: tl.constexpr):
+    """Sums of a product after it has ended, for walks whose tiles a product and registers read.
+
+    The compiler gives such tiles no more buffers than are on their way, and so the next copy would overwrite one while
+    an asynchronous product still reads it. Tiles of float32 are rounded first, and read from there.
+    """
+    return sums if PRODUCT == tl.float32 else afresh(sums)
+
+
+@triton.jit
+def halves(value):
+    """The left and the right half of the columns, which each thread already holds side by side."""
+    return tl.split(tl.permute(tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def together(a, b):
+    """The inverse of :func:`halves`."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
@@ -98,7 +120,7 @@ def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.conste
     """
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(together(a, b, P), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = tl.dot(together(a, b), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
         tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
@@ -112,8 +134,8 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
         tile = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(together(a, b, P), tile, input_precision=PRECISION)
-        second = tl.dot(together(c, d, P), tile, input_precision=PRECISION)
+        first = tl.dot(together(a, b), tile, input_precision=PRECISION)
+        second = tl.dot(together(c, d), tile, input_precision=PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
         even = tl.load(pointers).to(PRODUCT)
@@ -126,77 +148,60 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
 
 
 @triton.jit
+def load_joined(project, columns, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr):
+    """Offset and shift in pieces for a tile of columns, [16, n]; constants._columns_of_products."""
+    pointers = project + (2 * P + tl.arange(0, 16))[:, None] * PADDED + columns[None, :]
+    return tl.load(pointers).to(PRODUCT)
+
+
+@triton.jit
+def joined_coefficients(norm, PRODUCT: tl.constexpr):
+    """What takes offset + |w| shift from :func:`load_joined`, [BLOCK_ROWS, 16]."""
+    at = tl.arange(0, 16)[None, :]
+    high = norm.to(PRODUCT).to(tl.float32)
+    of_shift = tl.where(at < 4, high[:, None], tl.where(at == 4, (norm - high)[:, None], 0.0))
+    return tl.where(at < 2, 1.0, of_shift).to(PRODUCT)
+
+
+@triton.jit
+def joined_gradient(of_offset, of_shift, PRODUCT: tl.constexpr):
+    """What takes of_offset offset + of_shift shift from :func:`load_joined`, [BLOCK_ROWS, 16]."""
+    at = tl.arange(0, 16)[None, :]
+    offset_high, shift_high = of_offset.to(PRODUCT).to(tl.float32), of_shift.to(PRODUCT).to(tl.float32)
+    low = tl.where(at == 5, (of_offset - offset_high)[:, None], 0.0)
+    low = tl.where(at == 4, (of_shift - shift_high)[:, None], low)
+    return tl.where(at < 2, offset_high[:, None], tl.where(at < 4, shift_high[:, None], low)).to(PRODUCT)
+
+
+@triton.jit
+def joined_sums(joined):
+    """Dot products with offset and shift from those with :func:`load_joined`."""
+    at = tl.arange(0, 16)[None, :]
+    of_shift = tl.where((at == 2) | (at == 3), joined, 0.0)
+    return tl.sum(tl.where(at < 2, joined, 0.0), axis=1), tl.sum(of_shift, axis=1)
+
+
+@triton.jit
+def identity(scale, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
+    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched."""
+    at = tl.arange(0, BLOCK_COLUMNS)
+    return tl.where(at[:, None] == at[None, :], scale, 0.0).to(PRODUCT)
+
+
+@triton.jit
 def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
     """Constants of the blocks, [1, P] for each coordinate."""
     pointers = per_block + row * P + tl.arange(0, P)
     return tl.load(pointers)[None, :], tl.load(pointers + P)[None, :]
 
 
-@triton.jit
-def polar(a, b):
-    """rho, 1/length (0 at the origin), cos, sin."""
-    squared = a * a + b * b
-    at_origin = squared < LEAST_NORMAL
-    inverse = tl.where(at_origin, 0.0, 1.0 / tl.sqrt(tl.where(at_origin, 1.0, squared)))
-    return tl.sqrt(squared + RADIUS_EPS), inverse, tl.where(at_origin, 1.0, a * inverse), b * inverse
+@triton.constexpr_function
+def parts_of(product, blocks):
+    """In how many parts what lies between two products is computed, one after the other, so that few registers hold it.
 
-
-@triton.jit
-def gather_pair(pairs, index):
-    """Two neighbouring float32 for each index.
-
-    Gathers are written out: the compiler would send a pointer for each element through shared memory to lay them out
-    for coalescing, which a gather never is, and would need two registers for each of them.
+    A factor of float16 coefficients is that of the whole row.
     """
-    if INTERPRETED:
-        pair = tl.load(pairs + index)
-        low = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-        return low, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "{ .reg .u64 at; mad.wide.u32 at, $3, 8, $2; ld.global.nc.v2.f32 {$0, $1}, [at]; }",
-        "=f,=f,l,r", [pairs.to(tl.int64), index], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def gather_float(values, index):
-    if INTERPRETED:
-        return tl.load(values + index)
-    return tl.inline_asm_elementwise(
-        "{ .reg .u64 at; mad.wide.u32 at, $2, 4, $1; ld.global.nc.f32 $0, [at]; }",
-        "=f,l,r", [values.to(tl.int64), index], dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def gather_short(values, index):
-    if INTERPRETED:
-        return tl.load(values + index).to(tl.int32)
-    return tl.inline_asm_elementwise(
-        "{ .reg .u64 at; .reg .u16 short; mad.wide.u32 at, $2, 2, $1; ld.global.nc.u16 short, [at]; "
-        "cvt.u32.u16 $0, short; }",
-        "=r,l,r", [values.to(tl.int64), index], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def map_radius(rho, per_block, cells, starts, pieces, STEPS: tl.constexpr, PIECES: tl.constexpr, P: tl.constexpr):
-    """(T(rho), slope) of [BLOCK_ROWS, P] radii; STEPS 0 means a table, see constants.Lookup."""
-    blocks = tl.arange(0, P)[None, :]
-    position = rho * tl.load(per_block + 4 * P + blocks)
-    if STEPS == 0:
-        # compared this way around a NaN falls in the last cell instead of being cast
-        cell = tl.where(position < LAST_CELL, position, LAST_CELL * 1.0).to(tl.int32)
-        intercept, slope = gather_pair(cells, blocks * (LAST_CELL + 1) + cell)
-        return intercept + rho * slope, slope
-    cell = tl.where(position < LAST_CELL - 1, position, (LAST_CELL - 1) * 1.0).to(tl.int32)
-    below = gather_short(cells, blocks * LAST_CELL + cell)
-    first = blocks * (PIECES + (1 << STEPS))
-    for step in tl.static_range(STEPS):
-        half = 1 << (STEPS - 1 - step)
-        below += tl.where(gather_float(starts, first + below + half) <= rho, half, 0)
-    value, slope = gather_pair(pieces, blocks * PIECES + below)
-    return value + (rho - gather_float(starts, first + below)) * slope, slope
+    return 1 if product == tl.float16 else blocks // 16
 
 
 @triton.jit
@@ -221,17 +226,6 @@ def row_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PROD
 def product_sums(values, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """The same for results of a product, of which a thread has two columns of every 8: [BLOCK_ROWS, 8]."""
     return tl.sum(tl.reshape(values, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=1)
-
-
-@triton.jit
-def map_backward(rho, inverse, cos, sin, mapped, slope, grad_a, grad_b):
-    """Gradient at (a, b) from that at T(rho) (cos, sin); aniso/block_math.h."""
-    radial = grad_a * cos + grad_b * sin
-    tangential = grad_b * cos - grad_a * sin
-    at_origin = inverse == 0
-    along = tl.where(at_origin, 0.0, radial * slope / tl.where(at_origin, 1.0, rho * inverse))
-    across = tangential * mapped * inverse
-    return cos * along - sin * across, sin * along + cos * across
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Block sizes of the kernels, from a table instead of a search at run time: the first call is as fast as the others.
 
-``ANISO_TRITON_CONFIG="rows,columns,warps,stages"`` or :func:`overridden` replace the table's choice for every kernel;
-``benchmarks/tune_triton.py`` measures candidates.
+``ANISO_TRITON_CONFIG="rows,columns,warps,stages[,registers]"`` or :func:`overridden` replace the choice of the table
+for every kernel; ``benchmarks/tune_triton.py`` measures candidates.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ class Configuration(NamedTuple):
     block_columns: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+    """The most of a thread; 0: as many as there are."""
 
 
 _override: list[Configuration] = []
 
 # By the padded number of blocks of a rank: block rows, block columns, warps, stages. As many rows as the sums leave
-# registers for, since the basis is streamed from the cache once or twice for each block of rows.
+# registers for, since the basis is streamed from the cache once or twice for each block of rows; four warps for each 64
+# rows, as a thread then holds both coordinates of a block.
 _HALF = {
     "correct": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "correct_split": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_sums": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_leak": {64: (64, 64, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "encode": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
@@ -39,6 +43,15 @@ _HALF = {
     "decode_backward": {64: (64, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
 }
 OPERATIONS = tuple(_HALF)
+# Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
+# so that three programs share a multiprocessor.
+_BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
+    "correct": {128: (128, 64, 8, 3)},
+    "correct_sums": {64: (64, 64, 4, 3, 168), 128: (128, 64, 8, 3)},
+    "decode": {64: (64, 64, 4, 3)},
+    "correct_backward": {64: (64, 64, 4, 3)},
+    "encode_backward": {64: (64, 64, 4, 3)},
+}
 
 
 @contextmanager
@@ -58,6 +71,8 @@ def configuration(operation: str, dtype: torch.dtype, width: int, rank: int) -> 
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
     blocks = max(padded_blocks(rank // 2), 64)
+    if dtype == torch.bfloat16 and blocks in _BFLOAT16.get(operation, {}):
+        return Configuration(*_BFLOAT16[operation][blocks])
     rows, columns, warps, stages = _HALF[operation][blocks]
     if dtype == torch.float32:
         # rows as long in bytes
@@ -70,14 +85,13 @@ def configuration(operation: str, dtype: torch.dtype, width: int, rank: int) -> 
 def smaller(choice: Configuration) -> Iterator[Configuration]:
     """The choice itself, then ones that need less shared memory, for devices that have less."""
     yield choice
-    rows, columns, warps, stages = choice
-    while stages > 2:
-        stages -= 1
-        yield Configuration(rows, columns, warps, stages)
-    while columns > 16:
-        columns //= 2
-        yield Configuration(rows, columns, warps, stages)
-    while rows > 16:
-        rows //= 2
-        yield Configuration(rows, columns, warps, stages)
-    yield Configuration(rows, columns, warps, 1)
+    while choice.num_stages > 2:
+        choice = choice._replace(num_stages=choice.num_stages - 1)
+        yield choice
+    while choice.block_columns > 16:
+        choice = choice._replace(block_columns=choice.block_columns // 2)
+        yield choice
+    while choice.block_rows > 16:
+        choice = choice._replace(block_rows=choice.block_rows // 2)
+        yield choice
+    yield choice._replace(num_stages=1)

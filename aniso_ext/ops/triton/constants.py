@@ -11,52 +11,59 @@ computed from the rounded basis: it describes the rows that are really built. fl
 rounding errors of the basis as well, in a product of their own: their contract leaves no room for coordinates that are
 off by more than float32 makes them, and near the origin a phase enlarges that.
 
-Radius maps come in two forms, see :class:`Lookup`.
+Radius maps: see :class:`Lookup`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from aniso_ext.ops.frame import Frame
+from aniso_ext.ops.hopper import fitting_table
 from aniso_ext.ops.operands import BUCKETS, fold, is_orthonormal, radius_segments
-from aniso_ext.ops.radius_table import secant_table, table_suffices
+from aniso_ext.ops.radius_table import PackedTable
 
 PADDING = 128
+JOINED = 16  # the fewest factors that tensor cores add up
 LEAST_WIDTH = 64
 LEAST_BLOCKS = 16  # a side of the smallest matrix that tensor cores multiply
 LARGEST_RANK = 1024
 PRECISIONS = ("ieee", "tf32")
 
 # rows of `per_block`
-BIAS, TARGET, CELL_SCALE, OFFSET, SHIFT, LEAK_BIAS = 0, 2, 4, 5, 7, 9
-BLOCK_CONSTANTS = 11
+BIAS, TARGET, BUCKET_SCALE, OFFSET, SHIFT, LEAK_BIAS, LAST_SLOPE, UNIT = 0, 2, 4, 5, 7, 9, 11, 12
+BLOCK_CONSTANTS = 13
 
 
 class Lookup(NamedTuple):
-    """Radius maps for one gather a lookup (table) or for an exact search.
+    """Radius maps for one gather a lookup (table), and for an exact search.
 
-    Table: the secants of :mod:`aniso_ext.ops.radius_table`, where they are off by less than coefficients are rounded.
+    Table: two float16 numbers a cell, see :class:`~aniso_ext.ops.radius_table.PackedTable`; NaN in a coarse cell, whose
+    radii are searched. Where no table is good enough, all are.
 
-    Search: ``cells`` has the knots below each bucket of radii (see operands.knot_buckets); from there 2^steps - 1 knots
-    are halved. ``starts`` ends with NaN, which is below nothing, so that the search may reach past the last knot.
+    Search: ``buckets`` has the knots below each bucket of radii (see operands.knot_buckets); from there 2^steps - 1
+    knots are halved. ``starts`` ends with NaN, which is below nothing, so that the search may reach past the last knot.
 
-    =========== =================================== ============================
-    field       table                               search
-    =========== =================================== ============================
-    cells       [M, CELLS + 1, 2] float32           [M, BUCKETS] int16
-    starts      [0]                                 [M, K + 1 + 2^steps] float32
-    pieces      [0]                                 [M, K + 1, 2] value and slope
-    =========== =================================== ============================
+    =========== ======================================= =====================================
+    table       [P, cells + 1] int32                    [0] without a table, and cells is 0
+    buckets     [P, BUCKETS] int16
+    starts      [P, K + 1 + 2^steps] float32
+    pieces      [P, K + 1, 2] float32                   value and slope
+    coarse                                              whether a cell is coarse
+    =========== ======================================= =====================================
     """
 
-    cells: torch.Tensor
+    table: torch.Tensor
+    buckets: torch.Tensor
     starts: torch.Tensor
     pieces: torch.Tensor
+    cells: int
     steps: int
+    coarse: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +71,17 @@ class Constants:
     """Arrays of a frame for rows of one dtype; P is M padded, W is D padded.
 
     ============= ============================ =====================================================================
-    project       [2P, W], float16 [4P, W]     rows: even columns of Q, then odd ones; then their rounding errors
+    project       [2P, W], float16 [4P, W],    rows: even columns of Q, then odd ones; for float16 then their rounding
+                  bfloat16 [2P + JOINED, W]    errors, for bfloat16 :func:`_columns_of_products`
     rebuild       [W, 2P]                      the same, transposed
     leak_project  like project, or [0]         ((I - QQ^T) D_V Q)^T, projected diagonal complements only
     leak_rebuild  [W, 2P] or [0]               the same, transposed
-    per_block     [BLOCK_CONSTANTS, P] float32 bias, target, bucket scale, Q^T o, Q^T g, bias of the leak
+    per_block     [BLOCK_CONSTANTS, P] float32 bias, target, bucket scale, Q^T o, Q^T g, bias of the leak, last slope,
+                                               unit
     per_column    [3, W] float32               scale, offset, shift
-    scalars       [4] float32                  scale, o.o, o.g, g.g
-    forward       Lookup                       radius maps of the forward operators
-    backward      Lookup                       and of their gradients
+    scalars       [6] float32                  scale, o.o, o.g, g.g, the unit of joined products, scale / unit
+    lookup        Lookup                       radius maps
+    coarse_slopes                              whether gradients have the slope of a cell, or of the map itself
     forms                                      whether norms may come from quadratic forms, for which Q^T Q = I
     diagonal                                   whether the complement is not a scalar one
     ============= ============================ =====================================================================
@@ -85,8 +94,8 @@ class Constants:
     per_block: torch.Tensor
     per_column: torch.Tensor
     scalars: torch.Tensor
-    forward: Lookup
-    backward: Lookup
+    lookup: Lookup
+    coarse_slopes: bool
     rank: int
     shifted: bool
     forms: bool
@@ -131,17 +140,22 @@ def _both_ways(basis: torch.Tensor, blocks: int, width: int) -> tuple[torch.Tens
     return apart.T.contiguous(), apart
 
 
+def _columns_of_products(offset: torch.Tensor, shift: torch.Tensor, width: int) -> torch.Tensor:
+    """[JOINED, W]: offset and shift in two bfloat16 pieces each, and the first pieces of shift and offset once more."""
+    joined = offset.new_zeros(JOINED, width, dtype=torch.bfloat16)
+    for row, value in ((0, offset), (2, shift)):
+        joined[row, : len(value)] = value
+        joined[row + 1, : len(value)] = value - joined[row, : len(value)].double()
+    joined[4], joined[5] = joined[2], joined[0]
+    return joined
+
+
 def _padded(value: torch.Tensor, blocks: int, fill: float = 0) -> torch.Tensor:
     padding = value.new_full((blocks - len(value), *value.shape[1:]), fill)
     return torch.cat((value, padding)).contiguous()
 
 
-def _table(segments: torch.Tensor, blocks: int) -> Lookup:
-    empty = torch.empty(0, device=segments.device)
-    return Lookup(_padded(secant_table(segments).float(), blocks), empty, empty, 0)
-
-
-def _search(segments: torch.Tensor, blocks: int) -> Lookup:
+def _lookup(segments: torch.Tensor, table: PackedTable | None, blocks: int) -> Lookup:
     segments = segments.float()
     knots = segments[:, 1:, 0].contiguous()
     # rounded as the kernels round it: a radius and its bucket never disagree then
@@ -153,11 +167,17 @@ def _search(segments: torch.Tensor, blocks: int) -> Lookup:
     beyond = torch.full((len(knots), 1 << steps), float("nan"), device=knots.device)
     starts = _padded(torch.cat((segments[:, :, 0], beyond), dim=1), blocks, float("nan"))
     starts[:, 0] = 0  # also of blocks that only pad
+    words = torch.empty(0, dtype=torch.int32, device=knots.device)
+    if table is not None:
+        words = _padded(table.cells.contiguous().view(torch.int32).squeeze(2), blocks)
     return Lookup(
+        words,
         _padded(below.to(torch.int16), blocks),
         starts,
         _padded(segments[:, :, 1:].contiguous(), blocks),
+        0 if table is None else table.cells.shape[1] - 1,
         steps,
+        table is not None and bool(table.cells.isnan().any()),
     )
 
 
@@ -191,8 +211,15 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         leak_project, leak_rebuild, leak, _ = prepared(operands.input_weight[frame.rank :].T)
         leak_bias = -exact.source_mean @ leak
 
+    # In IEEE float32 norms from quadratic forms would be the largest errors by far.
+    forms = (dtype != torch.float32 or tf32) and is_orthonormal(used, rounding)
     offset = operands.offset
     shift = torch.zeros_like(offset) if operands.shift is None else operands.shift
+    # the scale as a power of two, which a product of bfloat16 factors keeps, times a unit that rows are multiplied with
+    scale = float(operands.scale[0]) if frame.complement == "scalar" else 1.0
+    unit = 2 * math.frexp(scale)[0] if scale else 1.0
+    if product == torch.bfloat16 and (forms or frame.complement != "scalar"):
+        project = torch.cat((project, _columns_of_products(offset / unit, shift / unit, width)))
     pairs = {
         BIAS: -exact.source_mean @ projecting,
         TARGET: operands.target_coordinates,
@@ -204,17 +231,14 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     for row, value in pairs.items():
         per_block[row, : frame.blocks], per_block[row + 1, : frame.blocks] = value[0::2], value[1::2]
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    per_block[CELL_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
+    per_block[BUCKET_SCALE, : frame.blocks] = BUCKETS / segments[:, -1, 0].float()
     per_column = used.new_zeros(3, width)
     per_column[:, : frame.width] = torch.stack((operands.scale.expand_as(offset), offset, shift))
-    # In IEEE float32 a table, and norms from quadratic forms, would be the largest errors by far.
-    ieee = dtype == torch.float32 and not tf32
-    table = _table(segments, blocks) if not ieee and table_suffices(segments, rounding) else None
-    # A gradient has the slope of the map itself. Where the basis is rounded to bfloat16, radii are off by the distance
-    # of knots, and the slope of a knot says nothing better than that of a cell (both are .5 off on fitted maps).
-    search = None if table is not None and dtype == torch.bfloat16 else _search(segments, blocks)
-    forward, backward = table or search, search or table
-    assert forward is not None and backward is not None
+    # In IEEE float32 a table would be the largest error by far.
+    exactly = product == torch.float32 and not tf32
+    table = None if exactly else fitting_table(segments, dtype)
+    if table is not None:
+        per_block[[LAST_SLOPE, UNIT], : frame.blocks] = table.scales[1:].double()
     return Constants(
         project=project,
         rebuild=rebuild,
@@ -222,12 +246,19 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
         leak_rebuild=leak_rebuild,
         per_block=per_block.float(),
         per_column=per_column.float(),
-        scalars=torch.stack((operands.scale[0], offset @ offset, offset @ shift, shift @ shift)).float(),
-        forward=forward,
-        backward=backward,
+        scalars=torch.stack(
+            (
+                *(operands.scale[0], offset @ offset, offset @ shift, shift @ shift),
+                *operands.scale.new_tensor((unit, scale / unit)),
+            )
+        ).float(),
+        lookup=_lookup(segments, table, blocks),
+        # Where the basis is rounded to bfloat16, radii are off by the distance of knots, and the slope of a knot says
+        # nothing better than that of a cell (both are .5 off on fitted maps).
+        coarse_slopes=dtype == torch.bfloat16,
         rank=frame.rank,
         shifted=operands.shift is not None,
-        forms=not ieee and is_orthonormal(used, rounding),
+        forms=forms,
         diagonal=frame.complement != "scalar",
         tf32=tf32,
     )

@@ -12,6 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from aniso_ext.ops.triton import backward, decode, encode, forward
 from aniso_ext.ops.triton.configurations import Configuration, configuration, smaller
+from aniso_ext.ops.triton.decode_backward import decode_backward_kernel
 
 INTERPRETED = not isinstance(forward.correct_kernel, triton.JITFunction)
 SUMMED_AT_ONCE = 1 << 20  # rows of one launch of correct_sums, whose partial sums are kept
@@ -30,39 +31,39 @@ class Folded(NamedTuple):
     per_block: torch.Tensor
     per_column: torch.Tensor
     scalars: torch.Tensor
-    cells: torch.Tensor
+    table: torch.Tensor
+    buckets: torch.Tensor
     starts: torch.Tensor
     pieces: torch.Tensor
-    gradient_cells: torch.Tensor
-    gradient_starts: torch.Tensor
-    gradient_pieces: torch.Tensor
+    cells: int
     steps: int
-    gradient_steps: int
+    coarse: bool
+    coarse_slopes: bool
     rank: int
     split: bool
     shifted: bool
     tf32: bool
 
-    def arrays(self, *, gradient: bool = False) -> tuple[torch.Tensor, ...]:
-        lookup = self[10:13] if gradient else self[7:10]
-        cells, starts, pieces = lookup
-        return (*self[:7], _pairs(cells), starts, _pairs(pieces))
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        # two neighbouring float32 as one int64, which a kernel gathers at once
+        return (*self[:10], self.pieces.view(torch.int64))
+
+    @property
+    def joined(self) -> bool:
+        return self.project.dtype == torch.bfloat16 and self.project.shape[0] > 2 * self.per_block.shape[1]
 
     def meta(self, *, gradient: bool = False) -> dict[str, Any]:
-        starts, steps = (self.gradient_starts, self.gradient_steps) if gradient else (self.starts, self.steps)
+        cells = 0 if gradient and not self.coarse_slopes else self.cells
+        searched = cells == 0 or self.coarse
         return {
             "PADDED": self.per_column.shape[1],
             "P": self.per_block.shape[1],
-            "STEPS": steps,
-            "PIECES": starts.shape[1] - (1 << steps) if steps else 0,
+            "CELLS": cells,
+            "STEPS": self.steps if searched else 0,
+            "PIECES": self.pieces.shape[1] if searched else 0,
             "SPLIT": self.split,
             "LEAK": self.leak_project.numel() > 0,
         }
-
-
-def _pairs(value: torch.Tensor) -> torch.Tensor:
-    """Two neighbouring float32 as one int64, which a kernel gathers at once."""
-    return value if value.dtype != torch.float32 or value.dim() < 3 else value.view(torch.int64)
 
 
 def _rows(rows: torch.Tensor) -> torch.Tensor:
@@ -108,6 +109,7 @@ def _launch(
                     BLOCK_COLUMNS=candidate.block_columns,
                     num_warps=candidate.num_warps,
                     num_stages=candidate.num_stages,
+                    **({"maxnreg": candidate.registers} if candidate.registers else {}),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:
@@ -122,11 +124,12 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
     folded, rows = Folded(*constants), _rows(y)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
-        operation = "correct_leak" if folded.leak_project.numel() else "correct"
+        plain = "correct_split" if folded.split else "correct"
+        operation = "correct_leak" if folded.leak_project.numel() else plain
         _launch(
             forward.correct_kernel, operation, y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, ONLY_SUMS=False,
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, JOINED=folded.joined, ONLY_SUMS=False,
             **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
@@ -150,7 +153,7 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
-            WIDTH=width, SHIFTED=False, ONLY_SUMS=True, **folded.meta(),
+            WIDTH=width, SHIFTED=False, JOINED=folded.joined, ONLY_SUMS=True, **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
@@ -173,7 +176,7 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         _launch(
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
-            WIDTH=width, BLOCKS=blocks, **folded.meta(),
+            WIDTH=width, BLOCKS=blocks, JOINED=folded.joined and not folded.split, **folded.meta(),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -185,8 +188,9 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
     if len(y):
         _launch(
             encode.encode_backward_kernel, "encode_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, **folded.meta(gradient=True),
+            grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], BLOCKS=folded.rank // 2, JOINED=folded.joined and not folded.split,
+            **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -197,10 +201,11 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
+        joined = {} if folded.split else {"JOINED": folded.joined}
         _launch(
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
-            grads, rows, out, *folded.arrays(gradient=True), len(y), grads.stride(0), rows.stride(0),
-            WIDTH=y.shape[1], SHIFTED=folded.shifted, **folded.meta(gradient=True),
+            grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
+            WIDTH=y.shape[1], SHIFTED=folded.shifted, **joined, **folded.meta(gradient=True),
             **formats(folded.project.dtype, folded.tf32),
         )  # fmt: skip
     return out
@@ -229,6 +234,7 @@ class Update(NamedTuple):
             "P": self.per_block.shape[1],
             "BLOCKS": self.rank // 2,
             "FORMS": self.forms,
+            "JOINED": self.forms and self.project.shape[0] % (2 * self.per_block.shape[1]) != 0,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
             "FAST": self.project.dtype != torch.float32,
@@ -257,7 +263,7 @@ def decode_backward(
     grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
     if len(state):
         _launch(
-            decode.decode_backward_kernel, "decode_backward", state, len(state), update.rank,
+            decode_backward_kernel, "decode_backward", state, len(state), update.rank,
             grads, states, moves, grad_state, grad_deltas, *update[:5], len(state),
             grads.stride(0), states.stride(0), moves.stride(0), *update[9:12],
             WIDTH=state.shape[1] - update.rank // 2 * 3, **update.meta(),
