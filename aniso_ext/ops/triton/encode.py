@@ -16,6 +16,7 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     apart,
+    ended,
     halves,
     identity,
     joined_coefficients,
@@ -183,6 +184,8 @@ def encode_backward_kernel(
         if SPLIT:
             tile = (tile.to(tl.float32) * tl.load(per_column + columns)[None, :]).to(PRODUCT)
         q_pair = multiply_project(tile, project, columns, q_pair, P, PADDED, PRODUCT, PRECISION)
+        if LEAK:
+            leak_pair = ended(leak_pair, PRODUCT)
     a, b = apart(pair, BLOCK_ROWS, P)
     q_a, q_b = apart(q_pair, BLOCK_ROWS, P)
     if not SPLIT:
