@@ -36,6 +36,7 @@ struct CorrectGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks
   using typename Base::Shares;
   using Base::Base;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;
+  static constexpr Reuse kReuse = Reuse::kUnknown;
   static constexpr uint32_t kBytes = Base::Layout::kOther + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 
@@ -67,19 +68,19 @@ struct CorrectGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks
     for (int32_t half = 0; half < 2; ++half) sums[4 * half] *= scalar, sums[4 * half + 1] *= scalar;
   }
 
-  // What a block of the rank contributes, of one row: body(group, half, polar form, mapped radius, k, 2 (S p + Q^T offset), Q^T shift).
+  // What a block of the rank contributes, of one row: body(group, half, mapped block, k, 2 (S p + Q^T offset), Q^T shift).
   template <typename Body>
   __device__ __forceinline__ void for_each_coefficient(const Sm90Operands<S>& in, const CoordinateVectors<kCluster>& coordinates, float scalar,
                                                        const uint32_t (&cells)[kOwnGroups][2], float (&own)[kOwnGroups][4],
                                                        const Body& body) const {
     for_each_mapped(
         in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, [&](int32_t g) { return this->column_of(g); }, own, cells,
-        [&](int32_t g, int32_t half, const Polar<float>& at, const Mapped<float>& mapped) {
+        [&](int32_t g, int32_t half, const MappedBlock& at) {
           const int32_t column = this->column_of(g);
           const float2 target = load_pair(coordinates.scaled_target + column), cross = load_pair(coordinates.cross + column);
           const float a = own[g][2 * half], b = own[g][2 * half + 1];
-          const float2 k = {fmaf(mapped.radius, at.cos, fmaf(-scalar, a, target.x)), fmaf(mapped.radius, at.sin, fmaf(-scalar, b, target.y))};
-          body(g, half, at, mapped, k, make_float2(fmaf(2.f * scalar, a, cross.x), fmaf(2.f * scalar, b, cross.y)),
+          const float2 k = {fmaf(at.radius, at.cos, fmaf(-scalar, a, target.x)), fmaf(at.radius, at.sin, fmaf(-scalar, b, target.y))};
+          body(g, half, at, k, make_float2(fmaf(2.f * scalar, a, cross.x), fmaf(2.f * scalar, b, cross.y)),
                load_pair(coordinates.shift + column));
         });
   }
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     uint32_t y[kChunks][16];
     float own[kOwnGroups][4];
     uint32_t cells[kOwnGroups][2];
-    collect_coordinates(team, in, coordinates, grad_map, y, own, cells);
+    collect_coordinates(team, in, coordinates, grad_map, y, own, cells, [] {});
 
     // ---- h
     team.forget_addresses();
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
 
     // ---- the norms and products of w, and their gradient
     team.for_each_coefficient(in, coordinates, scalar, cells, own,
-                              [&](int32_t g, int32_t half, const Polar<float>&, const Mapped<float>&, float2 k, float2 twice, float2 shift) {
+                              [&](int32_t g, int32_t half, const MappedBlock&, float2 k, float2 twice, float2 shift) {
                                 float* of = &sums[4 * half];
                                 of[0] = fmaf(k.x, k.x + twice.x, fmaf(k.y, k.y + twice.y, of[0]));
                                 of[1] = fmaf(k.x, shift.x, fmaf(k.y, shift.y, of[1]));
@@ -177,14 +178,13 @@ __global__ void __launch_bounds__(CorrectGradientTeam<S, kCluster, kChunks>::kTh
     uint32_t own_k[Mates::Shares::kOwnSteps][4];
     team.for_each_coefficient(
         in, coordinates, scalar, cells, own,
-        [&](int32_t g, int32_t half, const Polar<float>& polar, const Mapped<float>& mapped, float2 k, float2 twice, float2 shift) {
+        [&](int32_t g, int32_t half, const MappedBlock& block, float2 k, float2 twice, float2 shift) {
           const auto [of_grad, of_row, of_shift] = at[half];
           const float grad_a = fmaf(of_grad, h[g][2 * half], fmaf(-of_row, fmaf(0.5f, twice.x, k.x), -of_shift * shift.x));
           const float grad_b = fmaf(of_grad, h[g][2 * half + 1], fmaf(-of_row, fmaf(0.5f, twice.y, k.y), -of_shift * shift.y));
-          float a, b;
-          map_backward(polar, mapped, grad_a, grad_b, &a, &b);
+          const float2 back = fast_map_backward(block, grad_a, grad_b);
           own_k[g / 2][g % 2 * 2 + half] =
-              pack<S>(fmaf(-scalar, fmaf(of_row, k.x, grad_a), a), fmaf(-scalar, fmaf(of_row, k.y, grad_b), b));
+              pack<S>(fmaf(-scalar, fmaf(of_row, k.x, grad_a), back.x), fmaf(-scalar, fmaf(of_row, k.y, grad_b), back.y));
         });
     exchange.send_coefficients(own_k);
 

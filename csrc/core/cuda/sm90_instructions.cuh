@@ -137,6 +137,11 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// Into the second-level cache.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int32_t column, int32_t row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
+}
+
 // To every block of the cluster that `blocks` has a bit for, at one place, counting towards the barrier of each.
 __device__ __forceinline__ void load_box_to_all(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row,
                                                 uint32_t barrier, uint16_t blocks) {
