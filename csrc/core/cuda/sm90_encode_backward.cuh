@@ -5,8 +5,9 @@
 // Shapes   grad [N, 3M + D]; y, grad_y [N, D]; Q [D, R], R <= 128 and a multiple of 16, D <= 1280; S a number; cells [M, G + 1].
 // Grid     as in sm90_correct.cuh: clusters of 2 or 4 blocks, each over tiles of 64 rows; a block has its columns of Q for good.
 // A tile   1 y comes, and is multiplied and forgotten; g is on its way; 2 each block collects its share of p and asks for the cells of its
-//          radius maps; 3 g waits in registers, as the second product's operand and for the result; y of the next tile is on its way;
-//          4 each block collects its share of Q^T g and hands grad_p to the others; 5 S g + Q grad_p goes out.
+//          radius maps and for the other gradients; 3 g waits in registers, as the second product's operand and for the result; y of the
+//          next tile is on its way, and its g to the second-level cache; 4 each block collects its share of Q^T g and hands grad_p to the
+//          others; 5 S g + Q grad_p goes out.
 // Shared   sm90_team.cuh, and the constants of the coordinates. Y and g take turns in a warpgroup's tile. Parts of Q^T g only meet
 //          coefficients that are rounded themselves, and so travel rounded; parts of p do not.
 // Registers  g at half of what the result takes in fp32, 32 kChunks a thread; between them two numbers, a cell and three gradients a block.
@@ -32,11 +33,12 @@ struct PolarGradients {
 };
 
 template <typename S, int kCluster, int kChunks>
-struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0> {
-  using Base = Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0>;
+struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0, false, int32_t> {
+  using Base = Team<S, Parts::kExactThenRounded, kCluster, kChunks, 1, 2, 0, false, int32_t>;
   using typename Base::Shares;
   using Base::Base, Base::blocks, Base::first_block, Base::kTurnGroups, Base::readable_row;
   static constexpr int32_t kOwnGroups = Shares::kOwnGroups;
+  static constexpr Reuse kReuse = Reuse::kUnknown;  // of y and g: here it costs time to say more
   static constexpr uint32_t kBytes = Base::Layout::kOther + uint32_t(sizeof(CoordinateVectors<kCluster>));
   static_assert(kBytes <= 232448, "a block has 227 KB of shared memory");
 
@@ -59,11 +61,10 @@ struct EncodeGradientTeam : Team<S, Parts::kExactThenRounded, kCluster, kChunks,
                                                     uint32_t (&k)[Shares::kOwnSteps][4]) const {
     for_each_mapped(
         in, coordinates, int32_t(cluster_rank()) * Shares::kOwnColumns, [&](int32_t g) { return this->column_of(g); }, own, cells,
-        [&](int32_t g, int32_t half, const Polar<float>& at, const Mapped<float>& mapped) {
+        [&](int32_t g, int32_t half, const MappedBlock& at) {
           const uint2(&of)[3] = polar[g / 4].of[half];
-          float a, b;
-          polar_backward(at, mapped, value_of<S>(of[0], g % 4), value_of<S>(of[1], g % 4), value_of<S>(of[2], g % 4), &a, &b);
-          k[g / 2][g % 2 * 2 + half] = pack<S>(fmaf(-scalar, back[g][2 * half], a), fmaf(-scalar, back[g][2 * half + 1], b));
+          const float2 grad = fast_polar_backward(at, value_of<S>(of[0], g % 4), value_of<S>(of[1], g % 4), value_of<S>(of[2], g % 4));
+          k[g / 2][g % 2 * 2 + half] = pack<S>(fmaf(-scalar, back[g][2 * half], grad.x), fmaf(-scalar, back[g][2 * half + 1], grad.y));
         });
   }
 
@@ -110,20 +111,21 @@ __global__ void __launch_bounds__(EncodeGradientTeam<S, kCluster, kChunks>::kThr
     PolarGradients polar[Mates::kTurnGroups];
     {
       uint32_t y[kChunks][16];
-      collect_coordinates(team, in, coordinates, grad_map, y, own, cells);
+      collect_coordinates(team, in, coordinates, grad_map, y, own, cells, [] {});
     }
 
     // ---- Q^T g
     team.forget_addresses();
+    team.load_polar(arguments.grad, polar);
     uint32_t g[kChunks][16];
     float back[kOwnGroups][4];
     wait_phase(team.loaded(), 1);
     team.template project_and_send<true>(g, back, same, [&] {
       team.load_after_reading(rows_map, team.tile + team.stride);
+      team.prefetch(grad_map, team.tile + team.stride);
       wait_phase(exchange.free(), 0);
     });
     team.forget_addresses();
-    team.load_polar(arguments.grad, polar);
     wait_phase(exchange.projected(), 1);
     exchange.template add_parts<true>(back);
 

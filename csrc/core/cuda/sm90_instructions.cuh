@@ -137,6 +137,11 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// Into the second-level cache.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int32_t column, int32_t row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
+}
+
 // To every block of the cluster that `blocks` has a bit for, at one place, counting towards the barrier of each.
 __device__ __forceinline__ void load_box_to_all(uint32_t destination, const CUtensorMap& map, int32_t column, int32_t row,
                                                 uint32_t barrier, uint16_t blocks) {
@@ -212,6 +217,13 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&fragm
                : "memory");
 }
 
+__device__ __forceinline__ void load_matrices_transposed(uint32_t address, uint32_t (&fragment)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
                "r"(d)
@@ -277,6 +289,36 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
         : "=f"(value.x), "=f"(value.y)
         : "r"(packed));
     return value;
+  }
+}
+
+// ---- matrix products of a warp -------------------------------------------------------------------------------------
+
+// sums [16, 8] += a [16, 16] b [16, 8], of which a lane has fragments as of a product of a warpgroup.
+template <typename S>
+__device__ __forceinline__ void multiply(float* sums, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// sums [16, 8] += a [16, 8] b [8, 8].
+template <typename S>
+__device__ __forceinline__ void multiply(float* sums, const uint32_t* a, uint32_t b) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
   }
 }
 

@@ -313,7 +313,7 @@ cudaError_t sm90_decode_backward(const Sm90Update<S>& update, const Sm90Rows<S>&
   if (error == cudaSuccess) error = matrix_map<sm90::kChunkColumns>(&grad_map, grad.data, grad.count, update.width, grad.stride);
   if (error != cudaSuccess) return error;
   return sm90::by_width(update.width, [&](auto cluster, auto chunks) {
-    return sm90::launch<sm90::UpdateTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
+    return sm90::launch<sm90::UpdateGradientTeam<S, cluster, chunks>, cluster, sm90::sm90_decode_backward_kernel<S, cluster, chunks>>(
         state.count, false, stream, maps.moves, maps.complement, grad_map, maps.basis,
         sm90::UpdateGradientArguments<S>{update, state, deltas, grad_state, grad_deltas});
   });

@@ -165,7 +165,30 @@ __device__ __forceinline__ bool ask_for_cells(const Sm90Operands<S>& in, const C
   return __all_sync(0xffffffffu, together >= 0);
 }
 
-// The rest once the cells are there: body(group, half, polar form, mapped radius) for every block. The slope is that of the cell, which is
+// A block of the rank at a length of (a, b), for gradients. At the origin the last two are zero.
+struct MappedBlock {
+  float cos, sin;
+  float radius;   // T(rho)
+  float along;    // dT/d length
+  float inverse;  // 1/length
+};
+
+// map_backward() and polar_backward() of aniso/block_math.h with a fast reciprocal.
+__device__ __forceinline__ float2 turned_back(const MappedBlock& at, float along, float across) {
+  return {fmaf(at.cos, along, -at.sin * across), fmaf(at.sin, along, at.cos * across)};
+}
+
+__device__ __forceinline__ float2 fast_map_backward(const MappedBlock& at, float grad_a, float grad_b) {
+  return turned_back(at, fmaf(grad_a, at.cos, grad_b * at.sin) * at.along,
+                     fmaf(grad_b, at.cos, -grad_a * at.sin) * (at.radius * at.inverse));
+}
+
+__device__ __forceinline__ float2 fast_polar_backward(const MappedBlock& at, float grad_sin, float grad_cos, float grad_log) {
+  return turned_back(at, at.inverse == 0.f ? 0.f : grad_log * at.along * reciprocal(at.radius),
+                     fmaf(grad_sin, at.cos, -grad_cos * at.sin) * at.inverse);
+}
+
+// The rest once the cells are there: body(group, half, mapped block) for every block. The slope is that of the cell, which is
 // right to what the rounding of the basis leaves of a radius; of a cell that is too coarse, that of the map.
 template <typename S, int kColumns, int kOwnGroups, typename Column, typename Body>
 __device__ __forceinline__ void for_each_mapped(const Sm90Operands<S>& in, const Coordinates<kColumns>& coordinates,
@@ -191,7 +214,9 @@ __device__ __forceinline__ void for_each_mapped(const Sm90Operands<S>& in, const
       Mapped<float> mapped = {mapped_radius(block, map.x, map.y), fmaf(map.y * cell_scale, rise, map.x)};
       if (coarse && is_coarse(block.cell)) mapped = search_map(in, (first_column + column) / 2, block.rho);
       const auto [cos, sin] = direction_of(block, a, b);
-      body(g, half, Polar<float>{block.rho, is_at_origin(block) ? 0.f : block.inverse, cos, sin}, mapped);
+      const bool origin = is_at_origin(block);
+      body(g, half, MappedBlock{cos, sin, mapped.radius, origin ? 0.f : mapped.slope * reciprocal(block.rho * block.inverse),
+                                origin ? 0.f : block.inverse});
     }
   }
 }

@@ -12,9 +12,12 @@
 
 namespace aniso::sm90 {
 
+// Whether a tile is read again: what the second-level cache is told.
+enum class Reuse { kUnknown, kSoon, kNever };
+
 enum Vector { kShift, kOffset, kScale };  // [64 kChunks] in shared memory, zero past D
 
-template <typename Shares, int kChunks, int kWarpgroups, int kVectors>
+template <typename Shares, int kChunks, int kWarpgroups, int kVectors, bool kByChunk>
 struct TeamShared {
   static constexpr uint32_t kPanelBytes = kChunks * kChunkColumns * kPanelRowBytes;
   static constexpr uint32_t kTileBytes = kChunks * kTileChunkBytes;
@@ -25,17 +28,20 @@ struct TeamShared {
   static constexpr uint32_t kFirstVector = kExchanges + kWarpgroups * Shares::kBytes;
   static constexpr uint32_t kBarriers = kFirstVector + kVectors * kVectorBytes;
   static constexpr uint32_t kBasisLoaded = kBarriers + kWarpgroups * Shares::kBarrierBytes;
-  static constexpr uint32_t kOther = kBasisLoaded + uint32_t(sizeof(uint64_t));  // what else a kernel keeps begins here
+  static constexpr uint32_t kChunksLoaded = kBasisLoaded + uint32_t(sizeof(uint64_t));
+  // What else a kernel keeps begins here.
+  static constexpr uint32_t kOther = kChunksLoaded + (kByChunk ? kWarpgroups * kChunks * uint32_t(sizeof(uint64_t)) : 0);
   static_assert(kTiles % 1024 == 0, "the swizzle of a tile repeats every 1024 bytes");
 };
 
 // kParts and kKinds as in Exchange. kTeams: the warpgroups of a block, as many as the registers have room for. kVectors: how many of Vector there
-// are.
-template <typename S, Parts kParts, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors>
+// are. kByChunk: each chunk of a tile has a barrier of its own for its loads. Index: of a tile; a register less where 32 bits are enough.
+template <typename S, Parts kParts, int kCluster, int kChunks, int kKinds, int kTeams, int kVectors, bool kByChunk = false,
+          typename Index = int64_t>
 struct Team {
   using Shares = Exchange<S, kParts, kCluster, kKinds>;
   static constexpr int32_t kWarpgroups = kTeams, kThreads = kTeams * kWarpgroupThreads;
-  using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors>;
+  using Layout = TeamShared<Shares, kChunks, kWarpgroups, kVectors, kByChunk>;
   static_assert(!Shares::kInTile || (kCluster - 1) * kKinds * Shares::kOwnSteps <= 4 * kChunks, "coefficients overflow a tile");
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
 
@@ -49,7 +55,8 @@ struct Team {
   int32_t first_of_warp;  // the first of this thread's rows in a tile. Of 16 a warp takes two that are four apart side by side: their pieces
                           // are in different banks.
   int32_t first_block;    // of the rank, of those that this thread turns
-  int64_t count, tiles, stride, tile;
+  int64_t count;
+  Index tiles, stride, tile;
   uint64_t basis;
   Shares exchange;
 
@@ -68,15 +75,18 @@ struct Team {
         first_of_warp(threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 8 + lane / 4 % 2 * 4),
         first_block(int32_t(cluster_rank()) * (Shares::kOwnColumns / 2) + quarter * 4),
         count(count),
-        tiles((count + kTileRows - 1) / kTileRows),
-        stride(int64_t(cluster_count()) * kWarpgroups),
-        tile(int64_t(cluster_index()) * kWarpgroups + warpgroup),
+        tiles(Index((count + kTileRows - 1) / kTileRows)),
+        stride(Index(cluster_count()) * kWarpgroups),
+        tile(Index(cluster_index()) * kWarpgroups + warpgroup),
         basis(narrow_operand(shared + Layout::kBasis, Layout::kPanelBytes)),
         exchange{shared + Layout::kExchanges + warpgroup * Shares::kBytes, shared + Layout::kTiles + warpgroup * Layout::kTileBytes,
                  shared + Layout::kBarriers + warpgroup * Shares::kBarrierBytes, cluster_rank(),
                  int32_t(threadIdx.x) % kWarpgroupThreads, int32_t(threadIdx.x) % kWarpgroupThreads / 32, lane} {}
 
   __device__ __forceinline__ uint32_t loaded() const { return exchange.loaded(); }
+  __device__ __forceinline__ uint32_t loaded(int32_t c) const {
+    return shared + Layout::kChunksLoaded + (warpgroup * kChunks + c) * uint32_t(sizeof(uint64_t));
+  }
   __device__ __forceinline__ bool is_first() const { return tile < stride; }
 
   // For the next tile. What follows from these numbers is then made where it is used: kept over the tiles, it would push rows out of the
@@ -84,6 +94,25 @@ struct Team {
   __device__ __forceinline__ void forget_addresses() {
     asm volatile("" : "+r"(shared), "+r"(exchange.memory), "+r"(exchange.tile), "+r"(exchange.barriers), "+r"(exchange.rank), "+r"(exchange.thread));
     asm volatile("" : "+r"(first_of_warp), "+r"(quarter), "+r"(own_column), "+r"(first_block), "+r"(width), "+r"(blocks));
+  }
+
+  // The same, and even these numbers are made again, from three of them: for the kernels that have the least registers to spare.
+  __device__ __forceinline__ void remake_addresses() {
+    asm volatile("" : "+r"(shared), "+r"(exchange.thread), "+r"(exchange.rank));
+    const int32_t thread = exchange.thread, rank = int32_t(exchange.rank);
+    lane = exchange.lane = thread % 32;
+    exchange.warp = thread / 32;
+    leader = thread == 0;
+    quarter = lane % 4;
+    first_column = rank * kChunks * kChunkColumns;
+    own_column = first_column + quarter * 8;
+    columns_left = width - own_column;
+    first_of_warp = thread / 32 * 16 + lane / 8 + lane / 4 % 2 * 4;
+    first_block = rank * (Shares::kOwnColumns / 2) + quarter * 4;
+    exchange.memory = shared + Layout::kExchanges + warpgroup * Shares::kBytes;
+    exchange.tile = shared + Layout::kTiles + warpgroup * Layout::kTileBytes;
+    exchange.barriers = shared + Layout::kBarriers + warpgroup * Shares::kBarrierBytes;
+    basis = narrow_operand(shared + Layout::kBasis, Layout::kPanelBytes);
   }
 
   // Barriers, this block's part of Q, and the first load. Afterwards end_of_beginning().
@@ -98,6 +127,9 @@ struct Team {
       for (const uint32_t barrier : {loaded(), exchange.projected(), exchange.mapped(), exchange.summed()}) barrier_init(barrier, 1);
       for (uint32_t kind = 1; kind < kKinds; ++kind) barrier_init(exchange.mapped(kind), 1);
       barrier_init(exchange.free(), (kCluster - 1) * kWarps);  // from every warp of the others
+      if constexpr (kByChunk) {
+        for (int32_t c = 0; c < kChunks; ++c) barrier_init(loaded(c), 1);
+      }
       if (warpgroup == 0) barrier_init(basis_loaded, 1);
       barrier_init_fence();
     }
@@ -127,19 +159,52 @@ struct Team {
     wait_phase(shared + Layout::kBasisLoaded, 0);
   }
 
-  __device__ __forceinline__ void load(const CUtensorMap& rows_map, int64_t which) const {
+  __device__ __forceinline__ void load(const CUtensorMap& rows_map, Index which, Reuse reuse = Reuse::kUnknown) const {
+    if constexpr (kByChunk) {
+#pragma unroll
+      for (int32_t c = 0; c < kChunks; ++c) load(rows_map, which, c, reuse);
+      return;
+    }
     if (!leader || which >= tiles) return;
     arrive_expecting(loaded(), Layout::kTileBytes);
-    for (int32_t c = 0; c < kChunks; ++c) {
-      load_box(exchange.tile + c * kTileChunkBytes, rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows), loaded());
+    for (int32_t c = 0; c < kChunks; ++c) load_chunk_of(rows_map, which, c, reuse, loaded());
+  }
+
+  __device__ __forceinline__ void load(const CUtensorMap& rows_map, Index which, int32_t c, Reuse reuse) const {
+    if (!leader || which >= tiles) return;
+    arrive_expecting(loaded(c), kTileChunkBytes);
+    load_chunk_of(rows_map, which, c, reuse, loaded(c));
+  }
+
+  __device__ __forceinline__ void load_chunk_of(const CUtensorMap& rows_map, Index which, int32_t c, Reuse reuse, uint32_t barrier) const {
+    const uint32_t place = exchange.tile + c * kTileChunkBytes;
+    const int32_t column = first_column + c * kChunkColumns, row = int32_t(which * kTileRows);
+    if (reuse == Reuse::kUnknown) {
+      load_box(place, rows_map, column, row, barrier);
+    } else {
+      load_box(place, rows_map, column, row, barrier, reuse == Reuse::kSoon ? evicted_last() : evicted_first());
     }
   }
 
-  // Over a tile that every thread has read.
-  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, int64_t which) const {
+  // Over chunk c, which every thread has read; or once the last has been read over them all.
+  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, Index which, int32_t c, Reuse reuse, bool each) const {
+    if (!each && c + 1 < kChunks) return;
     reads_before_copy_fence();
     warpgroup_sync(warpgroup);
-    load(rows_map, which);
+    for (int32_t i = each ? c : 0; i <= c; ++i) load(rows_map, which, i, reuse);
+  }
+
+  // What will be loaded next, into the second-level cache.
+  __device__ __forceinline__ void prefetch(const CUtensorMap& rows_map, Index which) const {
+    if (!leader || which >= tiles) return;
+    for (int32_t c = 0; c < kChunks; ++c) prefetch_box(rows_map, first_column + c * kChunkColumns, int32_t(which * kTileRows));
+  }
+
+  // Over a tile that every thread has read.
+  __device__ __forceinline__ void load_after_reading(const CUtensorMap& rows_map, Index which, Reuse reuse = Reuse::kUnknown) const {
+    reads_before_copy_fence();
+    warpgroup_sync(warpgroup);
+    load(rows_map, which, reuse);
   }
 
   // body(half, piece, eight neighbours in four pairs): what this thread holds of a chunk of the tile.
@@ -167,7 +232,7 @@ struct Team {
   }
 
   // A thread's first row, and the line of one of its two as far as it is there: one past the last is read as the last.
-  __device__ __forceinline__ int64_t row(int32_t half) const { return tile * kTileRows + first_of_warp + half * 8; }
+  __device__ __forceinline__ int64_t row(int32_t half) const { return int64_t(tile) * kTileRows + first_of_warp + half * 8; }
   __device__ __forceinline__ int64_t readable_row(int32_t half) const { return row(half) < count ? row(half) : count - 1; }
 
   // Four pairs of a row that begins at `line`, into memory.
@@ -205,10 +270,12 @@ struct Team {
   __device__ __forceinline__ int32_t column_of(int32_t g) const { return g / 4 * 32 + quarter * 8 + g % 4 * 2; }
 
   // The tile into registers, as change() makes its pairs, and its projection on this block's columns. The product runs on: projection_done().
-  template <typename Change>
-  __device__ __forceinline__ void project_tile(uint32_t (&rows)[kChunks][16], float (&part)[64], const Change& change) const {
+  template <typename Change, typename Before, typename After>
+  __device__ __forceinline__ void project_tile(uint32_t (&rows)[kChunks][16], float (&part)[64], const Change& change, const Before& before,
+                                               const After& after) const {
 #pragma unroll
     for (int32_t c = 0; c < kChunks; ++c) {
+      before(c);
       load_chunk(c, rows[c]);
 #pragma unroll
       for (int32_t i = 0; i < 16; ++i) rows[c][i] = change(rows[c][i]);
@@ -216,6 +283,7 @@ struct Team {
       products_begin();
       project_chunk(part, c, rows[c]);
       products_commit();
+      after(c);
     }
   }
 
@@ -231,8 +299,14 @@ struct Team {
   template <bool kRound = Shares::kRounded, typename Change, typename Read>
   __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4],
                                                    const Change& change, const Read& read) const {
+    project_and_send<kRound>(rows, own, change, [](int32_t) {}, [](int32_t) {}, read);
+  }
+
+  template <bool kRound = Shares::kRounded, typename Change, typename Before, typename After, typename Read>
+  __device__ __forceinline__ void project_and_send(uint32_t (&rows)[kChunks][16], float (&own)[Shares::kOwnGroups][4], const Change& change,
+                                                   const Before& before, const After& after, const Read& read) const {
     float part[64] = {};
-    project_tile(rows, part, change);
+    project_tile(rows, part, change, before, after);
     read();
     projection_done(rows, part);
     exchange.template send_parts<kRound>(part, own);

@@ -17,9 +17,9 @@ __device__ __forceinline__ uint32_t step_of(uint32_t moves, float a_v) {
   return pack<S>(a_v * fast_tanh(move.x), a_v * fast_tanh(move.y));
 }
 
-template <typename S, int kCluster, int kChunks>
-struct UpdateTeam : Team<S, Parts::kRounded, kCluster, kChunks, 1, kChunks <= 2 ? 3 : 2, 1> {
-  using Base = Team<S, Parts::kRounded, kCluster, kChunks, 1, kChunks <= 2 ? 3 : 2, 1>;
+template <typename S, int kCluster, int kChunks, bool kByChunk = false, typename Index = int64_t>
+struct UpdateTeam : Team<S, Parts::kRounded, kCluster, kChunks, 1, kChunks <= 2 ? 3 : 2, 1, kByChunk, Index> {
+  using Base = Team<S, Parts::kRounded, kCluster, kChunks, 1, kChunks <= 2 ? 3 : 2, 1, kByChunk, Index>;
   using typename Base::Shares;
   using Base::Base, Base::blocks, Base::count, Base::first_block, Base::readable_row, Base::row, Base::width;
   static constexpr int32_t kTurnGroups = Shares::kOwnGroups / 4;  // of four blocks side by side
