@@ -60,6 +60,20 @@ def test_every_variant_is_timed_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert files["peak_mb"] > 10 and found[convert.COPY]["peak_mb"] is None
 
 
+def test_variants_are_chosen_by_name_or_pattern(tmp_path: Path) -> None:
+    assert [v.name for v in convert.select("cuda", ["*buffers", "bus"])] == [convert.BUFFERS, convert.BUS]
+    assert convert.select("cpu", []) == convert.variants("cpu")
+    words = ["bench", "convert", "--rows", "64", "--width", str(WIDTH), "--rank", "4", "--rounds", "1", "--json"]
+    words += ["--device", "cpu", "--scratch", str(tmp_path / "scratch")]
+    done = CliRunner().invoke(app, [*words, "--variant", "*, files", "--variant", "cp"])
+    assert done.exit_code == 0, done.output
+    found = {row["variant"]: row for row in json.loads(done.stdout)["times"]}
+    assert list(found) == [convert.COPY, convert.CONVERT, convert.REALIGN]
+    assert found[convert.CONVERT]["of_copy"] > 0 and found[convert.CONVERT]["of_op"] is None
+    wrong = CliRunner().invoke(app, [*words, "--variant", "buss"])
+    assert wrong.exit_code == 2 and convert.CONVERT in wrong.output.replace("\n", " ")
+
+
 def test_nothing_is_timed_that_computes_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def shifted(paths: list[Path], folder: Path, mean: np.ndarray, trace: float) -> int:
         return realign_records(paths, folder, mean + 0.1, trace)

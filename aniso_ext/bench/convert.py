@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ class Options:
     pickled_rows: int
     device: str
     scratch: Path | None
+    variants: tuple[str, ...] = ()
+    """Patterns of their names; all where there is none."""
 
     @property
     def row_bytes(self) -> int:
@@ -96,6 +99,20 @@ def variants(device: str) -> list[Variant]:
     return found
 
 
+def select(device: str, patterns: Sequence[str]) -> list[Variant]:
+    """The variants of a device whose name matches one of the patterns; all of them without patterns.
+
+    Raises:
+        InputError: a pattern matches none; the names are listed.
+    """
+    known = variants(device)
+    for pattern in patterns:
+        if not any(fnmatchcase(variant.name, pattern) for variant in known):
+            names = "; ".join(variant.name for variant in known)
+            raise InputError(f"no variant on {device} matches {pattern!r}: there are {names}")
+    return [v for v in known if not patterns or any(fnmatchcase(v.name, pattern) for pattern in patterns)]
+
+
 def measure(rows: int, options: Options, progress: Callable[[int, int], None]) -> list[ConversionTime]:
     """One case: files are made, every variant runs once a round in an order that turns, files are deleted.
 
@@ -106,7 +123,7 @@ def measure(rows: int, options: Options, progress: Callable[[int, int], None]) -
     with _scratch(rows, options) as folder:
         _prepare(folder, rows, options)
         _check(folder, options)
-        found = variants(options.device)
+        found = select(options.device, options.variants)
         samples: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in found}
         for number in range(options.rounds):
             turn = number % len(found)
@@ -140,13 +157,17 @@ def _time(rows: int, name: str, samples: Sequence[dict[str, float]], options: Op
 def _compare(times: Sequence[ConversionTime]) -> None:
     rates = {time.variant: time.rows_per_s for time in times}
     for time in times:
-        op = rates[REALIGN_OP if time.variant.startswith("realign") else OP]
+
+        def share(other: str, rate: float = time.rows_per_s) -> float | None:
+            return rate / rates[other] if other in rates else None
+
         if time.variant in (CONVERT, REALIGN, REALIGN_FIT):
-            time.of_copy, time.of_op = time.rows_per_s / rates[COPY], time.rows_per_s / op
+            time.of_copy = share(COPY)
+            time.of_op = share(REALIGN_OP if time.variant.startswith("realign") else OP)
         if time.variant in (REALIGN, REALIGN_FIT):
-            time.times_pickled = time.rows_per_s / rates[PICKLED]
+            time.times_pickled = share(PICKLED)
         if time.variant in (MEMORY, BUFFERS):
-            time.of_bus = time.rows_per_s / rates[BUS]
+            time.of_bus = share(BUS)
         if time.variant == COPY:
             time.peak_mb = None  # that of cp would say nothing
 

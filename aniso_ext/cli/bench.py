@@ -128,6 +128,11 @@ def convert(
     width: Annotated[int, typer.Option("--width", min=2, metavar="D", help="Width of the embeddings.")] = 512,
     rank: Annotated[int, typer.Option("--rank", min=2, metavar="R", help="Rank of anisoalign.")] = 128,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", help="Samples of each variant.")] = 3,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="NAME", help="A variant, or a pattern such as '*files'; may be given again.",
+                     show_default="all"),
+    ] = None,
     pickled_rows: Annotated[
         int, typer.Option("--pickled-rows", min=1, metavar="N", help="Most rows for NumPy over pickled records.")
     ] = 2**17,
@@ -159,6 +164,7 @@ def convert(
     Examples:
       aniso bench convert
       aniso bench convert --rows 1048576 --rows 16777216 --scratch /data --out benchmarks/results
+      aniso bench convert --device cuda --variant '*buffers' --variant bus
     """
     import torch
 
@@ -166,7 +172,11 @@ def convert(
     from aniso_ext.bench import environment, records, tables
 
     found = _device(device)
-    options = bench.Options(width, rank, rounds, pickled_rows, str(found), scratch)
+    options = bench.Options(width, rank, rounds, pickled_rows, str(found), scratch, tuple(variant or ()))
+    try:
+        bench.select(options.device, options.variants)
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--variant") from None
     facts = {**environment.facts(torch.device(found), commit), **bench.facts(), "rounds": str(rounds)}
     times: list[bench.ConversionTime] = []
     written: list[Path] = []
