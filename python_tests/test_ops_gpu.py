@@ -252,7 +252,7 @@ def test_kernels_run_on_the_current_stream(run):
 
 
 @pytest.mark.parametrize("case", **named([SMALL, WIDE]))
-@runs(ON_GPU, ["float32", "tf32", "bfloat16"])
+@runs(ON_GPU, ["float32", "tf32", "bfloat16", "float16"])
 def test_a_hundred_runs_are_equal_bit_for_bit(case, run):
     """Among other work, so that blocks meet another order of blocks."""
     batch = Batch.of(case, 3001, run)
