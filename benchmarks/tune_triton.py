@@ -125,7 +125,7 @@ def tune(operation: str, arguments: argparse.Namespace) -> None:
     complement = needed.get(operation, arguments.complement)
     case = Case(arguments.width, arguments.rank, knots=arguments.knots, complement=complement, calibrated=True)
     call, error = prepare(operation, case, dtype, arguments.rows)
-    present = configuration(operation, dtype, case.width, case.rank)
+    present = configuration(operation, dtype, case.width, case.rank, launch.compute_capability(torch.device("cuda")))
     wanted = [Configuration(*map(int, text.split(","))) for text in filter(None, arguments.configurations.split(";"))]
     print(f"{operation} {case} {arguments.dtype} rows {arguments.rows} on {torch.cuda.get_device_name()}", flush=True)
     results: list[tuple[float, Configuration]] = []

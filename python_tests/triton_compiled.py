@@ -2,7 +2,8 @@
 
     python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages[,registers]] ...]
 
-One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program.
+One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program, places
+where copies begin that a program does not wait for, and fences between writes of shared memory and products.
 """
 
 from __future__ import annotations
@@ -108,12 +109,14 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        choice = configuration(operation, DTYPES[name], int(width), int(rank))
+        choice = configuration(operation, DTYPES[name], int(width), int(rank), architecture)
         if shape:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)
         registers, stack = resources(made.asm["cubin"])
-        print(f"{case} registers {registers} stack {stack} shared {made.metadata.shared} {tuple(choice)}", flush=True)
+        copies, fences = (made.asm["ptx"].count(name) for name in ("cp.async.cg", "fence.proxy.async"))
+        used = f"registers {registers} stack {stack} shared {made.metadata.shared} copies {copies} fences {fences}"
+        print(f"{case} {used} {tuple(choice)}", flush=True)
 
 
 if __name__ == "__main__":

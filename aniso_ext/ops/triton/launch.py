@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,15 @@ def formats(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {"PRODUCT": product, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
+@cache
+def compute_capability(device: torch.device) -> int:
+    """Of a CUDA device, 90 for 9.0; 0 of the CPU, where the interpreter runs."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def last_configuration() -> Configuration | None:
     """What the last launch used; None before one."""
     return _last[0] if _last else None
@@ -95,7 +105,7 @@ def _launch(
     An argument may be a function of the number of programs.
     """
     width = meta["WIDTH"]
-    choice = configuration(operation, like.dtype, width, rank)
+    choice = configuration(operation, like.dtype, width, rank, compute_capability(like.device))
     key = (operation, like.dtype, width, rank, kernel, choice, like.device)
     candidates = [_fitting[key]] if key in _fitting else list(smaller(choice))
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
