@@ -54,7 +54,7 @@ def test_float16_tiles_are_no_copies_on_their_way_where_products_would_need_a_fe
     """And none of the kernels is empty: the compiler makes a trap of what it cannot place in tensor memory."""
     from triton_compiled import KERNELS
 
-    cases = [f"{operation},fp16,1280,128" for operation in KERNELS]
+    cases = [*(f"{operation},fp16,1280,128" for operation in KERNELS), "decode,fp16,1280,256"]
     output = in_a_process(str(HERE / "triton_compiled.py"), str(architecture), *cases, TRITON_INTERPRET="0")
     found = re.findall(r"registers (\d+) .* copies (\d+)", output)
     assert len(found) == len(cases)

@@ -48,6 +48,9 @@ OPERATIONS = tuple(_HALF)
 # tile with the basis and with its rounding errors, came out otherwise at another place of a batch. With one stage tiles
 # pass through registers, and the fence is there.
 _ASYNCHRONOUS_PRODUCTS = 90
+# The least whose sums lie in tensor memory, where four sums of 64 rows and 256 columns, as float16 states have, find no
+# room: the compiler makes a trap of such a kernel. Those of 32 rows are left in registers.
+_TENSOR_MEMORY = 100
 # Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
 # so that three programs share a multiprocessor.
 _BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
@@ -85,6 +88,8 @@ def configuration(operation: str, dtype: torch.dtype, width: int, rank: int, cap
             rows, columns, warps = 64, 32, 8
     if dtype == torch.float16 and capability >= _ASYNCHRONOUS_PRODUCTS:
         stages = 1
+        if capability >= _TENSOR_MEMORY and operation == "decode" and blocks == 128:
+            rows = 32
     return Configuration(rows, columns, warps, stages)
 
 
