@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import oracle
 import pytest
@@ -243,27 +241,6 @@ def test_the_ranking_follows_the_measurements(operation, dtype, complement, grad
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     order = backends.ranking(torch.device("cuda", 0), operation, dtype, 1280, 128, complement, gradient)
     assert order[0] == first and set(order) == {"cuda", "triton", "reference"} and order[-1] == "reference"
-
-
-@pytest.mark.parametrize(
-    "name, triton_works, chosen", [("auto", True, "triton"), ("auto", False, "cuda"), ("cuda", True, "cuda")]
-)
-@pytest.mark.parametrize("operation", ["correct", "encode", "correct_sums", "decode"])
-def test_frames_without_a_table_go_to_triton(operation, name, triton_works, chosen, monkeypatch):
-    """Unless the portable kernels were asked for; ``decode`` looks no radius up."""
-    monkeypatch.delenv("ANISO_BACKEND", raising=False)
-    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(backends, "CUDA", replace(backends.CUDA, device_type="cpu"))
-    monkeypatch.setattr(backends, "TRITON", replace(backends.TRITON, device_type="cpu"))
-    monkeypatch.setattr(backends, "_IMPLEMENTED", {"cuda": backends.CUDA, "triton": backends.TRITON})
-    works = {"cuda": lambda: None, "triton": lambda: None if triton_works else "it does not work"}
-    monkeypatch.setattr(backends, "_PROBES", works)
-    monkeypatch.setattr(backends, "ranking", lambda *kind: ("cuda", "triton"))
-    monkeypatch.setattr(backends, "_unsupported", lambda *rows: None)
-    rows = torch.zeros(2, SMOOTH.width, dtype=torch.float16)
-    for frame, expected in ((frame_of(SMOOTH), "cuda"), (frame_with_jumps(SMOOTH, 8), chosen)):
-        found = backends.resolve(name, rows, frame, operation).name
-        assert found == ("cuda" if operation == "decode" else expected)
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,6 @@ def _unsupported(name: str, dtype: torch.dtype, rank: int) -> str | None:
     return reason
 
 
-def _serves(operation: str, complement: str) -> Callable[[str, torch.dtype, int, int], bool]:
-    """Which rows the Hopper kernels of an operation serve."""
-    return hopper.serves_correct if (operation, complement) == ("correct", "scalar") else hopper.serves
-
-
 def ranking(
     device: torch.device, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str, gradient: bool
 ) -> tuple[str, ...]:
@@ -130,7 +125,9 @@ def ranking(
         aligned = operation != "encode" or hopper.aligns(rank)
         forward_only = operation == "correct_sums" or not gradient
         on_hopper = operation in operations.get(complement, ()) and (forward_only or (differentiable and aligned))
-    if on_hopper and _serves(operation, complement)(str(device), dtype, width, rank):
+    widely = (operation, complement) == ("correct", "scalar")
+    serves = hopper.serves_correct if widely else hopper.serves
+    if on_hopper and serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")
@@ -171,27 +168,7 @@ def resolve(name: str, rows: torch.Tensor, frame: Frame, operation: str = "corre
     """
     gradient = rows.requires_grad and torch.is_grad_enabled()
     kind = (operation, rows.dtype, frame.width, frame.rank, frame.complement, gradient)
-    chosen = _choose(name, str(rows.device), *kind)
-    on_hopper = chosen == CUDA.name and _takes_hopper(name, str(rows.device), *kind)
-    if on_hopper and not frame._has_hopper(rows.dtype, str(rows.device)):
-        chosen = _instead_of_hopper(str(rows.device), rows.dtype, frame.rank)
-    return _IMPLEMENTED[chosen]
-
-
-@constant_while_tracing
-def _takes_hopper(
-    name: str, device: str, operation: str, dtype: torch.dtype, width: int, rank: int, complement: str, gradient: bool
-) -> bool:
-    """Whether ``cuda`` was chosen for Hopper kernels that look radii up, which need a table of the frame."""
-    automatic = name == "auto" and os.environ.get("ANISO_BACKEND", "auto") == "auto"
-    return automatic and operation != "decode" and _serves(operation, complement)(device, dtype, width, rank)
-
-
-@constant_while_tracing
-def _instead_of_hopper(device: str, dtype: torch.dtype, rank: int) -> str:
-    """Triton's kernels where they work, for frames that the Hopper kernels do not serve; else the portable ones."""
-    works = TRITON.accepts(torch.device(device)) and _PROBES[TRITON.name]() is None
-    return TRITON.name if works and _unsupported(TRITON.name, dtype, rank) is None else CUDA.name
+    return _IMPLEMENTED[_choose(name, str(rows.device), *kind)]
 
 
 @constant_while_tracing  # torch.compile cannot trace the probe, and must not repeat it

@@ -206,12 +206,6 @@ class Frame:
                 self._operands[key] = fold_hopper(self, storage, torch.device(device))
 
     @constant_while_tracing
-    def _has_hopper(self, storage: torch.dtype, device: str) -> bool:
-        """Whether the Hopper kernels that look radii up have constants of this frame."""
-        self._prepare_hopper(storage, device)
-        return self._operands[("hopper", storage, device)] is not None
-
-    @constant_while_tracing
     def _prepare_hopper_update(self, storage: torch.dtype, device: str) -> None:
         """Keep the basis as the Hopper kernel of ``decode`` reads it in ``_operands``."""
         from aniso_ext.ops.hopper import shuffle
