@@ -20,7 +20,6 @@ from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
     accumulate,
     afresh,
-    apart,
     block_pair,
     ended,
     halves,
@@ -93,8 +92,8 @@ def walk_pairs(
             grad_joined = ended(grad_joined, PRODUCT)
         else:
             h_pair = ended(h_pair, PRODUCT)
-    a, b = apart(pair, BLOCK_ROWS, P)
-    h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
+    a, b = halves(pair)
+    h_a, h_b = halves(h_pair)
     squares, dot_grad = tl.sum(squares, axis=1), tl.sum(dot_grad, axis=1)
     if JOINED:
         dot_offset, dot_shift = joined_sums(joined)
@@ -345,8 +344,8 @@ def split_backward_kernel(
         n_pair = multiply_project(grad_w.to(PRODUCT), project, columns, n_pair, P, PADDED, PRODUCT, PRECISION)
         scaled = (grad_w * tl.load(per_column + columns)[None, :]).to(PRODUCT)
         m_pair = multiply_project(scaled, project, columns, m_pair, P, PADDED, PRODUCT, PRECISION)
-    n_a, n_b = apart(n_pair, BLOCK_ROWS, P)
-    m_a, m_b = apart(m_pair, BLOCK_ROWS, P)
+    n_a, n_b = halves(n_pair)
+    m_a, m_b = halves(m_pair)
     d_a, d_b = map_backward(rho, inverse, cos, sin, mapped, slope, n_a, n_b)
     d_a, d_b, d_factor = to_product(d_a - m_a, d_b - m_b, PRODUCT, PRECISION)
     if LEAK:

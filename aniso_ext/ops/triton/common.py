@@ -64,7 +64,7 @@ def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constex
 def multiply_project(
     tile, weights, columns, pair, P: tl.constexpr, PADDED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """pair += tile [Qa, Qb] for one tile of columns, [BLOCK_ROWS, 2P]; see :func:`apart`.
+    """pair += tile [Qa, Qb] for one tile of columns, [BLOCK_ROWS, 2P]; see :func:`halves`.
 
     Weights are [2P, PADDED], K-major as TF32 products need; for float16 [4P, PADDED], the rounding errors of the basis
     after the basis.
@@ -74,12 +74,6 @@ def multiply_project(
     if PRODUCT == tl.float16:
         pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
     return pair
-
-
-@triton.jit
-def apart(pair, BLOCK_ROWS: tl.constexpr, P: tl.constexpr):
-    """The two coordinates of the blocks from one product."""
-    return halves(pair)
 
 
 @triton.jit

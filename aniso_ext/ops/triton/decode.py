@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
-    apart,
     ended,
     halves,
     identity,
@@ -145,8 +144,8 @@ def decode_kernel(
             u_pair = ended(u_pair, PRODUCT)
             if JOINED:
                 joined = ended(joined, PRODUCT)
-    u_a, u_b = apart(u_pair, BLOCK_ROWS, P)
-    step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
+    u_a, u_b = halves(u_pair)
+    step_a, step_b = halves(step_pair)
     a, b, factor, cross, along_shift = coefficient_parts(
         state, deltas, u_a, u_b, step_a, step_b, 0, per_block, a_theta, a_rho, BLOCKS, P, SHIFTED, PRODUCT, PRECISION,
         parts_of(PRODUCT, P),

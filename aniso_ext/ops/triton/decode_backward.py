@@ -8,7 +8,6 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
     afresh,
-    apart,
     ended,
     halves,
     identity,
@@ -188,9 +187,9 @@ def decode_backward_kernel(
                 joined = ended(joined, PRODUCT)
         else:
             h_pair = ended(h_pair, PRODUCT)
-    step_a, step_b = apart(step_pair, BLOCK_ROWS, P)
-    h_a, h_b = apart(h_pair, BLOCK_ROWS, P)
-    w_a, w_b = apart(w_pair, BLOCK_ROWS, P)
+    step_a, step_b = halves(step_pair)
+    h_a, h_b = halves(h_pair)
+    w_a, w_b = halves(w_pair)
     grad_shift = tl.sum(grad_shift, axis=1)
     if FORMS:
         cross, along_shift, along_grad = product_parts(
@@ -226,7 +225,7 @@ def decode_backward_kernel(
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 rebuilt_shift += product_sums(w * shift, BLOCK_ROWS, BLOCK_COLUMNS)
             w_pair = multiply_project(w.to(PRODUCT), project, columns, w_pair, P, PADDED, PRODUCT, PRECISION)
-        w_a, w_b = apart(w_pair, BLOCK_ROWS, P)
+        w_a, w_b = halves(w_pair)
         squares, dot_shift = tl.sum(rebuilt_squares, axis=1), tl.sum(rebuilt_shift, axis=1)
         dot_grad = tl.sum(rebuilt_grad, axis=1)
     alpha, beta, gamma = row_gradient(squares, dot_shift, dot_grad, grad_shift, tl.load(scalars + 3), SHIFTED)

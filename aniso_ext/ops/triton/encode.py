@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
-    apart,
     ended,
     halves,
     identity,
@@ -186,8 +185,8 @@ def encode_backward_kernel(
         q_pair = multiply_project(tile, project, columns, q_pair, P, PADDED, PRODUCT, PRECISION)
         if LEAK:
             leak_pair = ended(leak_pair, PRODUCT)
-    a, b = apart(pair, BLOCK_ROWS, P)
-    q_a, q_b = apart(q_pair, BLOCK_ROWS, P)
+    a, b = halves(pair)
+    q_a, q_b = halves(q_pair)
     if not SPLIT:
         q_a *= scale
         q_b *= scale
@@ -199,7 +198,7 @@ def encode_backward_kernel(
         PRODUCT, PRECISION, parts_of(PRODUCT, P),
     )  # fmt: skip
     if LEAK:
-        leak_a, leak_b = apart(leak_pair, BLOCK_ROWS, P)
+        leak_a, leak_b = halves(leak_pair)
         leak_a, leak_b, leak_factor = to_product(-leak_a, -leak_b, PRODUCT, PRECISION)
     target = grad_y + rows * WIDTH
     if JOINED:

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
-    apart,
     block_pair,
     ended,
     halves,
@@ -92,10 +91,10 @@ def coordinates(
                 joined = ended(joined, PRODUCT)
             else:
                 pair = ended(pair, PRODUCT)
-    a, b = apart(pair, BLOCK_ROWS, P)
+    a, b = halves(pair)
     leak_a, leak_b = block_pair(per_block, 9, P)
     if LEAK:
-        more_a, more_b = apart(leak_pair, BLOCK_ROWS, P)
+        more_a, more_b = halves(leak_pair)
         leak_a = more_a + leak_a
         leak_b = more_b + leak_b
     squares, dot_offset, dot_shift = tl.sum(squares, axis=1), tl.sum(dot_offset, axis=1), tl.sum(dot_shift, axis=1)
