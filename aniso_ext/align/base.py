@@ -55,7 +55,7 @@ class Aligner:
     """How names of arrays begin that belong to parts of the method; ``_check_arrays`` checks them, shapes included."""
     runtime_options: ClassVar[tuple[str, ...]] = ()
     """Options of the machine, not of the method: never saved."""
-    tile_bytes: ClassVar[int | None] = 2 << 20
+    tile_bytes: ClassVar[int | None] = 1 << 20
     """Rows for one call of ``transform_batch``: what its steps hold stays small, and they are long enough for many
     threads not to wait for the interpreter; None if the method takes any number of rows in one step."""
 
