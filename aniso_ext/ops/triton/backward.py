@@ -21,12 +21,14 @@ from aniso_ext.ops.triton.common import (
     accumulate,
     afresh,
     block_pair,
+    columns_back,
     ended,
     halves,
     identity,
     joined_gradient,
     joined_sums,
     load_ahead,
+    load_basis,
     load_joined,
     load_rows,
     multiply_project,
@@ -66,20 +68,20 @@ def walk_pairs(
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         pointers = project + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
-        weights = tl.load(pointers).to(PRODUCT)
+        weights = load_basis(pointers, PRODUCT, PRECISION)
         pair = accumulate(tile, weights, pair, PRODUCT, PRECISION)
         h_pair = accumulate(grad, weights, h_pair, PRODUCT, PRECISION)
         if PRODUCT == tl.float16:  # the rounding errors of the basis
             weights = tl.load(pointers + 2 * P * PADDED)
-            pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
-            h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
+            pair = tl.dot(tile, weights, pair)
+            h_pair = tl.dot(grad, weights, h_pair)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
         squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         dot_grad += row_sums(y * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         if JOINED:
             weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-            joined = tl.dot(tile, weights, joined, input_precision=PRECISION)
-            grad_joined = tl.dot(grad, weights, grad_joined, input_precision=PRECISION)
+            joined = tl.dot(tile, weights, joined)
+            grad_joined = tl.dot(grad, weights, grad_joined)
         else:
             offset = tl.load(per_column + PADDED + columns)[None, :]
             dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -239,20 +241,20 @@ def correct_backward_kernel(
     beta *= scale
     gamma *= scale
     target = grad_y + rows * WIDTH
-    first = tl.arange(0, BLOCK_COLUMNS)
+    first = columns_back(0, WIDTH, BLOCK_COLUMNS)
     if JOINED:
         kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
         joined = joined_gradient(-beta * unit / row_factor, -gamma * unit / row_factor, PRODUCT)
         beta *= scale / row_factor
         tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             result = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
             weights = load_joined(project, columns, P, PADDED, PRODUCT)
-            result = tl.dot(joined, weights, result, input_precision=PRECISION)
+            result = tl.dot(joined, weights, result)
             grad_tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(grad_tile, kept, result, input_precision=PRECISION)
+            result = tl.dot(grad_tile, kept, result)
             result -= tile.to(tl.float32) * beta[:, None]
             tile = ahead
             store_rows(target, columns, inside, result * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
@@ -260,7 +262,7 @@ def correct_backward_kernel(
         tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
@@ -312,7 +314,7 @@ def split_backward_kernel(
     dot_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     grad_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,
@@ -353,7 +355,7 @@ def split_backward_kernel(
 
     target = grad_y + rows * WIDTH
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,

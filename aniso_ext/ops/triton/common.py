@@ -14,6 +14,9 @@ import triton.language as tl
 LEAST_NORMAL = tl.constexpr(2.0**-126)  # a square below it has lost its bits, and its root may be flushed to zero
 NORM_FLOOR = tl.constexpr(1e-12)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+import os
+HINTS = tl.constexpr(int(os.environ.get("X_HINTS", "0")))
+REVERSED = tl.constexpr(os.environ.get("X_REVERSED", "1") == "1")
 
 
 @triton.jit
@@ -26,13 +29,22 @@ def load_rows(base, columns, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, P
 
 
 @triton.jit
+def columns_back(start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Columns of a tile of a walk back, which meets in the second-level cache what the walk before it read last."""
+    if REVERSED:
+        return (WIDTH - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS - start + tl.arange(0, BLOCK_COLUMNS)
+    return start + tl.arange(0, BLOCK_COLUMNS)
+
+
+@triton.jit
 def load_ahead(base, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
-    """The tile after that at ``start``; after the last one the first again, which nobody reads.
+    """The tile of a walk back after that at ``start``; after the last one the first again, which nobody reads.
 
     Loads that no product reads are not pipelined by the compiler: rebuilding walks ask for them one tile ahead.
     """
     following = tl.where(start + BLOCK_COLUMNS < WIDTH, start + BLOCK_COLUMNS, 0)
-    return load_rows(base, following + tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+    columns = columns_back(following, WIDTH, BLOCK_COLUMNS)
+    return load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
 
 
 @triton.jit
@@ -41,7 +53,27 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
     mask = inside[:, None]
     if WIDTH % BLOCK_COLUMNS != 0:
         mask = mask & (columns < WIDTH)[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+    if HINTS & 1:
+        tl.store(pointers, values.to(base.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    else:
+        tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.constexpr_function
+def factor_format(product, precision):
+    """What tensor cores multiply. TF32 keeps ten bits of a number, and so does float16, in half the bytes."""
+    return tl.float16 if precision == "fp16" else product
+
+
+@triton.jit
+def load_basis(pointers, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.load(pointers).to(factor_format(PRODUCT, PRECISION))
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b of factors that are rounded already."""
+    return tl.dot(a, b, sums, input_precision="ieee" if PRECISION == "ieee" else "tf32")
 
 
 @triton.jit
@@ -53,11 +85,11 @@ def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constex
     TF32 instead of rounding it, which makes every sum too small.
     """
     if PRODUCT == tl.float32 and PRECISION == "ieee":
-        return tl.fma(tl.dot(tile, weights, input_precision=PRECISION), 1.0, sums)
+        return tl.fma(multiply(tile, weights, None, PRECISION), 1.0, sums)
     elif PRECISION == "tf32":
-        return tl.dot(round_tf32(tile), weights, sums, input_precision=PRECISION)
+        return multiply(round_tf32(tile), weights, sums, PRECISION)
     else:
-        return tl.dot(tile, weights, sums, input_precision=PRECISION)
+        return multiply(tile.to(weights.dtype), weights, sums, PRECISION)
 
 
 @triton.jit
@@ -70,9 +102,9 @@ def multiply_project(
     after the basis.
     """
     pointers = weights + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
-    pair = accumulate(tile, tl.load(pointers).to(PRODUCT), pair, PRODUCT, PRECISION)
+    pair = accumulate(tile, load_basis(pointers, PRODUCT, PRECISION), pair, PRODUCT, PRECISION)
     if PRODUCT == tl.float16:
-        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
+        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair)
     return pair
 
 
@@ -114,11 +146,11 @@ def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.conste
     """
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(together(a, b), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = multiply(together(a, b), load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
-        tile = tl.dot(b, tl.load(pointers + P).to(PRODUCT), tile, input_precision=PRECISION)
+        tile = multiply(a, load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
+        tile = multiply(b, load_basis(pointers + P, PRODUCT, PRECISION), tile, PRECISION)
     return tile
 
 
@@ -127,17 +159,17 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
     """a Qa^T + b Qb^T and c Qa^T + d Qb^T with one load of the weights."""
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(together(a, b), tile, input_precision=PRECISION)
-        second = tl.dot(together(c, d), tile, input_precision=PRECISION)
+        tile = load_basis(pointers, PRODUCT, PRECISION)
+        first = multiply(together(a, b), tile, None, PRECISION)
+        second = multiply(together(c, d), tile, None, PRECISION)
     else:
         pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
-        even = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(a, even, input_precision=PRECISION)
-        second = tl.dot(c, even, input_precision=PRECISION)
-        odd = tl.load(pointers + P).to(PRODUCT)
-        first = tl.dot(b, odd, first, input_precision=PRECISION)
-        second = tl.dot(d, odd, second, input_precision=PRECISION)
+        even = load_basis(pointers, PRODUCT, PRECISION)
+        first = multiply(a, even, None, PRECISION)
+        second = multiply(c, even, None, PRECISION)
+        odd = load_basis(pointers + P, PRODUCT, PRECISION)
+        first = multiply(b, odd, first, PRECISION)
+        second = multiply(d, odd, second, PRECISION)
     return first, second
 
 
@@ -243,7 +275,8 @@ def to_product(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "tf32":
         a = round_tf32(a)
         b = round_tf32(b)
-    return a.to(PRODUCT), b.to(PRODUCT), factor
+    factors: tl.constexpr = factor_format(PRODUCT, PRECISION)
+    return a.to(factors), b.to(factors), factor
 
 
 @triton.jit

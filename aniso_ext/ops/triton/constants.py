@@ -116,12 +116,6 @@ def rounding_of(dtype: torch.dtype, precision: str) -> float:
     return 2.0**-11 if precision == "tf32" and dtype == torch.float32 else float(torch.finfo(dtype).eps) / 2
 
 
-def round_to_tf32(value: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to the 10 bits of TF32, to nearest."""
-    bits = value.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def padded_blocks(blocks: int) -> int:
     return max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length())
 
@@ -191,7 +185,7 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     rounding = rounding_of(product, precision)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
-        return round_to_tf32(value.float()) if tf32 else value.to(product)
+        return value.to(torch.float16 if tf32 else product)
 
     def prepared(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """To project with, to rebuild with, and in float64 what both multiply with."""

@@ -8,6 +8,7 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
     afresh,
+    columns_back,
     ended,
     halves,
     identity,
@@ -164,9 +165,9 @@ def decode_backward_kernel(
         t = tile.to(tl.float32)
         if SHIFTED and JOINED:
             weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-            grad_joined = tl.dot(tile, weights, grad_joined, input_precision=PRECISION)
+            grad_joined = tl.dot(tile, weights, grad_joined)
             if PROJECT:
-                joined = tl.dot(step.to(PRODUCT), weights, joined, input_precision=PRECISION)
+                joined = tl.dot(step.to(PRODUCT), weights, joined)
         elif SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -179,7 +180,7 @@ def decode_backward_kernel(
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED and JOINED:
-                joined = tl.dot(v0, weights, joined, input_precision=PRECISION)
+                joined = tl.dot(v0, weights, joined)
             elif SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             w_pair = ended(w_pair, PRODUCT)
@@ -245,11 +246,11 @@ def decode_backward_kernel(
         beta /= row_factor
         joined = joined_gradient(tl.zeros_like(gamma), -gamma * unit / row_factor, PRODUCT)
         added = identity(1.0, BLOCK_COLUMNS, PRODUCT)
-        first = tl.arange(0, BLOCK_COLUMNS)
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             if PROJECT:
@@ -258,9 +259,9 @@ def decode_backward_kernel(
                 result = multiply_rebuild(k_a, k_b, rebuild, columns, P, PRODUCT, PRECISION)
             if SHIFTED:
                 weights = load_joined(project, columns, P, PADDED, PRODUCT)
-                result = tl.dot(joined, weights, result, input_precision=PRECISION)
+                result = tl.dot(joined, weights, result)
             t = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(t, added, result, input_precision=PRECISION)
+            result = tl.dot(t, added, result)
             slope = tanh(move, FAST)
             result -= beta[:, None] * (v0.to(tl.float32) + a_v * slope)
             v0 = v0_ahead
@@ -274,12 +275,12 @@ def decode_backward_kernel(
             store_rows(deltas_out + 2 * BLOCKS, columns, inside, inner, WIDTH, BLOCK_COLUMNS)
     else:
         k_factor *= -1.0
-        first = tl.arange(0, BLOCK_COLUMNS)
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         t = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             t_ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)

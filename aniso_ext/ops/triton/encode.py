@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    columns_back,
     ended,
     halves,
     identity,
@@ -135,16 +136,16 @@ def encode_kernel(
         unit, kept = tl.load(scalars + 4), identity(-scale, BLOCK_COLUMNS, PRODUCT)
         joined = joined_coefficients(tl.zeros((BLOCK_ROWS,), tl.float32), PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
-            v = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), v, input_precision=PRECISION)
+            v = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), v)
             tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            v = tl.dot(tile, kept, v, input_precision=PRECISION)
+            v = tl.dot(tile, kept, v)
             store_rows(row_out + 3 * BLOCKS, columns, inside, v * unit, WIDTH, BLOCK_COLUMNS)
     else:
-        tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        tile = load_rows(base, columns_back(0, WIDTH, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             along = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
             v = (tile.to(tl.float32) - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
@@ -204,15 +205,15 @@ def encode_backward_kernel(
     if JOINED:
         kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION)
             tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(tile, kept, result, input_precision=PRECISION)
+            result = tl.dot(tile, kept, result)
             store_rows(target, columns, inside, result * unit, WIDTH, BLOCK_COLUMNS)
     else:
-        tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        tile = load_rows(grad_base, columns_back(0, WIDTH, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
             result += tile.to(tl.float32) * tl.load(per_column + columns)[None, :]

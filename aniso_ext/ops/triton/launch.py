@@ -77,10 +77,23 @@ def _rows(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 and like_fresh else rows.clone(memory_format=torch.contiguous_format)
 
 
-def formats(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def formats(basis: torch.Tensor, tf32: bool) -> dict[str, Any]:
+    """Formats of tiles and of products; float32 rows at TF32 are multiplied with the format of their basis."""
+    if tf32:
+        return {"PRODUCT": tl.float32, "PRECISION": "fp16" if basis.dtype == torch.float16 else "tf32"}
     # the interpreter has no bfloat16 of its own
-    product = tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _PRODUCTS[dtype]
-    return {"PRODUCT": product, "PRECISION": "tf32" if tf32 else "ieee"}
+    widened = INTERPRETED and basis.dtype == torch.bfloat16
+    return {"PRODUCT": tl.float32 if widened else _PRODUCTS[basis.dtype], "PRECISION": "ieee"}
+
+
+def wide_enough(folded: Any) -> Any:
+    """For gradients at TF32, which may be of any size: float32 has the exponents that float16 lacks."""
+    bases = {
+        name: getattr(folded, name).float()
+        for name in ("project", "rebuild", "leak_project", "leak_rebuild")
+        if folded.tf32 and hasattr(folded, name)
+    }
+    return folded._replace(**bases)
 
 
 @cache
@@ -141,7 +154,7 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, JOINED=folded.joined, ONLY_SUMS=False,
             **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -164,7 +177,7 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
             WIDTH=width, SHIFTED=False, JOINED=folded.joined, ONLY_SUMS=True, **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
         sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
@@ -187,13 +200,13 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=width, BLOCKS=blocks, JOINED=folded.joined and not folded.split, **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
 
 def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    folded, rows, grads = wide_enough(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         _launch(
@@ -201,13 +214,13 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], BLOCKS=folded.rank // 2, JOINED=folded.joined and not folded.split,
             **folded.meta(gradient=True),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
 
 def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    folded, rows, grads = wide_enough(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
@@ -216,7 +229,7 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, **joined, **folded.meta(gradient=True),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -247,8 +260,8 @@ class Update(NamedTuple):
             "JOINED": self.forms and self.project.shape[0] % (2 * self.per_block.shape[1]) != 0,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
-            "FAST": self.project.dtype != torch.float32,
-            **formats(self.project.dtype, self.tf32),
+            "FAST": self.project.dtype != torch.float32 and not self.tf32,
+            **formats(self.project, self.tf32),
         }
 
 
@@ -268,7 +281,7 @@ def decode_rows(state: torch.Tensor, deltas: torch.Tensor, *constants: Any) -> t
 def decode_backward(
     grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *constants: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    update, grads, states, moves = Update(*constants), _rows(grad), _rows(state), _rows(deltas)
+    update, grads, states, moves = wide_enough(Update(*constants)), _rows(grad), _rows(state), _rows(deltas)
     grad_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
     if len(state):
