@@ -34,6 +34,7 @@ from aniso_ext.ops.triton.common import (
     multiply_project,
     multiply_rebuild,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_gradient,
@@ -112,7 +113,7 @@ def mapped_blocks(
     PIECES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Polar coordinates, T(rho), its slope, and k; from p, of blocks from ``first`` on."""
-    blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+    blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
     c_a = p_a + block_row(per_block, 0, blocks, P)
     c_b = p_b + block_row(per_block, 1, blocks, P)
     turned_a, turned_b = c_a + block_row(per_block, 2, blocks, P), c_b + block_row(per_block, 3, blocks, P)
@@ -131,7 +132,7 @@ def product_parts(
         _, _, _, _, _, _, k_a, k_b = mapped_blocks(
             p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
         )
-        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
         rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
         rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
         squares = tl.sum(k_a * (k_a + 2.0 * rest_a) + k_b * (k_b + 2.0 * rest_b), axis=1)
@@ -150,7 +151,7 @@ def product_parts(
             PIECES, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         more_squares, more_dot_shift, more_dot_grad = product_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, scale, per_block, table, buckets, starts,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 4, scale, per_block, table, buckets, starts,
             pieces, CELLS, STEPS, PIECES, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         return squares + more_squares, dot_shift + more_dot_shift, dot_grad + more_dot_grad
@@ -170,7 +171,7 @@ def gradient_parts(
         rho, inverse, cos, sin, mapped, slope, k_a, k_b = mapped_blocks(
             p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
         )
-        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
         rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
         rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
         shift_a, shift_b = block_row(per_block, 7, blocks, P), block_row(per_block, 8, blocks, P)
@@ -191,7 +192,7 @@ def gradient_parts(
             starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, scale,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 4, inverse_factor, alpha, beta, gamma, scale,
             per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor

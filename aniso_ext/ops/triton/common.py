@@ -128,14 +128,28 @@ def ended(sums, PRODUCT: tl.constexpr):
 
 @triton.jit
 def halves(value):
-    """The left and the right half of the columns, which each thread already holds side by side."""
-    return tl.split(tl.permute(tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2)), (0, 2, 1)))
+    """First and second quarters of each half of the columns, which a thread holds side by side, whether or not the
+    halves lie in different warps."""
+    rows: tl.constexpr = value.shape[0]
+    quarter: tl.constexpr = value.shape[1] // 4
+    a, b = tl.split(tl.permute(tl.reshape(value, (rows, 2, 2, quarter)), (0, 1, 3, 2)))
+    return tl.reshape(a, (rows, 2 * quarter)), tl.reshape(b, (rows, 2 * quarter))
 
 
 @triton.jit
 def together(a, b):
     """The inverse of :func:`halves`."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+    rows: tl.constexpr = a.shape[0]
+    quarter: tl.constexpr = a.shape[1] // 2
+    joined = tl.join(tl.reshape(a, (rows, 2, quarter)), tl.reshape(b, (rows, 2, quarter)))
+    return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), (rows, 4 * quarter))
+
+
+@triton.jit
+def part_of_blocks(first, COUNT: tl.constexpr, P: tl.constexpr):
+    """Blocks of a part that :func:`halves` made: half of them from ``first`` on, the others P / 2 further on."""
+    at = tl.arange(0, COUNT)
+    return at // (COUNT // 2) * (P // 2) + at % (COUNT // 2) + first
 
 
 @triton.jit
@@ -148,9 +162,9 @@ def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.conste
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
         tile = multiply(together(a, b), load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
     else:
-        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        pointers = weights + part_of_blocks(0, P, 2 * P)[:, None] + columns[None, :] * (2 * P)
         tile = multiply(a, load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
-        tile = multiply(b, load_basis(pointers + P, PRODUCT, PRECISION), tile, PRECISION)
+        tile = multiply(b, load_basis(pointers + P // 2, PRODUCT, PRECISION), tile, PRECISION)
     return tile
 
 
@@ -163,11 +177,11 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
         first = multiply(together(a, b), tile, None, PRECISION)
         second = multiply(together(c, d), tile, None, PRECISION)
     else:
-        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
+        pointers = weights + part_of_blocks(0, P, 2 * P)[:, None] + columns[None, :] * (2 * P)
         even = load_basis(pointers, PRODUCT, PRECISION)
         first = multiply(a, even, None, PRECISION)
         second = multiply(c, even, None, PRECISION)
-        odd = load_basis(pointers + P, PRODUCT, PRECISION)
+        odd = load_basis(pointers + P // 2, PRODUCT, PRECISION)
         first = multiply(b, odd, first, PRECISION)
         second = multiply(d, odd, second, PRECISION)
     return first, second

@@ -24,6 +24,7 @@ from aniso_ext.ops.triton.common import (
     multiply_project,
     multiply_rebuild,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_scales,
@@ -61,7 +62,7 @@ def coefficient_parts(
     """k as a product takes it, its factor, k.k + 2 k.Q^T u and k.Q^T g, of blocks from ``first`` on; from Q^T u, less
     the step that has coordinates of its own."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, u_a.shape[1])
+        blocks = part_of_blocks(first, u_a.shape[1], P)
         radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS, P)
         a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
         k_a = a.to(tl.float32) * factor[:, None]
@@ -82,7 +83,7 @@ def coefficient_parts(
             PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficient_parts(
-            state, deltas, high_u_a, high_u_b, high_a, high_b, first + u_a.shape[1] // 2, per_block, a_theta, a_rho,
+            state, deltas, high_u_a, high_u_b, high_a, high_b, first + u_a.shape[1] // 4, per_block, a_theta, a_rho,
             BLOCKS, P, SHIFTED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (

@@ -21,6 +21,7 @@ from aniso_ext.ops.triton.common import (
     multiply_rebuild,
     multiply_rebuild_two,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_gradient,
@@ -42,7 +43,7 @@ def product_parts(
     """k.k + 2 k.Q^T u, k.Q^T g and k.h of blocks from ``first`` on; from Q^T u, less the step that has coordinates of
     its own."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, w_a.shape[1])
+        blocks = part_of_blocks(first, w_a.shape[1], P)
         radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS, P)
         k_a, k_b = radius * cos - step_a, radius * sin - step_b
         squares = tl.sum(k_a * (k_a + 2.0 * (w_a + step_a)) + k_b * (k_b + 2.0 * (w_b + step_b)), axis=1)
@@ -63,7 +64,7 @@ def product_parts(
             P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         more_squares, more_dot_shift, more_dot_grad = product_parts(
-            state, deltas, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b, first + w_a.shape[1] // 2, per_block,
+            state, deltas, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b, first + w_a.shape[1] // 4, per_block,
             a_theta, a_rho, BLOCKS, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         return squares + more_squares, dot_shift + more_dot_shift, dot_grad + more_dot_grad
@@ -78,7 +79,7 @@ def gradient_parts(
     """-beta k and grad_k, times a number for each row, as products take them, with their factors, of blocks from
     ``first`` on; stores the gradients of what turns the blocks."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, w_a.shape[1])
+        blocks = part_of_blocks(first, w_a.shape[1], P)
         at = blocks[None, :]
         radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(
             state, deltas, blocks, a_theta, a_rho, BLOCKS, P
@@ -116,7 +117,7 @@ def gradient_parts(
         )  # fmt: skip
         high_a, high_b, _, high_h_a, high_h_b, _ = gradient_parts(
             state, deltas, state_out, deltas_out, inside, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b,
-            first + w_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, per_block, a_theta, a_rho, BLOCKS, P, FORMS,
+            first + w_a.shape[1] // 4, inverse_factor, alpha, beta, gamma, per_block, a_theta, a_rho, BLOCKS, P, FORMS,
             PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (

@@ -25,6 +25,7 @@ from aniso_ext.ops.triton.common import (
     load_rows,
     multiply_project,
     multiply_rebuild,
+    part_of_blocks,
     parts_of,
     store_rows,
     to_product,
@@ -41,7 +42,7 @@ def encoded_parts(
 ):  # fmt: skip
     """sin, cos and log T(rho) as they are stored, and scaled c_t as a product takes it, with its factor; from p."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, a.shape[1])[None, :]
+        blocks = part_of_blocks(first, a.shape[1], P)[None, :]
         a += block_row(per_block, 0, blocks, P)
         b += block_row(per_block, 1, blocks, P)
         rho, _, cos, sin = polar(a + block_row(per_block, 2, blocks, P), b + block_row(per_block, 3, blocks, P))
@@ -56,7 +57,7 @@ def encoded_parts(
             PRECISION, PARTS // 2,
         )  # fmt: skip
         more_sin, more_cos, more_log, high_a, high_b, _ = encoded_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
+            high_a, high_b, first + a.shape[1] // 4, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
             PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -73,7 +74,7 @@ def gradient_parts(
 ):  # fmt: skip
     """(d - q)/unit as a product takes it, and its factor; from p."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, a.shape[1])
+        blocks = part_of_blocks(first, a.shape[1], P)
         at = blocks[None, :]
         a += block_row(per_block, 0, at, P) + block_row(per_block, 2, at, P)
         b += block_row(per_block, 1, at, P) + block_row(per_block, 3, at, P)
@@ -97,7 +98,7 @@ def gradient_parts(
             CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_q_a, high_q_b, first + a.shape[1] // 2, unit, grad_polar, per_block, table, buckets,
+            high_a, high_b, high_q_a, high_q_b, first + a.shape[1] // 4, unit, grad_polar, per_block, table, buckets,
             starts, pieces, BLOCKS, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor

@@ -32,6 +32,7 @@ from aniso_ext.ops.triton.common import (
     multiply_rebuild,
     multiply_rebuild_two,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_scales,
@@ -110,7 +111,7 @@ def corrected(
     PIECES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """c_t and c^ from p, of blocks from ``first`` on."""
-    blocks = first + tl.arange(0, a.shape[1])[None, :]
+    blocks = part_of_blocks(first, a.shape[1], P)[None, :]
     a += block_row(per_block, 0, blocks, P)
     b += block_row(per_block, 1, blocks, P)
     # T(rho) (cos, sin) = T(rho)/length (a, b), without directions, which would need registers of their own
@@ -153,7 +154,7 @@ def split_coefficients(
             PIECES, P, LEAK, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         k_a, k_b, _, c_a, c_b, _ = split_coefficients(
-            high_a, high_b, high_leak_a, high_leak_b, first + a.shape[1] // 2, per_block, table, buckets, starts,
+            high_a, high_b, high_leak_a, high_leak_b, first + a.shape[1] // 4, per_block, table, buckets, starts,
             pieces, CELLS, STEPS, PIECES, P, LEAK, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -184,7 +185,7 @@ def coefficients(
     if ROUNDED:
         wide_a *= unit
         wide_b *= unit
-    blocks = first + tl.arange(0, a.shape[1])[None, :]
+    blocks = part_of_blocks(first, a.shape[1], P)[None, :]
     rest_a = scale * a + block_row(per_block, 5, blocks, P)
     rest_b = scale * b + block_row(per_block, 6, blocks, P)
     squares = tl.sum(wide_a * (wide_a + 2.0 * rest_a) + wide_b * (wide_b + 2.0 * rest_b), axis=1)
@@ -215,7 +216,7 @@ def coefficients_in_parts(
             SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficients_in_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, unit, per_block, table, buckets, starts, pieces, CELLS,
+            high_a, high_b, first + a.shape[1] // 4, scale, unit, per_block, table, buckets, starts, pieces, CELLS,
             STEPS, PIECES, P, SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (

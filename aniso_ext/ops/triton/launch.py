@@ -183,7 +183,8 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
         sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
         sums[padded:] += partial[:, padded:].sum(dim=0, dtype=torch.float64)
     k_a, k_b, weight, *inner = sums[padded:].view(parts, blocks)
-    basis = folded.rebuild[:width].double()
+    # even columns, then odd ones
+    basis = folded.rebuild[:width].double().unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)
     moved, rest = basis @ torch.cat((k_a, k_b)), sums[:width]
     if folded.split:
         rest = rest - basis @ torch.cat(tuple(inner))
