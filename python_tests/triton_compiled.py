@@ -112,7 +112,7 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        choice = configuration(operation, DTYPES[name], int(width), int(rank), architecture)
+        choice = configuration(operation, DTYPES[name], int(width), int(rank), architecture, tf32=name == "tf32")
         if shape:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)

@@ -242,24 +242,20 @@ def correct_backward_kernel(
     beta *= scale
     gamma *= scale
     target = grad_y + rows * WIDTH
-    first = columns_back(0, WIDTH, BLOCK_COLUMNS)
     if JOINED:
         kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
         joined = joined_gradient(-beta * unit / row_factor, -gamma * unit / row_factor, PRODUCT)
-        beta *= scale / row_factor
-        tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        for start in range(0, WIDTH, BLOCK_COLUMNS):
+        beta *= unit / row_factor
+        # with another tile of both on its way no two programs would fit
+        for start in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=2):
             columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
-            ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             result = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-            weights = load_joined(project, columns, P, PADDED, PRODUCT)
-            result = tl.dot(joined, weights, result)
-            grad_tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(grad_tile, kept, result)
-            result -= tile.to(tl.float32) * beta[:, None]
-            tile = ahead
+            result = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), result)
+            result = tl.dot(load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), kept, result)
+            result -= beta[:, None] * tl.dot(load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), kept)
             store_rows(target, columns, inside, result * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
     else:
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):

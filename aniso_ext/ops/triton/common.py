@@ -14,9 +14,6 @@ import triton.language as tl
 LEAST_NORMAL = tl.constexpr(2.0**-126)  # a square below it has lost its bits, and its root may be flushed to zero
 NORM_FLOOR = tl.constexpr(1e-12)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-import os
-HINTS = tl.constexpr(int(os.environ.get("X_HINTS", "0")))
-REVERSED = tl.constexpr(os.environ.get("X_REVERSED", "1") == "1")
 
 
 @triton.jit
@@ -31,9 +28,7 @@ def load_rows(base, columns, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, P
 @triton.jit
 def columns_back(start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Columns of a tile of a walk back, which meets in the second-level cache what the walk before it read last."""
-    if REVERSED:
-        return (WIDTH - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS - start + tl.arange(0, BLOCK_COLUMNS)
-    return start + tl.arange(0, BLOCK_COLUMNS)
+    return (WIDTH - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS - start + tl.arange(0, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -53,10 +48,7 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
     mask = inside[:, None]
     if WIDTH % BLOCK_COLUMNS != 0:
         mask = mask & (columns < WIDTH)[None, :]
-    if HINTS & 1:
-        tl.store(pointers, values.to(base.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-    else:
-        tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.constexpr_function
@@ -223,7 +215,10 @@ def joined_sums(joined):
 
 @triton.jit
 def identity(scale, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
-    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched."""
+    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched.
+
+    Rows that only such a product reads come out where threads hold its result, without an exchange.
+    """
     at = tl.arange(0, BLOCK_COLUMNS)
     return tl.where(at[:, None] == at[None, :], scale, 0.0).to(PRODUCT)
 

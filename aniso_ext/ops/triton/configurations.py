@@ -52,12 +52,20 @@ _ASYNCHRONOUS_PRODUCTS = 90
 # room: the compiler makes a trap of such a kernel. Those of 32 rows are left in registers.
 _TENSOR_MEMORY = 100
 # Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
-# so that three programs share a multiprocessor.
+# so that three programs of four warps, or two of eight, share a multiprocessor.
 _BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
     "correct": {128: (128, 64, 8, 3)},
     "correct_sums": {64: (64, 64, 4, 3, 168), 128: (128, 64, 8, 3)},
-    "correct_backward": {64: (64, 64, 4, 3)},
+    "correct_backward": {64: (64, 64, 8, 3, 128)},
     "encode_backward": {64: (64, 64, 4, 3)},
+    "decode_backward": {64: (64, 64, 8, 4)},
+}
+# Where float32 rows take as many columns as others, as their basis is float16 at TF32.
+_TF32: dict[str, dict[int, tuple[int, ...]]] = {
+    "correct": {64: (64, 64, 4, 3)},
+    "correct_split": {64: (64, 64, 4, 3)},
+    "encode": {64: (64, 64, 4, 3)},
+    "decode": {64: (64, 64, 8, 3)},
 }
 
 
@@ -71,15 +79,18 @@ def overridden(configuration: Configuration) -> Iterator[None]:
         _override.pop()
 
 
-def configuration(operation: str, dtype: torch.dtype, width: int, rank: int, capability: int = 0) -> Configuration:
+def configuration(
+    operation: str, dtype: torch.dtype, width: int, rank: int, capability: int = 0, *, tf32: bool = False
+) -> Configuration:
     """The choice for an operation and rows of a dtype, a width and a rank; ``capability`` of the device, e.g. 90."""
     if _override:
         return _override[-1]
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
     blocks = max(padded_blocks(rank // 2), 64)
-    if dtype == torch.bfloat16 and blocks in _BFLOAT16.get(operation, {}):
-        return Configuration(*_BFLOAT16[operation][blocks])
+    others = _BFLOAT16 if dtype == torch.bfloat16 else _TF32 if tf32 else {}
+    if blocks in others.get(operation, {}):
+        return Configuration(*others[operation][blocks])
     rows, columns, warps, stages = _HALF[operation][blocks]
     if dtype == torch.float32:
         # rows as long in bytes

@@ -155,6 +155,7 @@ def decode_backward_kernel(
     dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+    step_joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     grad_joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
@@ -168,7 +169,7 @@ def decode_backward_kernel(
             weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
             grad_joined = tl.dot(tile, weights, grad_joined)
             if PROJECT:
-                joined = tl.dot(step.to(PRODUCT), weights, joined)
+                step_joined = tl.dot(step.to(PRODUCT), weights, step_joined)
         elif SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -181,12 +182,11 @@ def decode_backward_kernel(
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED and JOINED:
-                joined = tl.dot(v0, weights, joined)
+                joined = ended(tl.dot(v0, weights, joined), PRODUCT)
             elif SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            w_pair = ended(w_pair, PRODUCT)
-            if JOINED:
-                joined = ended(joined, PRODUCT)
+            if not (SHIFTED and JOINED):
+                w_pair = ended(w_pair, PRODUCT)
         else:
             h_pair = ended(h_pair, PRODUCT)
     step_a, step_b = halves(step_pair)
@@ -203,7 +203,7 @@ def decode_backward_kernel(
         dot_grad = tl.sum(dot_grad, axis=1) + along_grad
         if JOINED:
             unit = tl.load(scalars + 4)
-            _, of_shift = joined_sums(joined)
+            _, of_shift = joined_sums(joined + step_joined)
             dot_shift += unit * of_shift
             _, of_shift = joined_sums(grad_joined)
             grad_shift += unit * of_shift

@@ -78,7 +78,7 @@ def _rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def formats(basis: torch.Tensor, tf32: bool) -> dict[str, Any]:
-    """Formats of tiles and of products; float32 rows at TF32 are multiplied with the format of their basis."""
+    """Formats of tiles and of products; float32 rows at TF32 are multiplied in the format of their basis."""
     if tf32:
         return {"PRODUCT": tl.float32, "PRECISION": "fp16" if basis.dtype == torch.float16 else "tf32"}
     # the interpreter has no bfloat16 of its own
@@ -86,14 +86,12 @@ def formats(basis: torch.Tensor, tf32: bool) -> dict[str, Any]:
     return {"PRODUCT": tl.float32 if widened else _PRODUCTS[basis.dtype], "PRECISION": "ieee"}
 
 
-def wide_enough(folded: Any) -> Any:
-    """For gradients at TF32, which may be of any size: float32 has the exponents that float16 lacks."""
-    bases = {
-        name: getattr(folded, name).float()
-        for name in ("project", "rebuild", "leak_project", "leak_rebuild")
-        if folded.tf32 and hasattr(folded, name)
-    }
-    return folded._replace(**bases)
+def for_gradients(folded: Any) -> Any:
+    """The constants with a basis of float32 at TF32: gradients may be of any size, and float16 has few exponents."""
+    if not folded.tf32:
+        return folded
+    bases = ("project", "rebuild", "leak_project", "leak_rebuild")
+    return folded._replace(**{name: getattr(folded, name).float() for name in bases if name in folded._fields})
 
 
 @cache
@@ -117,9 +115,10 @@ def _launch(
 
     An argument may be a function of the number of programs.
     """
-    width = meta["WIDTH"]
-    choice = configuration(operation, like.dtype, width, rank, compute_capability(like.device))
-    key = (operation, like.dtype, width, rank, kernel, choice, like.device)
+    width, precision = meta["WIDTH"], meta["PRECISION"]
+    capability = compute_capability(like.device)
+    choice = configuration(operation, like.dtype, width, rank, capability, tf32=precision != "ieee")
+    key = (operation, like.dtype, precision, width, rank, kernel, choice, like.device)
     candidates = [_fitting[key]] if key in _fitting else list(smaller(choice))
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         for candidate in candidates:
@@ -207,7 +206,7 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
 
 
 def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = wide_enough(Folded(*constants)), _rows(y), _rows(grad)
+    folded, rows, grads = for_gradients(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         _launch(
@@ -221,7 +220,7 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
 
 
 def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = wide_enough(Folded(*constants)), _rows(y), _rows(grad)
+    folded, rows, grads = for_gradients(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
@@ -282,7 +281,7 @@ def decode_rows(state: torch.Tensor, deltas: torch.Tensor, *constants: Any) -> t
 def decode_backward(
     grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *constants: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    update, grads, states, moves = wide_enough(Update(*constants)), _rows(grad), _rows(state), _rows(deltas)
+    update, grads, states, moves = for_gradients(Update(*constants)), _rows(grad), _rows(state), _rows(deltas)
     grad_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
     if len(state):
