@@ -122,19 +122,18 @@ def ended(sums, PRODUCT: tl.constexpr):
 def halves(value):
     """First and second quarters of each half of the columns, which a thread holds side by side, whether or not the
     halves lie in different warps."""
-    rows: tl.constexpr = value.shape[0]
-    quarter: tl.constexpr = value.shape[1] // 4
-    a, b = tl.split(tl.permute(tl.reshape(value, (rows, 2, 2, quarter)), (0, 1, 3, 2)))
-    return tl.reshape(a, (rows, 2 * quarter)), tl.reshape(b, (rows, 2 * quarter))
+    quarters = tl.reshape(value, (value.shape[0], 2, 2, value.shape[1] // 4))
+    a, b = tl.split(tl.permute(quarters, (0, 1, 3, 2)))
+    a = tl.reshape(a, (value.shape[0], value.shape[1] // 2))
+    return a, tl.reshape(b, (value.shape[0], value.shape[1] // 2))
 
 
 @triton.jit
 def together(a, b):
     """The inverse of :func:`halves`."""
-    rows: tl.constexpr = a.shape[0]
-    quarter: tl.constexpr = a.shape[1] // 2
-    joined = tl.join(tl.reshape(a, (rows, 2, quarter)), tl.reshape(b, (rows, 2, quarter)))
-    return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), (rows, 4 * quarter))
+    of_a = tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2))
+    of_b = tl.reshape(b, (a.shape[0], 2, a.shape[1] // 2))
+    return tl.reshape(tl.permute(tl.join(of_a, of_b), (0, 1, 3, 2)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
@@ -284,8 +283,7 @@ def to_product(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "tf32":
         a = round_tf32(a)
         b = round_tf32(b)
-    factors: tl.constexpr = factor_format(PRODUCT, PRECISION)
-    return a.to(factors), b.to(factors), factor
+    return a.to(factor_format(PRODUCT, PRECISION)), b.to(factor_format(PRODUCT, PRECISION)), factor
 
 
 @triton.jit
