@@ -1,7 +1,8 @@
 """Pieces that the kernels share: tiles of rows, products, elementary functions, norms.
 
 Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. P is M
-padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
+padded to a power of two (constants.py). PRODUCT is the format of tiles, which tensor cores multiply in PRECISION:
+"ieee", "tf32", or "fp16", for which float32 is rounded (:func:`factor_format`); sums are float32.
 Everything is widened right after it is loaded when PRODUCT is float32: Triton's interpreter computes wrongly with
 bfloat16.
 """
