@@ -29,7 +29,8 @@ _override: list[Configuration] = []
 
 # By the padded number of blocks of a rank: block rows, block columns, warps, stages. As many rows as the sums leave
 # registers for, since the basis is streamed from the cache once or twice for each block of rows; four warps for each 64
-# rows, as a thread then holds both coordinates of a block.
+# rows, as a thread then holds both coordinates of a block; of 32 rows eight warps would share the columns of up to 64
+# blocks so that it does not, and each of them would map all blocks.
 _HALF = {
     "correct": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_split": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
@@ -38,7 +39,7 @@ _HALF = {
     "encode": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "decode": {64: (64, 64, 4, 3), 128: (64, 32, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_backward": {64: (64, 64, 4, 2), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
-    "split_backward": {64: (32, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "split_backward": {64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "encode_backward": {64: (64, 64, 4, 2), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "decode_backward": {64: (64, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
 }
@@ -52,14 +53,16 @@ _ASYNCHRONOUS_PRODUCTS = 90
 # room: the compiler makes a trap of such a kernel. Those of 32 rows are left in registers.
 _TENSOR_MEMORY = 100
 # Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
-# so that three programs of four warps, or two of eight, share a multiprocessor.
+# so that three programs share a multiprocessor.
 _BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
     "correct": {128: (128, 64, 8, 3)},
     "correct_sums": {64: (64, 64, 4, 3, 168), 128: (128, 64, 8, 3)},
-    "correct_backward": {64: (64, 64, 8, 3, 128)},
+    "correct_backward": {64: (64, 64, 4, 3)},
     "encode_backward": {64: (64, 64, 4, 3)},
     "decode_backward": {64: (64, 64, 8, 4)},
 }
+# The same on Hopper, where two programs of eight warps are faster than of four; elsewhere those spill too much.
+_BFLOAT16_ON_HOPPER = _BFLOAT16 | {"correct_backward": {64: (64, 64, 8, 3, 128)}}
 # Where float32 rows take as many columns as others, as their basis is float16 at TF32.
 _TF32: dict[str, dict[int, tuple[int, ...]]] = {
     "correct": {64: (64, 64, 4, 3)},
@@ -88,7 +91,9 @@ def configuration(
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
     blocks = max(padded_blocks(rank // 2), 64)
-    others = _BFLOAT16 if dtype == torch.bfloat16 else _TF32 if tf32 else {}
+    others: dict[str, dict[int, tuple[int, ...]]] = _TF32 if tf32 else {}
+    if dtype == torch.bfloat16:
+        others = _BFLOAT16_ON_HOPPER if capability == _ASYNCHRONOUS_PRODUCTS else _BFLOAT16
     if blocks in others.get(operation, {}):
         return Configuration(*others[operation][blocks])
     rows, columns, warps, stages = _HALF[operation][blocks]
