@@ -6,11 +6,11 @@ product. Blocks are padded to a power of two and columns to a multiple of PADDIN
 0 and coefficient 0.
 
 The basis is rounded to the format that is multiplied: the storage format of the rows, float32 for rows of less than
-LEAST_WIDTH columns, whose few roundings do not average out; for float32 rows float16 where TF32 is allowed, which has as
-many bits. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is computed from the rounded basis:
-it describes the rows that are really built. float16 rows are projected with the rounding errors of the basis as well,
-in a product of their own: their contract leaves no room for coordinates that are off by more than float32 makes them,
-and near the origin a phase enlarges that.
+LEAST_WIDTH columns, whose few roundings do not average out; for float32 rows float16 where TF32 is allowed, which has
+as many bits. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is computed from the rounded
+basis: it describes the rows that are really built. float16 rows are projected with the rounding errors of the basis as
+well, in a product of their own: their contract leaves no room for coordinates that are off by more than float32 makes
+them, and near the origin a phase enlarges that.
 
 Radius maps: see :class:`Lookup`.
 """
