@@ -26,7 +26,7 @@ LARGEST_STREAMED_WIDTH, LARGEST_STREAMED_RANK = 4096, 256
 CHUNK = 64  # columns that a block of the kernels takes at a time
 # Where Q streams, so does the table, past shared memory: with the last cell, that of larger radii, a power of two fills
 # stages whole.
-STREAMED_CELL_COUNTS = CELL_COUNTS
+STREAMED_CELL_COUNTS = (255, 511, 1023, 2047)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
 # For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.

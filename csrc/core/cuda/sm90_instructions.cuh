@@ -152,6 +152,14 @@ __device__ __forceinline__ void load_box_to_all(uint32_t destination, const CUte
       : "memory");
 }
 
+// Plain bytes, a multiple of 16 at such a place, the same way.
+__device__ __forceinline__ void load_bytes_to_all(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // Ordinary writes of shared memory become visible to products and to the copy engine.
 __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -244,6 +252,18 @@ __device__ __forceinline__ void load_shared(uint32_t address, float (&values)[8]
     const float4 four = load_shared(address + i * 16);
     values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
   }
+}
+
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+// Until what was loaded into it is there, in every lane of the warp.
+__device__ __forceinline__ void wait_for(uint32_t word) {
+  const uint32_t any = __any_sync(0xffffffffu, word != 0);
+  asm volatile("" ::"r"(any) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {

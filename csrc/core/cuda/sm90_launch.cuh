@@ -188,6 +188,8 @@ template <int kColumns, typename S>
 cudaError_t launch_stream(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
   using Layout = StreamShared<kColumns>;
   constexpr auto kernel = sm90_stream_kernel<S, kColumns>;
+  const int32_t run = Layout::run(in.cell_count);
+  if (run == 0 || reinterpret_cast<uintptr_t>(in.cells) % 16 != 0) return cudaErrorInvalidValue;
   CUtensorMap rows_map, basis_map, shuffled_map;
   cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&basis_map, in.basis, in.width, kColumns, kColumns);
@@ -201,7 +203,7 @@ cudaError_t launch_stream(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* ou
   const cudaLaunchConfig_t config =
       configuration(clusters * kStreamCluster, Layout::kThreads, Layout::bytes(in.width), kStreamCluster, &cluster, stream);
   return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, shuffled_map,
-                            StreamArguments<S>{in, y.count, Layout::stages(in.width), stream_columns(in.width), out});
+                            StreamArguments<S>{in, y.count, Layout::stages(in.width), stream_columns(in.width), run, out});
 }
 
 template <int kCluster, int kChunks>
