@@ -129,7 +129,8 @@ struct StreamTeam {
   }
 
   // k in the place of p, and both norms.
-  __device__ __forceinline__ void map_rows(float (&p)[kColumns / 2], const float (&dots)[2][3], uint32_t (&k)[kAll][4], Scales (&scales)[2]) {
+  __device__ __forceinline__ void map_rows(float (&p)[kColumns / 2], const float (&dots)[2][3], uint32_t (&k)[kAll][4],
+                                           Scales (&scales)[2]) {
     float rank_squares[2] = {}, rank_shift[2] = {};
 #pragma unroll
     for (int32_t first = 0; first < kGroups; first += kTogether) {
