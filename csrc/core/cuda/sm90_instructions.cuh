@@ -260,12 +260,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return word;
 }
 
-// Until what was loaded into it is there, in every lane of the warp.
-__device__ __forceinline__ void wait_for(uint32_t word) {
-  const uint32_t any = __any_sync(0xffffffffu, word != 0);
-  asm volatile("" ::"r"(any) : "memory");
-}
-
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

@@ -184,7 +184,7 @@ struct StreamTeam {
     }
   }
 
-  // From the stages, one after another. A stage is released once a vote has used every cell that was read from it.
+  // From the stages, one after another. Cells of earlier groups in a stage have been used by the vote of map_radii.
   __device__ __forceinline__ void read_cells(int32_t first, StreamedBlock (&blocks)[kTogether][2]) {
     const int32_t run = arguments.run, of_block = (arguments.in.cell_count + 1) * int32_t(sizeof(uint32_t));
 #pragma unroll
@@ -198,8 +198,7 @@ struct StreamTeam {
         uint32_t read = 0;
 #pragma unroll
         for (int32_t j = 0; j <= i; ++j) read |= blocks[j][0].cell | blocks[j][1].cell;
-        wait_for(read);
-        ring.release(ring.slot, lane);
+        ring.release_after(read, ring.slot, lane);
         ring.advance();
       }
     }
@@ -255,13 +254,20 @@ struct StreamTeam {
         }
       }
       products_wait(1);
-      ring.release(slot, lane);
+      ring.release_after(joined(y[0]), slot, lane);
       products_wait();
-      ring.release(ring.slot, lane);
+      ring.release_after(joined(y[1]), ring.slot, lane);
       ring.advance();
       pin(w);
       store_rows(c, scales, w, y, first_row, policy);
     }
+  }
+
+  __device__ __forceinline__ static uint32_t joined(const uint32_t (&y)[2][2][4]) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int32_t i = 0; i < 16; ++i) all |= y[i / 8][i / 4 % 2][i % 4];
+    return all;
   }
 
   __device__ __forceinline__ void store_rows(int32_t c, const Scales (&scales)[2], const float (&w)[64], const uint32_t (&y)[2][2][2][4],

@@ -92,10 +92,19 @@ struct Ring {
   }
   // For the others.
   __device__ __forceinline__ void wait_until_full() const { wait_phase(full(), parity); }
-  __device__ __forceinline__ void release(int32_t of, int32_t lane) const {
+  // Once what was read has been used.
+  __device__ __forceinline__ void release(int32_t of, int32_t lane) const { release_by(0, of, lane); }
+  // What was read, all of it joined in `read`, is used only later: a vote awaits it in every lane. Which lanes tell the blocks depends on
+  // the vote; one without consequence would be left out.
+  __device__ __forceinline__ void release_after(uint32_t read, int32_t of, int32_t lane) const {
+    release_by(__any_sync(0xffffffffu, read != 0) ? 0 : 1, of, lane);
+  }
+
+ private:
+  __device__ __forceinline__ void release_by(int32_t senders, int32_t of, int32_t lane) const {
     reads_before_copy_fence();
     __syncwarp();
-    if (lane < kStreamCluster) arrive_remote(remote_address(empty(of), lane));
+    if (lane / kStreamCluster == senders) arrive_remote(remote_address(empty(of), lane % kStreamCluster));
   }
 };
 
