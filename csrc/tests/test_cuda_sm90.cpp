@@ -169,7 +169,7 @@ void test_streams() {
   Suite<S>({257, 1288, 2, false, true, 0}, random).run();
   // Cells of 32, 8 and 4 blocks of the rank in a stage; the last an odd number of cells, of which one block of a pair sends more.
   Suite<S>({130, 144, 132, false, true, 0, 255}, random).run();
-  Suite<S>({130, 144, 254, false, true, 0, 1023}, random).run();
+  Suite<S>({130, 264, 254, false, true, 0, 1023}, random).run();
   Suite<S>({130, 1288, 10, false, true, 0, 2046}, random).run();
   if (small_sizes()) return;
   Suite<S>({300, 1280, 256, false, true, 0}, random).run();
