@@ -15,7 +15,7 @@ struct Sm90Size {
   int32_t width, rank;
   bool diagonal, shifted;
   int64_t padding;     // elements between the rows of y
-  int32_t cells = 64;  // of a radius map
+  int32_t cells = 63;  // of a radius map
   std::string text() const {
     return " N=" + std::to_string(rows) + " D=" + std::to_string(width) + " R=" + std::to_string(rank) +
            (diagonal ? " diagonal" : "") + (shifted ? " calibrated" : "");

@@ -152,14 +152,6 @@ __device__ __forceinline__ void load_box_to_all(uint32_t destination, const CUte
       : "memory");
 }
 
-// Plain bytes, a multiple of 16 at such a place, the same way.
-__device__ __forceinline__ void load_bytes_to_all(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier), "h"(blocks)
-      : "memory");
-}
-
 // Ordinary writes of shared memory become visible to products and to the copy engine.
 __device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -103,6 +103,8 @@ struct StreamTeam {
       add_dots(c, dots);
       products_wait();
       pin(p);
+      pin(dots[0]);
+      pin(dots[1]);
       ring.release(ring.slot, lane);
     }
   }
@@ -314,7 +316,7 @@ struct StreamTeam {
 template <typename S, int kColumns>
 __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
     sm90_stream_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_constant__ CUtensorMap basis_map,
-                       const __grid_constant__ CUtensorMap shuffled_map,
+                       const __grid_constant__ CUtensorMap shuffled_map, const __grid_constant__ CUtensorMap cells_map,
                        const __grid_constant__ StreamArguments<S> arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = StreamShared<kColumns>;
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(StreamShared<kColumns>::kThreads, 1)
   if (warp >= kStreamGroups * kWarps) {
     give_registers<40>();  // to the warps that multiply
     if (threadIdx.x == kStreamGroups * kWarpgroupThreads) {
-      StreamSource<S, kColumns>{rows_map, basis_map, shuffled_map, arguments, ring, block}.fill(pairs);
+      StreamSource<S, kColumns>{rows_map, basis_map, shuffled_map, cells_map, arguments, ring, block}.fill(pairs);
     }
     __syncwarp();
   } else {

@@ -1,6 +1,7 @@
 // The ring of stages that a basis streams through (sm90_stream.cuh): what a block's shared memory holds, and the warp that fills it.
 #pragma once
 
+#include "sm90_maps.h"
 #include "sm90_radius.cuh"
 
 namespace aniso::sm90 {
@@ -11,7 +12,7 @@ struct StreamArguments {
   int64_t count;
   int32_t stages;   // of the ring
   int32_t columns;  // stream_columns(D)
-  int32_t run;      // groups of the rank whose cells pass through one stage: stream_run(G)
+  int32_t run;      // groups of the rank whose cells pass through one stage
   S* out;           // [N, D]
 };
 
@@ -33,6 +34,8 @@ struct StreamShared {
   static constexpr uint32_t kLimit = 232448;       // a block has 227 KB of shared memory
   static constexpr int32_t kGroups = kColumns / 8; // of the rank: four blocks side by side, a fragment's columns
   static constexpr uint32_t kCellUnit = 16;        // bytes: one cell of each block of a group
+  static constexpr uint32_t kLineBytes = 128;      // of cells, as the copy engine takes them
+  static constexpr int32_t kLineUnits = kLineBytes / kCellUnit;
 
   struct Rest {
     Coordinates<kColumns> coordinates;
@@ -47,11 +50,12 @@ struct StreamShared {
   }
   static constexpr uint32_t bytes(int32_t width) { return stages(width) * kStageBytes + rest_bytes(width); }
 
-  // The groups, a power of two, whose cells a stage holds; 0 if it has no room for those of one.
+  // The groups, a power of two, whose cells a stage holds; 0 if there are none, or if their halves are no whole boxes.
   static constexpr int32_t run(int32_t cell_count) {
     int32_t groups = kGroups;
     while (groups > 0 && int64_t(groups) * (cell_count + 1) * kCellUnit > int64_t(kStageBytes)) groups /= 2;
-    return groups;
+    const bool whole = int64_t(groups) * (cell_count + 1) * kCellUnit % (kStreamCluster * kBoxRows * kLineBytes) == 0;
+    return whole ? groups : 0;
   }
 };
 
@@ -113,7 +117,7 @@ template <typename S, int kColumns>
 struct StreamSource {
   using Layout = StreamShared<kColumns>;
 
-  const CUtensorMap &rows_map, &basis_map, &shuffled_map;
+  const CUtensorMap &rows_map, &basis_map, &shuffled_map, &cells_map;
   const StreamArguments<S>& arguments;
   Ring<kColumns> ring;
   int32_t block;
@@ -141,14 +145,12 @@ struct StreamSource {
 
   // The table of the radius maps.
   __device__ __forceinline__ void for_maps() {
-    const Sm90Operands<S>& in = arguments.in;
-    const int32_t units = arguments.run * (in.cell_count + 1), lower = (units + 1) / 2, first = block == 0 ? 0 : lower;
-    const uint32_t bytes = (block == 0 ? lower : units - lower) * Layout::kCellUnit;
-    const auto* from = reinterpret_cast<const unsigned char*>(in.cells) + first * Layout::kCellUnit;
-    for (int32_t g = 0; g < Layout::kGroups; g += arguments.run, ring.advance()) {
-      ring.wait_to_fill(units * Layout::kCellUnit);
-      load_bytes_to_all(ring.cells() + first * Layout::kCellUnit, from + int64_t(g) * (in.cell_count + 1) * Layout::kCellUnit, bytes,
-                        ring.full(), kStreamBlocks);
+    const int32_t lines = arguments.run * (arguments.in.cell_count + 1) / Layout::kLineUnits, own = lines / kStreamCluster;
+    for (int32_t first = 0; first < Layout::kGroups / arguments.run * lines; first += lines, ring.advance()) {
+      ring.wait_to_fill(lines * Layout::kLineBytes);
+      for (int32_t line = block * own; line < (block + 1) * own; line += kBoxRows) {
+        load_box_to_all(ring.cells() + line * Layout::kLineBytes, cells_map, 0, first + line, ring.full(), kStreamBlocks);
+      }
     }
   }
 
