@@ -57,11 +57,6 @@ class HopperOperands:
         return self.basis, self.shuffled, self.coordinates, self.cells, self.map_scales
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device is one of compute capability 9.0."""
-    return _is_hopper(str(device))
-
-
 @cache
 def _is_hopper(device: str) -> bool:
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(torch.device(device)) == (9, 0)
