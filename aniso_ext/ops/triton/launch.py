@@ -92,6 +92,20 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def options(choice: Configuration, dtype: torch.dtype) -> dict[str, Any]:
+    """How a kernel for rows of a dtype is compiled.
+
+    Left to itself the assembler fuses some products with sums, here and not there, and rows of float16, whose
+    coefficients are computed at once, came out otherwise at another place of a batch.
+    """
+    return {
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+        "maxnreg": choice.registers or None,
+        "enable_fp_fusion": dtype != torch.float16,
+    }
+
+
 def last_configuration() -> Configuration | None:
     """What the last launch used; None before one."""
     return _last[0] if _last else None
@@ -117,9 +131,7 @@ def _launch(
                     **meta,
                     BLOCK_ROWS=candidate.block_rows,
                     BLOCK_COLUMNS=candidate.block_columns,
-                    num_warps=candidate.num_warps,
-                    num_stages=candidate.num_stages,
-                    **({"maxnreg": candidate.registers} if candidate.registers else {}),
+                    **options(candidate, like.dtype),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:
