@@ -12,7 +12,8 @@
 
 namespace aniso {
 
-// Gives this thread a context, which the encoder wants: a new one of autograd's has none yet, and reused memory makes no call that brings one.
+// Gives this thread a context, which the encoder wants: a new one of autograd's has none yet, and reused memory makes no call that
+// brings one.
 inline cudaError_t bind_thread() {
   static thread_local const cudaError_t bound = [] {
     int device = 0;
