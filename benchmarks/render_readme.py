@@ -125,10 +125,10 @@ def _kernel_cells(found: dict[str, dict[str, str]]) -> list[str]:
 
     judged = [row for row in found.values() if row["goal_ns"]]
     goal = ""
-    if judged:
+    if judged and floor:
         reached = sum(row["met"] == "yes" for row in judged)
         by = {0: "missed", len(judged): "met"}.get(reached) or "met by one"
-        goal = f"≤ {float(judged[0]['goal_ns']):.2f}: {by}"
+        goal = f"≤ {float(judged[0]['goal_ns']) / floor:.2f} ×: {by}"
     stock = [cell(name) for name in ("compiled", "compiled diagonal", "eager")]
     return ["" if floor is None else f"{floor:.2f}", cell("cuda"), cell("triton"), *stock, goal]
 

@@ -56,14 +56,19 @@ def test_every_case_has_a_floor_and_a_name_of_its_own():
 
 
 def test_goals_are_limits_in_time_and_against_the_compiler():
-    fixed, relative = Goal(ns_per_row=1.6), Goal(floors=2.0, over_compiled=3.0)
-    assert (fixed.limit(1.2), relative.limit(1.2)) == (1.6, 2.4)
-    assert fixed.met(1.6, 1.2, 3.2) is True
-    assert fixed.met(1.6, 1.2, 3.1) is False  # less than twice as fast
-    assert fixed.met(1.7, 1.2, 9.0) is False
-    assert fixed.met(1.5, 1.2, None) is None  # not all of it was measured
-    assert fixed.met(1.7, 1.2, None) is False
-    assert relative.met(2.3, 1.2, 6.9) is True
+    goal = Goal(floors=1.25)
+    assert goal.limit(1.2) == 1.5
+    assert goal.met(1.5, 1.2, 3.0) is True
+    assert goal.met(1.5, 1.2, 2.9) is False  # less than twice as fast
+    assert goal.met(1.6, 1.2, 9.0) is False
+    assert goal.met(1.4, 1.2, None) is None  # not all of it was measured
+    assert goal.met(1.6, 1.2, None) is False
+    assert Goal(floors=2.0, over_compiled=3.0).met(2.3, 1.2, 6.9) is True
+
+
+def test_goals_set_as_times_on_an_h200_are_those_times_there():
+    (case,) = select(["correct-d1280-r128-bf16"])
+    assert case.goal.limit(work_of(case).floor_ns(H200, case.format)) == pytest.approx(1.6, rel=0.01)
 
 
 def test_cases_are_chosen_by_name_or_pattern():

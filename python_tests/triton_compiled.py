@@ -2,8 +2,8 @@
 
     python python_tests/triton_compiled.py 90 [operation,dtype,width,rank[,rows,columns,warps,stages[,registers]] ...]
 
-One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program, places
-where copies begin that a program does not wait for, and fences between writes of shared memory and products.
+One line for each: registers of a thread, bytes of stack (spills and nothing else), shared memory of a program, and
+products and sums of float32 that the assembler may fuse as it likes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aniso_ext.ops.triton import backward, decode, decode_backward, encode, forward
+from aniso_ext.ops.triton import backward, decode, decode_backward, encode, forward, launch
 from aniso_ext.ops.triton.configurations import Configuration, configuration
 from aniso_ext.ops.triton.constants import PADDING, padded_blocks
 
@@ -93,8 +93,8 @@ def compiled(
         if argument != "count" and signature[argument] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.registers or None}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=launch.options(choice, DTYPES[name], tf32=name == "tf32"))
 
 
 def resources(binary: bytes) -> tuple[int, int]:
@@ -117,8 +117,8 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)
         registers, stack = resources(made.asm["cubin"])
-        copies, fences = (made.asm["ptx"].count(name) for name in ("cp.async.cg", "fence.proxy.async"))
-        used = f"registers {registers} stack {stack} shared {made.metadata.shared} copies {copies} fences {fences}"
+        fusible = len(re.findall(r"\b(?:mul|add|sub)\.f32", made.asm["ptx"]))
+        used = f"registers {registers} stack {stack} shared {made.metadata.shared} fusible {fusible}"
         print(f"{case} {used} {tuple(choice)}", flush=True)
 
 

@@ -300,5 +300,5 @@ def facts() -> dict[str, str]:
         "memory": f"{memory:.0f} GB",
         "load before": f"{os.getloadavg()[0]:.1f}",
         "files": f"float16 .npy shards of at most {SHARD_ROWS:,} rows; every output file is brought to disk",
-        "in memory": f"at most {IN_MEMORY_ROWS:,} rows",
+        "in memory": f"arrays of at most {IN_MEMORY_ROWS:,} rows, one after another",
     }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aniso_ext.convert.device import CudaMapper, HostMapper, Pending
 
 IN_MEMORY_ROWS = 2**18
-"""Rows of the jobs that work in memory."""
+"""Rows of the arrays of the jobs that work in memory."""
 BUS_ROWS = 2**25
 """Rows that cross the bus each way where nothing else is timed."""
 
@@ -60,10 +60,16 @@ def copy(job: Job) -> tuple[int, Callable[[], object]]:
 
 
 def op(job: Job) -> tuple[int, Callable[[], object]]:
-    """The aligner on an array in memory."""
+    """The aligner on an array in memory, again and again until about as many rows as the files hold went through it."""
     aligner, rows = _aligner(job), _in_memory(job)
     aligner.transform(rows[:8192])
-    return len(rows), lambda: aligner.transform(rows)
+    times = max(1, _rows(job) // len(rows))
+
+    def run() -> None:
+        for _ in range(times):
+            aligner.transform(rows)
+
+    return times * len(rows), run
 
 
 def convert(job: Job) -> tuple[int, Callable[[], object]]:

@@ -113,8 +113,7 @@ def ranking(
 
     ``gradient``: whether a backward will follow, which runs on the same backend. The order on GPUs is that of
     benchmarks/results/h100_kernels.csv: Hopper's own kernels where they serve, then Triton's, then the portable ones,
-    which are exact and the only ones for float64. IEEE float32 goes to the portable ones as well, and so does float16
-    on Hopper, where rows of Triton's depended on their place in a batch (docs/kernels.md).
+    which are exact and the only ones for float64. IEEE float32 goes to the portable ones as well.
     """
     if device.type == "cpu":
         return ("cpu", "reference")
@@ -130,8 +129,7 @@ def ranking(
     serves = hopper.serves_correct if widely else hopper.serves
     if on_hopper and serves(str(device), dtype, width, rank):
         return ("cuda", "triton", "reference")
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if exact or (dtype == torch.float16 and hopper.is_hopper(device)):
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ("cuda", "triton", "reference")
     return ("triton", "cuda", "reference")
 

@@ -16,7 +16,7 @@ import torch
 from aniso_ext.ops.frame import Frame
 from aniso_ext.ops.operands import fold as operands_of
 from aniso_ext.ops.operands import is_orthonormal, radius_segments
-from aniso_ext.ops.radius_table import PackedTable, smallest_table
+from aniso_ext.ops.radius_table import CELL_COUNTS, PackedTable, smallest_table
 from aniso_ext.ops.tracing import constant_while_tracing
 
 LEAST_WIDTH = 64  # the roundings of fewer products do not average out
@@ -24,6 +24,9 @@ LARGEST_WIDTH = 1280
 LARGEST_RANK = 128
 LARGEST_STREAMED_WIDTH, LARGEST_STREAMED_RANK = 4096, 256
 CHUNK = 64  # columns that a block of the kernels takes at a time
+# Where Q streams, so does the table, past shared memory: with the last cell, that of larger radii, a power of two fills
+# stages whole.
+STREAMED_CELL_COUNTS = (255, 511, 1023, 2047)
 # Of the rounding of coefficients: what a table is off by, in the root of the mean square, and the most in one cell.
 LARGEST_ERROR, LARGEST_CELL_ERROR = 0.5, 4.0
 # For float32 rows 1 - cos may be 1e-6: errors of this size add 7e-8, and a cell that is off by sqrt(M) adds 1.2e-7.
@@ -52,11 +55,6 @@ class HopperOperands:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In schema order."""
         return self.basis, self.shuffled, self.coordinates, self.cells, self.map_scales
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device is one of compute capability 9.0."""
-    return _is_hopper(str(device))
 
 
 @cache
@@ -168,12 +166,14 @@ def largest_errors(dtype: torch.dtype, blocks: int) -> tuple[float, float]:
     return most, blocks**0.5 if dtype == torch.float32 or streamed else LARGEST_CELL_ERROR
 
 
-def fitting_table(segments: torch.Tensor, dtype: torch.dtype) -> PackedTable | None:
+def fitting_table(
+    segments: torch.Tensor, dtype: torch.dtype, counts: tuple[int, ...] = CELL_COUNTS
+) -> PackedTable | None:
     """The smallest table that is good enough for rows of a dtype; None if none is."""
     rounding = torch.finfo(product_dtype(dtype)).eps / 2
     size = float(segments[:, 1:, 1].square().mean().sqrt())
     most, most_of_cell = (error * rounding * size for error in largest_errors(dtype, len(segments)))
-    return smallest_table(segments, most, most_of_cell)
+    return smallest_table(segments, most, most_of_cell, counts)
 
 
 def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> HopperOperands | None:
@@ -185,7 +185,8 @@ def fold_hopper(frame: Frame, dtype: torch.dtype, device: torch.device) -> Hoppe
     if dtype != torch.float32 and not is_orthonormal(rounded.double(), torch.finfo(product).eps / 2):
         return None
     segments = radius_segments(exact.radius_source_knots, exact.radius_target_knots)
-    table = fitting_table(segments, dtype)
+    counts = STREAMED_CELL_COUNTS if streams(frame.width, frame.rank) else CELL_COUNTS
+    table = fitting_table(segments, dtype, counts)
     if table is None:
         return None
     constants = operands_of(frame, torch.float64, torch.float64, device)

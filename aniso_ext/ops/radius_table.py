@@ -88,14 +88,17 @@ def coarse_cells(segments: torch.Tensor, table: torch.Tensor, most: float) -> to
     return worst > most
 
 
-def smallest_table(segments: torch.Tensor, most: float, most_of_cell: float) -> PackedTable | None:
+def smallest_table(
+    segments: torch.Tensor, most: float, most_of_cell: float, counts: tuple[int, ...] = CELL_COUNTS
+) -> PackedTable | None:
     """The smallest table that is good enough, NaN in its coarse cells; None if none is.
 
     Args:
         most: what it may be off by in the root of the mean square over the knots, coarse cells left out.
         most_of_cell: what a cell may be off by that is not coarse.
+        counts: of cells, ascending.
     """
-    for count in CELL_COUNTS:
+    for count in counts:
         table = pack_table(segments, count)
         secants = table.secants()
         error = table_error(segments, secants)

@@ -14,7 +14,8 @@ struct Sm90Size {
   int64_t rows;
   int32_t width, rank;
   bool diagonal, shifted;
-  int64_t padding;  // elements between the rows of y
+  int64_t padding;     // elements between the rows of y
+  int32_t cells = 63;  // of a radius map
   std::string text() const {
     return " N=" + std::to_string(rows) + " D=" + std::to_string(width) + " R=" + std::to_string(rank) +
            (diagonal ? " diagonal" : "") + (shifted ? " calibrated" : "");
@@ -46,7 +47,7 @@ template <typename S>
 class Sm90Case {
  public:
   using B = std::conditional_t<std::is_same_v<S, float>, aniso::Float16, S>;  // of the factors of products
-  static constexpr int32_t kKnots = 40, kCells = 64, kBuckets = 128;
+  static constexpr int32_t kKnots = 40, kBuckets = 128;
 
   Sm90Case(const Sm90Size& size, Random& random)
       : size_(size),
@@ -77,21 +78,21 @@ class Sm90Case {
       }
       const aniso::Segment<float>* map = &segments_[size_t(block) * (kKnots + 1)];
       const double last = double(map[kKnots].start);
-      map_scales_[size_t(block)] = float(kCells / last);
+      map_scales_[size_t(block)] = float(size.cells / last);
       map_scales_[most_blocks() + size_t(block)] = map[kKnots].slope;
       map_scales_[2 * most_blocks() + size_t(block)] = float(last);
       const auto added = [&](int32_t cell) {  // to the last slope, in the unit of the cells
-        const double rho = last * cell / kCells;
+        const double rho = last * cell / size.cells;
         return (exact_map(block, rho).radius - rho * double(map[kKnots].slope)) / last;
       };
-      for (int32_t cell = 0; cell < kCells; ++cell) {
+      for (int32_t cell = 0; cell < size.cells; ++cell) {
         const bool coarse = random.uniform(0, 1) < 0.1;
         cells_.push_back(coarse ? Cell{NAN, NAN} : Cell{added(cell), added(cell + 1) - added(cell)});
       }
       cells_.push_back({0, 0});
       index_knots(map);
     }
-    cells_.resize(most_blocks() * (kCells + 1), {0, 0});
+    cells_.resize(most_blocks() * size_t(size.cells + 1), {0, 0});
     for (int32_t j = 0; j < size.width; ++j) {
       for (int32_t r = 0; r < aniso::sm90_columns(size.rank); ++r) padded_.push_back(r < size.rank ? basis_[size_t(j) * size.rank + r] : B{});
     }
@@ -121,7 +122,7 @@ class Sm90Case {
       const Sm90Size& size = host_.size_;
       return {size.width,
               size.rank,
-              kCells,
+              size.cells,
               size.diagonal,
               basis_.data(),
               shuffled_.data(),
@@ -187,9 +188,9 @@ class Sm90Case {
   // T(rho) and its slope as the kernels have them, from the table or by search.
   aniso::Mapped<double> map(int32_t block, double rho) const {
     const double cell_scale = double(map_scales_[size_t(block)]), last_slope = double(map_scales_[most_blocks() + size_t(block)]);
-    const double unit = double(map_scales_[2 * most_blocks() + size_t(block)]), place = std::min<double>(rho * cell_scale, kCells);
+    const double unit = double(map_scales_[2 * most_blocks() + size_t(block)]), place = std::min<double>(rho * cell_scale, size_.cells);
     const int32_t index = int32_t(place);
-    const Cell& cell = cells_[size_t(block) * (kCells + 1) + size_t(index)];
+    const Cell& cell = cells_[size_t(block) * size_t(size_.cells + 1) + size_t(index)];
     const double start = exact(cell.start), rise = exact(cell.rise);
     if (std::isnan(start)) return exact_map(block, rho);
     return {rho * last_slope + unit * (start + rise * (place - index)), last_slope + unit * cell_scale * rise};

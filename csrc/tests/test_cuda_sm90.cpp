@@ -167,12 +167,19 @@ void test_streams() {
   Suite<S>({1, 136, 130, false, false, 0}, random).run();
   Suite<S>({70, 264, 256, false, true, 8}, random).run();
   Suite<S>({257, 1288, 2, false, true, 0}, random).run();
+  // Cells of 32, 8 and 4 blocks of the rank in a stage.
+  Suite<S>({130, 144, 132, false, true, 0, 255}, random).run();
+  Suite<S>({130, 264, 254, false, true, 0, 1023}, random).run();
+  Suite<S>({130, 1288, 10, false, true, 0, 2047}, random).run();
   if (small_sizes()) return;
   Suite<S>({300, 1280, 256, false, true, 0}, random).run();
   Suite<S>({129, 1544, 96, false, false, 16}, random).run();
   Suite<S>({90, 4096, 200, false, true, 0}, random).run();
+  Suite<S>({90, 4096, 256, false, true, 0, 2047}, random).run();  // three stages
+  Suite<S>({300, 1280, 256, false, true, 0, 511}, random).run();
   // More tiles than a grid holds.
   Suite<S>({40000, 144, 140, false, true, 0}, random).run();
+  Suite<S>({40000, 144, 140, false, true, 0, 1023}, random).run();
 }
 
 void test_float() {
@@ -203,6 +210,12 @@ void test_refusals() {
   refused(1280, 258, false);
   refused(1280, 256, true);
   refused(1288, 128, true);
+  for (const int32_t cell_count : {1024, 2046, 4095}) {  // of stages that are not filled whole, or too small for one
+    Sm90Operands<BFloat16> large{};
+    large.width = 1280, large.rank = 256, large.cell_count = cell_count;
+    CHECK(sm90_correct(large, rows, static_cast<BFloat16*>(nullptr), nullptr) == cudaErrorInvalidValue,
+          "%d cells must be refused", cell_count);
+  }
   Sm90Operands<Float16> of_float{};
   const Sm90Rows<float> float_rows{nullptr, 4, 1280};
   of_float.width = 1278, of_float.rank = 128;

@@ -44,13 +44,8 @@ _HALF = {
     "decode_backward": {64: (64, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
 }
 OPERATIONS = tuple(_HALF)
-# The least compute capability whose products read shared memory through the asynchronous proxy. The compiler puts no
-# fence between them and a copy that was on its way (triton-lang/triton#10537), and float16 rows, whose walks multiply a
-# tile with the basis and with its rounding errors, came out otherwise at another place of a batch. With one stage tiles
-# pass through registers, and the fence is there.
-_ASYNCHRONOUS_PRODUCTS = 90
-# The least whose sums lie in tensor memory, where four sums of 64 rows and 256 columns, as float16 states have, find no
-# room: the compiler makes a trap of such a kernel. Those of 32 rows are left in registers.
+# The least compute capability whose sums lie in tensor memory, where four sums of 64 rows and 256 columns, as float16
+# states have, find no room: the compiler makes a trap of such a kernel. Those of 32 rows are left in registers.
 _TENSOR_MEMORY = 100
 # Where bfloat16, whose parts between two products need fewer registers, takes others. The last number limits registers
 # so that three programs share a multiprocessor.
@@ -61,6 +56,7 @@ _BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
     "encode_backward": {64: (64, 64, 4, 3)},
     "decode_backward": {64: (64, 64, 8, 4)},
 }
+_HOPPER = 90
 # The same on Hopper, where two programs of eight warps are faster than of four; elsewhere those spill too much.
 _BFLOAT16_ON_HOPPER = _BFLOAT16 | {"correct_backward": {64: (64, 64, 8, 3, 128)}}
 # Where float32 rows take as many columns as others, as their basis is float16 at TF32.
@@ -93,7 +89,7 @@ def configuration(
     blocks = max(padded_blocks(rank // 2), 64)
     others: dict[str, dict[int, tuple[int, ...]]] = _TF32 if tf32 else {}
     if dtype == torch.bfloat16:
-        others = _BFLOAT16_ON_HOPPER if capability == _ASYNCHRONOUS_PRODUCTS else _BFLOAT16
+        others = _BFLOAT16_ON_HOPPER if capability == _HOPPER else _BFLOAT16
     if blocks in others.get(operation, {}):
         return Configuration(*others[operation][blocks])
     rows, columns, warps, stages = _HALF[operation][blocks]
@@ -102,10 +98,8 @@ def configuration(
         columns = max(columns // 2, 16)
         if operation == "decode" and blocks == 64:
             rows, columns, warps = 64, 32, 8
-    if dtype == torch.float16 and capability >= _ASYNCHRONOUS_PRODUCTS:
-        stages = 1
-        if capability >= _TENSOR_MEMORY and operation == "decode" and blocks == 128:
-            rows = 32
+    if dtype == torch.float16 and capability >= _TENSOR_MEMORY and operation == "decode" and blocks == 128:
+        rows = 32
     return Configuration(rows, columns, warps, stages)
 
 

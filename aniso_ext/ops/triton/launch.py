@@ -103,6 +103,20 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def options(choice: Configuration, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Any]:
+    """How a kernel for rows of a dtype is compiled.
+
+    Left to themselves compiler and assembler fuse some products with sums, here and not there, and rows of float16 and
+    of float32 at TF32 came out otherwise at another place of a batch.
+    """
+    return {
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+        "maxnreg": choice.registers or None,
+        "enable_fp_fusion": dtype != torch.float16 and not tf32,
+    }
+
+
 def last_configuration() -> Configuration | None:
     """What the last launch used; None before one."""
     return _last[0] if _last else None
@@ -117,7 +131,8 @@ def _launch(
     """
     width, precision = meta["WIDTH"], meta["PRECISION"]
     capability = compute_capability(like.device)
-    choice = configuration(operation, like.dtype, width, rank, capability, tf32=precision != "ieee")
+    tf32 = precision != "ieee"
+    choice = configuration(operation, like.dtype, width, rank, capability, tf32=tf32)
     key = (operation, like.dtype, precision, width, rank, kernel, choice, like.device)
     candidates = [_fitting[key]] if key in _fitting else list(smaller(choice))
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
@@ -129,9 +144,7 @@ def _launch(
                     **meta,
                     BLOCK_ROWS=candidate.block_rows,
                     BLOCK_COLUMNS=candidate.block_columns,
-                    num_warps=candidate.num_warps,
-                    num_stages=candidate.num_stages,
-                    **({"maxnreg": candidate.registers} if candidate.registers else {}),
+                    **options(candidate, like.dtype, tf32=tf32),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:

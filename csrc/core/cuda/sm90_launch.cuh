@@ -188,10 +188,17 @@ template <int kColumns, typename S>
 cudaError_t launch_stream(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* out, cudaStream_t stream) {
   using Layout = StreamShared<kColumns>;
   constexpr auto kernel = sm90_stream_kernel<S, kColumns>;
-  CUtensorMap rows_map, basis_map, shuffled_map;
+  const int32_t run = Layout::run(in.cell_count);
+  if (run == 0) return cudaErrorInvalidValue;
+  CUtensorMap rows_map, basis_map, shuffled_map, cells_map;
   cudaError_t error = matrix_map<kChunkColumns>(&rows_map, y.data, y.count, in.width, y.stride);
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&basis_map, in.basis, in.width, kColumns, kColumns);
   if (error == cudaSuccess) error = matrix_map<kChunkColumns>(&shuffled_map, in.shuffled, sm90_padded(in.width), kColumns, kColumns);
+  constexpr int32_t kLineCells = Layout::kLineBytes / sizeof(float);
+  if (error == cudaSuccess) {
+    error = matrix_map<kLineCells, false>(&cells_map, reinterpret_cast<const float*>(in.cells),
+                                          Layout::kGroups * (in.cell_count + 1) / Layout::kLineUnits, kLineCells, kLineCells);
+  }
   int32_t resident = 0;
   if (error == cudaSuccess) error = prepare<Layout, kStreamCluster, kernel>(&resident, Layout::kLimit);
   if (error != cudaSuccess) return error;
@@ -200,8 +207,8 @@ cudaError_t launch_stream(const Sm90Operands<S>& in, const Sm90Rows<S>& y, S* ou
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config =
       configuration(clusters * kStreamCluster, Layout::kThreads, Layout::bytes(in.width), kStreamCluster, &cluster, stream);
-  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, shuffled_map,
-                            StreamArguments<S>{in, y.count, Layout::stages(in.width), stream_columns(in.width), out});
+  return cudaLaunchKernelEx(&config, kernel, rows_map, basis_map, shuffled_map, cells_map,
+                            StreamArguments<S>{in, y.count, Layout::stages(in.width), stream_columns(in.width), run, out});
 }
 
 template <int kCluster, int kChunks>

@@ -12,7 +12,8 @@
 
 namespace aniso {
 
-// Gives this thread a context, which the encoder wants: a new one of autograd's has none yet, and reused memory makes no call that brings one.
+// Gives this thread a context, which the encoder wants: a new one of autograd's has none yet, and reused memory makes no call that
+// brings one.
 inline cudaError_t bind_thread() {
   static thread_local const cudaError_t bound = [] {
     int device = 0;
@@ -22,9 +23,11 @@ inline cudaError_t bind_thread() {
   return bound;
 }
 
-// Boxes of 64 rows x kColumns of a row-major matrix, under the swizzle of their rows; outside the matrix they read zero.
+constexpr int32_t kBoxRows = 64;
+
+// Boxes of kBoxRows x kColumns of a row-major matrix, under the swizzle of their rows or as they are; outside the matrix they read zero.
 // `data` and the stride must be multiples of 16 bytes.
-template <int kColumns, typename S>
+template <int kColumns, bool kSwizzled = true, typename S>
 cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t columns, int64_t row_stride) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -41,10 +44,12 @@ cudaError_t matrix_map(CUtensorMap* map, const S* data, int64_t rows, int64_t co
                                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   constexpr size_t kRowBytes = kColumns * sizeof(S);
   static_assert(kRowBytes == 128 || kRowBytes == 32, "rows of 128 or of 32 bytes");
-  constexpr CUtensorMapSwizzle kSwizzle = kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
+  constexpr CUtensorMapSwizzle kSwizzle = !kSwizzled         ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                          : kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                                             : CU_TENSOR_MAP_SWIZZLE_32B;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(S)};
-  const cuuint32_t box[2] = {kColumns, 64}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {kColumns, kBoxRows}, steps[2] = {1, 1};
   const CUresult result =
       encode(map, kType, 2, const_cast<S*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              kSwizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -39,7 +39,8 @@ struct Sm90Operands {
   const float* shift_coordinates;  // [R], Q^T shift, for a scalar complement and a shift
   // The radius map in cell i = min(int(rho cell_scale), G) is rho last_slope + unit (start + rise (rho cell_scale - i)).
   const uint32_t* cells;           // [sm90_columns(R) / 2, G + 1], start and rise as two fp16 numbers, the last cell and all past M zero;
-                                   // NaN where one line is too coarse: there the map itself is searched
+                                   // NaN where one line is too coarse: there the map itself is searched. Where Q streams, at a multiple
+                                   // of 16 bytes, and G + 1 a power of two from 64 to 2048
   const float* map_scales;         // [3, sm90_columns(R) / 2], cell_scale, last_slope and unit of each block, zero past M
   int32_t pieces;                  // K + 1
   int32_t bucket_count;
