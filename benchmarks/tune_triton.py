@@ -125,7 +125,8 @@ def tune(operation: str, arguments: argparse.Namespace) -> None:
     complement = needed.get(operation, arguments.complement)
     case = Case(arguments.width, arguments.rank, knots=arguments.knots, complement=complement, calibrated=True)
     call, error = prepare(operation, case, dtype, arguments.rows)
-    present = configuration(operation, dtype, case.width, case.rank, launch.compute_capability(torch.device("cuda")))
+    capability, tf32 = launch.compute_capability(torch.device("cuda")), arguments.dtype == "tf32"
+    present = configuration(operation, dtype, case.width, case.rank, capability, tf32=tf32)
     wanted = [Configuration(*map(int, text.split(","))) for text in filter(None, arguments.configurations.split(";"))]
     print(f"{operation} {case} {arguments.dtype} rows {arguments.rows} on {torch.cuda.get_device_name()}", flush=True)
     results: list[tuple[float, Configuration]] = []

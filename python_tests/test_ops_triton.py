@@ -45,7 +45,7 @@ def test_kernels_compile_without_a_gpu_and_without_large_spills(architecture):
     output = in_a_process(str(HERE / "triton_compiled.py"), str(architecture), TRITON_INTERPRET="0")
     stacks = {name: int(stack) for name, stack in re.findall(r"^(\S+) registers \d+ stack (\d+)", output, re.M)}
     assert len(stacks) == 11, output
-    large = {name: stack for name, stack in stacks.items() if stack > 160}
+    large = {name: stack for name, stack in stacks.items() if stack > 200}
     assert architecture != 90 or not large, output
 
 

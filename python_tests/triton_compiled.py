@@ -49,6 +49,7 @@ def compiled(
     """A kernel for calibrated rows; the maps are tables with coarse cells for bfloat16 and TF32, and else searched."""
     stored = {"bf16": "bf16", "fp16": "fp16"}.get(name, "fp32")
     searched = name in ("fp16", "fp32")
+    of_basis = "fp16" if name == "tf32" and "grad" not in kernel.arg_names else stored
     blocks = padded_blocks(rank // 2)
     values = {
         "WIDTH": width,
@@ -67,7 +68,7 @@ def compiled(
         "PROJECT": True,
         "FAST": stored != "fp32",
         "PRODUCT": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[stored],
-        "PRECISION": "tf32" if name == "tf32" else "ieee",
+        "PRECISION": {"fp16": "fp16", "fp32": "tf32"}[of_basis] if name == "tf32" else "ieee",
         "BLOCK_ROWS": choice.block_rows,
         "BLOCK_COLUMNS": choice.block_columns,
         **meta,
@@ -85,13 +86,15 @@ def compiled(
             signature[argument] = "*fp32"
         elif argument in ("table", "buckets"):
             signature[argument] = "*i32" if argument == "table" else "*i16"
+        elif argument.endswith(("project", "rebuild")):
+            signature[argument] = f"*{of_basis}"
         else:
             signature[argument] = "*i64" if argument == "pieces" else f"*{stored}"
         if argument != "count" and signature[argument] != "fp32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=launch.options(choice, DTYPES[name]))
+    return triton.compile(source, target=target, options=launch.options(choice, DTYPES[name], tf32=name == "tf32"))
 
 
 def resources(binary: bytes) -> tuple[int, int]:
@@ -109,7 +112,7 @@ def main(architecture: int, cases: tuple[str, ...]) -> None:
     for case in cases:
         operation, name, width, rank, *shape = case.split(",")
         kernel, meta = KERNELS[operation]
-        choice = configuration(operation, DTYPES[name], int(width), int(rank), architecture)
+        choice = configuration(operation, DTYPES[name], int(width), int(rank), architecture, tf32=name == "tf32")
         if shape:
             choice = Configuration(*(int(value) for value in shape))
         made = compiled(kernel, name, int(width), int(rank), choice, architecture, **meta)

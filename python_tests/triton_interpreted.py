@@ -200,6 +200,43 @@ def test_half_precision_coefficients_neither_overflow_nor_vanish():
         assert (ours.double() - theirs).norm() <= 4 * torch.finfo(torch.float16).eps * theirs.norm()
 
 
+@pytest.fixture
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("case", **named(BRANCHES))
+def test_float32_rows_at_tf32_are_multiplied_with_a_basis_of_float16(case, tf32):
+    """Within the contract of TF32; a number that float16 has no place for spoils its row alone."""
+    frame, y = frame_of(case), rows_of(case, 40, torch.float32)
+    assert backend.constants(frame, y).project.dtype == torch.float16
+    exact = ops.correct(y.double(), frame, backend="reference")
+    found = ops.correct(y, frame, backend="triton")
+    assert (1 - torch.cosine_similarity(found.double(), exact, dim=1)).max() <= 1e-6
+    state, deltas = ops.encode(y, frame, backend="triton"), deltas_of(case, 40, torch.float32)
+    exact = ops.encode(y.double(), frame, backend="reference")
+    assert (state.double() - exact).norm() <= 1e-2 * exact.norm()
+    exact = ops.decode(state.double(), deltas.double(), frame, backend="reference")
+    found_rows = ops.decode(state, deltas, frame, backend="triton")
+    assert (1 - torch.cosine_similarity(found_rows.double(), exact, dim=1)).max() <= 1e-6
+    y[7, 5] = 7e4
+    spoilt = ops.correct(y, frame, backend="triton")
+    others = torch.arange(40) != 7
+    assert spoilt[7].isnan().all() and torch.equal(spoilt[others], found[others])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_gradients_at_tf32_may_be_of_any_size(size, tf32):
+    frame, y = frame_of(BRANCHES[0]), rows_of(BRANCHES[0], 20, torch.float32).requires_grad_()
+    grad = size * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    wide = y.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(ops.correct(y, frame, backend="triton"), y, grad)
+    (exact,) = torch.autograd.grad(ops.correct(wide, frame, backend="reference"), wide, grad.double())
+    assert (found.double() - exact).norm() <= 1e-2 * exact.norm()
+
+
 def test_float64_and_large_ranks_are_refused_with_the_way_out():
     case = BRANCHES[0]
     with pytest.raises(InputError, match="backend 'triton' has no float64 kernels: use backend='reference'"):

@@ -21,17 +21,20 @@ from aniso_ext.ops.triton.common import (
     accumulate,
     afresh,
     block_pair,
+    columns_back,
     ended,
     halves,
     identity,
     joined_gradient,
     joined_sums,
     load_ahead,
+    load_basis,
     load_joined,
     load_rows,
     multiply_project,
     multiply_rebuild,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_gradient,
@@ -66,20 +69,20 @@ def walk_pairs(
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
         pointers = project + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
-        weights = tl.load(pointers).to(PRODUCT)
+        weights = load_basis(pointers, PRODUCT, PRECISION)
         pair = accumulate(tile, weights, pair, PRODUCT, PRECISION)
         h_pair = accumulate(grad, weights, h_pair, PRODUCT, PRECISION)
         if PRODUCT == tl.float16:  # the rounding errors of the basis
             weights = tl.load(pointers + 2 * P * PADDED)
-            pair = tl.dot(tile, weights, pair, input_precision=PRECISION)
-            h_pair = tl.dot(grad, weights, h_pair, input_precision=PRECISION)
+            pair = tl.dot(tile, weights, pair)
+            h_pair = tl.dot(grad, weights, h_pair)
         y, t = tile.to(tl.float32), grad.to(tl.float32)
         squares += row_sums(y * y, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         dot_grad += row_sums(y * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
         if JOINED:
             weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-            joined = tl.dot(tile, weights, joined, input_precision=PRECISION)
-            grad_joined = tl.dot(grad, weights, grad_joined, input_precision=PRECISION)
+            joined = tl.dot(tile, weights, joined)
+            grad_joined = tl.dot(grad, weights, grad_joined)
         else:
             offset = tl.load(per_column + PADDED + columns)[None, :]
             dot_offset += row_sums(y * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -110,7 +113,7 @@ def mapped_blocks(
     PIECES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Polar coordinates, T(rho), its slope, and k; from p, of blocks from ``first`` on."""
-    blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+    blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
     c_a = p_a + block_row(per_block, 0, blocks, P)
     c_b = p_b + block_row(per_block, 1, blocks, P)
     turned_a, turned_b = c_a + block_row(per_block, 2, blocks, P), c_b + block_row(per_block, 3, blocks, P)
@@ -129,7 +132,7 @@ def product_parts(
         _, _, _, _, _, _, k_a, k_b = mapped_blocks(
             p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
         )
-        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
         rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
         rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
         squares = tl.sum(k_a * (k_a + 2.0 * rest_a) + k_b * (k_b + 2.0 * rest_b), axis=1)
@@ -148,7 +151,7 @@ def product_parts(
             PIECES, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         more_squares, more_dot_shift, more_dot_grad = product_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, scale, per_block, table, buckets, starts,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 4, scale, per_block, table, buckets, starts,
             pieces, CELLS, STEPS, PIECES, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         return squares + more_squares, dot_shift + more_dot_shift, dot_grad + more_dot_grad
@@ -168,7 +171,7 @@ def gradient_parts(
         rho, inverse, cos, sin, mapped, slope, k_a, k_b = mapped_blocks(
             p_a, p_b, first, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P
         )
-        blocks = first + tl.arange(0, p_a.shape[1])[None, :]
+        blocks = part_of_blocks(first, p_a.shape[1], P)[None, :]
         rest_a = scale * p_a + block_row(per_block, 5, blocks, P)
         rest_b = scale * p_b + block_row(per_block, 6, blocks, P)
         shift_a, shift_b = block_row(per_block, 7, blocks, P), block_row(per_block, 8, blocks, P)
@@ -189,7 +192,7 @@ def gradient_parts(
             starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, scale,
+            high_a, high_b, high_h_a, high_h_b, first + p_a.shape[1] // 4, inverse_factor, alpha, beta, gamma, scale,
             per_block, table, buckets, starts, pieces, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor
@@ -239,28 +242,24 @@ def correct_backward_kernel(
     beta *= scale
     gamma *= scale
     target = grad_y + rows * WIDTH
-    first = tl.arange(0, BLOCK_COLUMNS)
     if JOINED:
         kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
         joined = joined_gradient(-beta * unit / row_factor, -gamma * unit / row_factor, PRODUCT)
-        beta *= scale / row_factor
-        tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
-            ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
+        beta *= unit / row_factor
+        # with another tile of both on its way no two programs would fit
+        for start in tl.range(0, WIDTH, BLOCK_COLUMNS, num_stages=2):
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             result = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-            weights = load_joined(project, columns, P, PADDED, PRODUCT)
-            result = tl.dot(joined, weights, result, input_precision=PRECISION)
-            grad_tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(grad_tile, kept, result, input_precision=PRECISION)
-            result -= tile.to(tl.float32) * beta[:, None]
-            tile = ahead
+            result = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), result)
+            result = tl.dot(load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), kept, result)
+            result -= beta[:, None] * tl.dot(load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT), kept)
             store_rows(target, columns, inside, result * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
     else:
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         tile = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         grad_tile = load_rows(grad_base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             grad_ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
@@ -312,7 +311,7 @@ def split_backward_kernel(
     dot_grad = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     grad_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,
@@ -353,7 +352,7 @@ def split_backward_kernel(
 
     target = grad_y + rows * WIDTH
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
         t = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
         w = split_rows(
             base, columns, k_a, k_b, k_factor, c_a, c_b, c_factor, k_a, project, rebuild, per_column,

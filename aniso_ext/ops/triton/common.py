@@ -1,7 +1,8 @@
 """Pieces that the kernels share: tiles of rows, products, elementary functions, norms.
 
 Letters of operands.py. A program owns BLOCK_ROWS rows and walks over their columns BLOCK_COLUMNS at a time. P is M
-padded to a power of two (constants.py). PRODUCT is the format that tensor cores multiply; sums are float32.
+padded to a power of two (constants.py). PRODUCT is the format of tiles, which tensor cores multiply in PRECISION:
+"ieee", "tf32", or "fp16", for which float32 is rounded (:func:`factor_format`); sums are float32.
 Everything is widened right after it is loaded when PRODUCT is float32: Triton's interpreter computes wrongly with
 bfloat16.
 """
@@ -26,13 +27,20 @@ def load_rows(base, columns, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, P
 
 
 @triton.jit
+def columns_back(start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Columns of a tile of a walk back, which meets in the second-level cache what the walk before it read last."""
+    return (WIDTH - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS - start + tl.arange(0, BLOCK_COLUMNS)
+
+
+@triton.jit
 def load_ahead(base, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
-    """The tile after that at ``start``; after the last one the first again, which nobody reads.
+    """The tile of a walk back after that at ``start``; after the last one the first again, which nobody reads.
 
     Loads that no product reads are not pipelined by the compiler: rebuilding walks ask for them one tile ahead.
     """
     following = tl.where(start + BLOCK_COLUMNS < WIDTH, start + BLOCK_COLUMNS, 0)
-    return load_rows(base, following + tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+    columns = columns_back(following, WIDTH, BLOCK_COLUMNS)
+    return load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
 
 
 @triton.jit
@@ -44,6 +52,23 @@ def store_rows(base, columns, inside, values, WIDTH: tl.constexpr, BLOCK_COLUMNS
     tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
 
 
+@triton.constexpr_function
+def factor_format(product, precision):
+    """What tensor cores multiply. TF32 keeps ten bits of a number, and so does float16, in half the bytes."""
+    return tl.float16 if precision == "fp16" else product
+
+
+@triton.jit
+def load_basis(pointers, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.load(pointers).to(factor_format(PRODUCT, PRECISION))
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b of factors that are rounded already."""
+    return tl.dot(a, b, sums, input_precision="ieee" if PRECISION == "ieee" else "tf32")
+
+
 @triton.jit
 def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """sums + tile weights.
@@ -53,11 +78,11 @@ def accumulate(tile, weights, sums, PRODUCT: tl.constexpr, PRECISION: tl.constex
     TF32 instead of rounding it, which makes every sum too small.
     """
     if PRODUCT == tl.float32 and PRECISION == "ieee":
-        return tl.fma(tl.dot(tile, weights, input_precision=PRECISION), 1.0, sums)
+        return tl.fma(multiply(tile, weights, None, PRECISION), 1.0, sums)
     elif PRECISION == "tf32":
-        return tl.dot(round_tf32(tile), weights, sums, input_precision=PRECISION)
+        return multiply(round_tf32(tile), weights, sums, PRECISION)
     else:
-        return tl.dot(tile, weights, sums, input_precision=PRECISION)
+        return multiply(tile.to(weights.dtype), weights, sums, PRECISION)
 
 
 @triton.jit
@@ -70,9 +95,9 @@ def multiply_project(
     after the basis.
     """
     pointers = weights + columns[:, None] + tl.arange(0, 2 * P)[None, :] * PADDED
-    pair = accumulate(tile, tl.load(pointers).to(PRODUCT), pair, PRODUCT, PRECISION)
+    pair = accumulate(tile, load_basis(pointers, PRODUCT, PRECISION), pair, PRODUCT, PRECISION)
     if PRODUCT == tl.float16:
-        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair, input_precision=PRECISION)
+        pair = tl.dot(tile, tl.load(pointers + 2 * P * PADDED), pair)
     return pair
 
 
@@ -96,14 +121,27 @@ def ended(sums, PRODUCT: tl.constexpr):
 
 @triton.jit
 def halves(value):
-    """The left and the right half of the columns, which each thread already holds side by side."""
-    return tl.split(tl.permute(tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2)), (0, 2, 1)))
+    """First and second quarters of each half of the columns, which a thread holds side by side, whether or not the
+    halves lie in different warps."""
+    quarters = tl.reshape(value, (value.shape[0], 2, 2, value.shape[1] // 4))
+    a, b = tl.split(tl.permute(quarters, (0, 1, 3, 2)))
+    a = tl.reshape(a, (value.shape[0], value.shape[1] // 2))
+    return a, tl.reshape(b, (value.shape[0], value.shape[1] // 2))
 
 
 @triton.jit
 def together(a, b):
     """The inverse of :func:`halves`."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+    of_a = tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2))
+    of_b = tl.reshape(b, (a.shape[0], 2, a.shape[1] // 2))
+    return tl.reshape(tl.permute(tl.join(of_a, of_b), (0, 1, 3, 2)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def part_of_blocks(first, COUNT: tl.constexpr, P: tl.constexpr):
+    """Blocks of a part that :func:`halves` made: half of them from ``first`` on, the others P / 2 further on."""
+    at = tl.arange(0, COUNT)
+    return at // (COUNT // 2) * (P // 2) + at % (COUNT // 2) + first
 
 
 @triton.jit
@@ -114,11 +152,11 @@ def multiply_rebuild(a, b, weights, columns, P: tl.constexpr, PRODUCT: tl.conste
     """
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(together(a, b), tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
+        tile = multiply(together(a, b), load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
     else:
-        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.dot(a, tl.load(pointers).to(PRODUCT), input_precision=PRECISION)
-        tile = tl.dot(b, tl.load(pointers + P).to(PRODUCT), tile, input_precision=PRECISION)
+        pointers = weights + part_of_blocks(0, P, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        tile = multiply(a, load_basis(pointers, PRODUCT, PRECISION), None, PRECISION)
+        tile = multiply(b, load_basis(pointers + P // 2, PRODUCT, PRECISION), tile, PRECISION)
     return tile
 
 
@@ -127,17 +165,17 @@ def multiply_rebuild_two(a, b, c, d, weights, columns, P: tl.constexpr, PRODUCT:
     """a Qa^T + b Qb^T and c Qa^T + d Qb^T with one load of the weights."""
     if P < 128:
         pointers = weights + tl.arange(0, 2 * P)[:, None] + columns[None, :] * (2 * P)
-        tile = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(together(a, b), tile, input_precision=PRECISION)
-        second = tl.dot(together(c, d), tile, input_precision=PRECISION)
+        tile = load_basis(pointers, PRODUCT, PRECISION)
+        first = multiply(together(a, b), tile, None, PRECISION)
+        second = multiply(together(c, d), tile, None, PRECISION)
     else:
-        pointers = weights + tl.arange(0, P)[:, None] + columns[None, :] * (2 * P)
-        even = tl.load(pointers).to(PRODUCT)
-        first = tl.dot(a, even, input_precision=PRECISION)
-        second = tl.dot(c, even, input_precision=PRECISION)
-        odd = tl.load(pointers + P).to(PRODUCT)
-        first = tl.dot(b, odd, first, input_precision=PRECISION)
-        second = tl.dot(d, odd, second, input_precision=PRECISION)
+        pointers = weights + part_of_blocks(0, P, 2 * P)[:, None] + columns[None, :] * (2 * P)
+        even = load_basis(pointers, PRODUCT, PRECISION)
+        first = multiply(a, even, None, PRECISION)
+        second = multiply(c, even, None, PRECISION)
+        odd = load_basis(pointers + P // 2, PRODUCT, PRECISION)
+        first = multiply(b, odd, first, PRECISION)
+        second = multiply(d, odd, second, PRECISION)
     return first, second
 
 
@@ -177,7 +215,10 @@ def joined_sums(joined):
 
 @triton.jit
 def identity(scale, BLOCK_COLUMNS: tl.constexpr, PRODUCT: tl.constexpr):
-    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched."""
+    """A factor that adds scaled rows to a product: from where they are, exactly, and while others are fetched.
+
+    Rows that only such a product reads come out where threads hold its result, without an exchange.
+    """
     at = tl.arange(0, BLOCK_COLUMNS)
     return tl.where(at[:, None] == at[None, :], scale, 0.0).to(PRODUCT)
 
@@ -243,7 +284,7 @@ def to_product(a, b, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "tf32":
         a = round_tf32(a)
         b = round_tf32(b)
-    return a.to(PRODUCT), b.to(PRODUCT), factor
+    return a.to(factor_format(PRODUCT, PRECISION)), b.to(factor_format(PRODUCT, PRECISION)), factor
 
 
 @triton.jit

@@ -29,7 +29,8 @@ _override: list[Configuration] = []
 
 # By the padded number of blocks of a rank: block rows, block columns, warps, stages. As many rows as the sums leave
 # registers for, since the basis is streamed from the cache once or twice for each block of rows; four warps for each 64
-# rows, as a thread then holds both coordinates of a block.
+# rows, as a thread then holds both coordinates of a block; of 32 rows eight warps would share the columns of up to 64
+# blocks so that it does not, and each of them would map all blocks.
 _HALF = {
     "correct": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_split": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
@@ -38,7 +39,7 @@ _HALF = {
     "encode": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 32, 8, 2), 512: (16, 16, 8, 2)},
     "decode": {64: (64, 64, 4, 3), 128: (64, 32, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "correct_backward": {64: (64, 64, 4, 2), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
-    "split_backward": {64: (32, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
+    "split_backward": {64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "encode_backward": {64: (64, 64, 4, 2), 128: (32, 64, 8, 3), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
     "decode_backward": {64: (64, 64, 8, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2), 512: (16, 16, 8, 2)},
 }
@@ -53,6 +54,17 @@ _BFLOAT16: dict[str, dict[int, tuple[int, ...]]] = {
     "correct_sums": {64: (64, 64, 4, 3, 168), 128: (128, 64, 8, 3)},
     "correct_backward": {64: (64, 64, 4, 3)},
     "encode_backward": {64: (64, 64, 4, 3)},
+    "decode_backward": {64: (64, 64, 8, 4)},
+}
+_HOPPER = 90
+# The same on Hopper, where two programs of eight warps are faster than of four; elsewhere those spill too much.
+_BFLOAT16_ON_HOPPER = _BFLOAT16 | {"correct_backward": {64: (64, 64, 8, 3, 128)}}
+# Where float32 rows take as many columns as others, as their basis is float16 at TF32.
+_TF32: dict[str, dict[int, tuple[int, ...]]] = {
+    "correct": {64: (64, 64, 4, 3)},
+    "correct_split": {64: (64, 64, 4, 3)},
+    "encode": {64: (64, 64, 4, 3)},
+    "decode": {64: (64, 64, 8, 3)},
 }
 
 
@@ -66,15 +78,20 @@ def overridden(configuration: Configuration) -> Iterator[None]:
         _override.pop()
 
 
-def configuration(operation: str, dtype: torch.dtype, width: int, rank: int, capability: int = 0) -> Configuration:
+def configuration(
+    operation: str, dtype: torch.dtype, width: int, rank: int, capability: int = 0, *, tf32: bool = False
+) -> Configuration:
     """The choice for an operation and rows of a dtype, a width and a rank; ``capability`` of the device, e.g. 90."""
     if _override:
         return _override[-1]
     if chosen := os.environ.get("ANISO_TRITON_CONFIG"):
         return Configuration(*(int(value) for value in chosen.split(",")))
     blocks = max(padded_blocks(rank // 2), 64)
-    if dtype == torch.bfloat16 and blocks in _BFLOAT16.get(operation, {}):
-        return Configuration(*_BFLOAT16[operation][blocks])
+    others: dict[str, dict[int, tuple[int, ...]]] = _TF32 if tf32 else {}
+    if dtype == torch.bfloat16:
+        others = _BFLOAT16_ON_HOPPER if capability == _HOPPER else _BFLOAT16
+    if blocks in others.get(operation, {}):
+        return Configuration(*others[operation][blocks])
     rows, columns, warps, stages = _HALF[operation][blocks]
     if dtype == torch.float32:
         # rows as long in bytes

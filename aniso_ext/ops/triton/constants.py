@@ -1,15 +1,16 @@
 """What the Triton kernels read: the constants of a frame in the order and the precision of tensor cores.
 
-Block k of the basis is columns 2k and 2k + 1. They are kept apart, all even columns and then all odd ones, so that the
-two coordinates of a block are the same element of two accumulators and no value changes its thread. Blocks are padded
-to a power of two and columns to a multiple of PADDING with zeros: a padded block has radius 0 and coefficient 0.
+Block k of the basis is columns 2k and 2k + 1. They are kept apart, in each half of the blocks all even columns and then
+all odd ones, so that a thread holds both coordinates of a block also where two groups of warps share the columns of a
+product. Blocks are padded to a power of two and columns to a multiple of PADDING with zeros: a padded block has radius
+0 and coefficient 0.
 
 The basis is rounded to the format that is multiplied: the storage format of the rows, float32 for rows of less than
-LEAST_WIDTH columns, whose few roundings do not average out; float32 itself is rounded to TF32 where that is allowed,
-since tensor cores would truncate it. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is
-computed from the rounded basis: it describes the rows that are really built. float16 rows are projected with the
-rounding errors of the basis as well, in a product of their own: their contract leaves no room for coordinates that are
-off by more than float32 makes them, and near the origin a phase enlarges that.
+LEAST_WIDTH columns, whose few roundings do not average out; for float32 rows float16 where TF32 is allowed, which has
+as many bits. What the algebra of the kernels takes from it, Q^T m_s, Q^T o and Q^T g, is computed from the rounded
+basis: it describes the rows that are really built. float16 rows are projected with the rounding errors of the basis as
+well, in a product of their own: their contract leaves no room for coordinates that are off by more than float32 makes
+them, and near the origin a phase enlarges that.
 
 Radius maps: see :class:`Lookup`.
 """
@@ -71,8 +72,8 @@ class Constants:
     """Arrays of a frame for rows of one dtype; P is M padded, W is D padded.
 
     ============= ============================ =====================================================================
-    project       [2P, W], float16 [4P, W],    rows: even columns of Q, then odd ones; for float16 then their rounding
-                  bfloat16 [2P + JOINED, W]    errors, for bfloat16 :func:`_columns_of_products`
+    project       [2P, W], float16 [4P, W],    rows: columns of Q as :func:`_apart` has them; for float16 then their
+                  bfloat16 [2P + JOINED, W]    rounding errors, for bfloat16 :func:`_columns_of_products`
     rebuild       [W, 2P]                      the same, transposed
     leak_project  like project, or [0]         ((I - QQ^T) D_V Q)^T, projected diagonal complements only
     leak_rebuild  [W, 2P] or [0]               the same, transposed
@@ -116,22 +117,16 @@ def rounding_of(dtype: torch.dtype, precision: str) -> float:
     return 2.0**-11 if precision == "tf32" and dtype == torch.float32 else float(torch.finfo(dtype).eps) / 2
 
 
-def round_to_tf32(value: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to the 10 bits of TF32, to nearest."""
-    bits = value.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def padded_blocks(blocks: int) -> int:
     return max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length())
 
 
 def _apart(basis: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Columns [D, R] as [D, 2P]: even ones, padding, odd ones, padding."""
+    """Columns [D, R] as [D, 2P]: even and odd ones of the first half of the padded blocks, then those of the second."""
     width, rank = basis.shape
-    apart = basis.new_zeros(width, 2, blocks)
-    apart[:, 0, : rank // 2], apart[:, 1, : rank // 2] = basis[:, 0::2], basis[:, 1::2]
-    return apart.flatten(1)
+    apart = basis.new_zeros(width, blocks, 2)
+    apart[:, : rank // 2] = basis.unflatten(1, (-1, 2))
+    return apart.unflatten(1, (2, -1)).transpose(2, 3).flatten(1)
 
 
 def _both_ways(basis: torch.Tensor, blocks: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +186,7 @@ def fold_constants(frame: Frame, dtype: torch.dtype, precision: str, device: tor
     rounding = rounding_of(product, precision)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
-        return round_to_tf32(value.float()) if tf32 else value.to(product)
+        return value.to(torch.float16 if tf32 else product)
 
     def prepared(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """To project with, to rebuild with, and in float64 what both multiply with."""

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    columns_back,
     ended,
     halves,
     identity,
@@ -23,6 +24,7 @@ from aniso_ext.ops.triton.common import (
     multiply_project,
     multiply_rebuild,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_scales,
@@ -60,7 +62,7 @@ def coefficient_parts(
     """k as a product takes it, its factor, k.k + 2 k.Q^T u and k.Q^T g, of blocks from ``first`` on; from Q^T u, less
     the step that has coordinates of its own."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, u_a.shape[1])
+        blocks = part_of_blocks(first, u_a.shape[1], P)
         radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS, P)
         a, b, factor = to_product(radius * cos - step_a, radius * sin - step_b, PRODUCT, PRECISION)
         k_a = a.to(tl.float32) * factor[:, None]
@@ -81,7 +83,7 @@ def coefficient_parts(
             PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficient_parts(
-            state, deltas, high_u_a, high_u_b, high_a, high_b, first + u_a.shape[1] // 2, per_block, a_theta, a_rho,
+            state, deltas, high_u_a, high_u_b, high_a, high_b, first + u_a.shape[1] // 4, per_block, a_theta, a_rho,
             BLOCKS, P, SHIFTED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -135,9 +137,9 @@ def decode_kernel(
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED and JOINED:
                 weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-                joined = tl.dot(v0, weights, joined, input_precision=PRECISION)
+                joined = tl.dot(v0, weights, joined)
                 if PROJECT:
-                    joined = tl.dot(step.to(PRODUCT), weights, joined, input_precision=PRECISION)
+                    joined = tl.dot(step.to(PRODUCT), weights, joined)
             elif SHIFTED:
                 shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -172,27 +174,27 @@ def decode_kernel(
     inverse, outer, _, _ = row_scales(squares, dot_shift, tl.load(scalars + 3), SHIFTED)
     row_factor = inverse * outer
     target = out + rows * WIDTH
-    first = tl.arange(0, BLOCK_COLUMNS)
+    first = columns_back(0, WIDTH, BLOCK_COLUMNS)
     if JOINED:
         of_shift = tl.load(scalars + 4) / inverse
         joined = joined_gradient(tl.zeros_like(of_shift), of_shift, PRODUCT)
         kept = identity(1.0, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             w = multiply_rebuild(a, b, rebuild, columns, P, PRODUCT, PRECISION)
             if SHIFTED:
-                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w, input_precision=PRECISION)
+                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w)
             v0 = load_rows(state_v, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            w = tl.dot(v0, kept, w, input_precision=PRECISION) + a_v * tanh(move, FAST)
+            w = tl.dot(v0, kept, w) + a_v * tanh(move, FAST)
             move = move_ahead
             store_rows(target, columns, inside, w * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
     else:
         v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             w = updated_tile(v0, move, columns, a_v, a, b, factor, rebuild, P, PRODUCT, PRECISION, FAST)

@@ -8,6 +8,7 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
     afresh,
+    columns_back,
     ended,
     halves,
     identity,
@@ -20,6 +21,7 @@ from aniso_ext.ops.triton.common import (
     multiply_rebuild,
     multiply_rebuild_two,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_gradient,
@@ -41,7 +43,7 @@ def product_parts(
     """k.k + 2 k.Q^T u, k.Q^T g and k.h of blocks from ``first`` on; from Q^T u, less the step that has coordinates of
     its own."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, w_a.shape[1])
+        blocks = part_of_blocks(first, w_a.shape[1], P)
         radius, cos, sin, _, _, _, _ = turned_blocks(state, deltas, blocks, a_theta, a_rho, BLOCKS, P)
         k_a, k_b = radius * cos - step_a, radius * sin - step_b
         squares = tl.sum(k_a * (k_a + 2.0 * (w_a + step_a)) + k_b * (k_b + 2.0 * (w_b + step_b)), axis=1)
@@ -62,7 +64,7 @@ def product_parts(
             P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         more_squares, more_dot_shift, more_dot_grad = product_parts(
-            state, deltas, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b, first + w_a.shape[1] // 2, per_block,
+            state, deltas, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b, first + w_a.shape[1] // 4, per_block,
             a_theta, a_rho, BLOCKS, P, SHIFTED, PARTS // 2,
         )  # fmt: skip
         return squares + more_squares, dot_shift + more_dot_shift, dot_grad + more_dot_grad
@@ -77,7 +79,7 @@ def gradient_parts(
     """-beta k and grad_k, times a number for each row, as products take them, with their factors, of blocks from
     ``first`` on; stores the gradients of what turns the blocks."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, w_a.shape[1])
+        blocks = part_of_blocks(first, w_a.shape[1], P)
         at = blocks[None, :]
         radius, cos, sin, step_cos, step_sin, tanh_theta, tanh_rho = turned_blocks(
             state, deltas, blocks, a_theta, a_rho, BLOCKS, P
@@ -115,7 +117,7 @@ def gradient_parts(
         )  # fmt: skip
         high_a, high_b, _, high_h_a, high_h_b, _ = gradient_parts(
             state, deltas, state_out, deltas_out, inside, high_w_a, high_w_b, high_a, high_b, high_h_a, high_h_b,
-            first + w_a.shape[1] // 2, inverse_factor, alpha, beta, gamma, per_block, a_theta, a_rho, BLOCKS, P, FORMS,
+            first + w_a.shape[1] // 4, inverse_factor, alpha, beta, gamma, per_block, a_theta, a_rho, BLOCKS, P, FORMS,
             PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -153,6 +155,7 @@ def decode_backward_kernel(
     dot_grad = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     grad_shift = no_sums(BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
     joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+    step_joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     grad_joined = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
@@ -164,9 +167,9 @@ def decode_backward_kernel(
         t = tile.to(tl.float32)
         if SHIFTED and JOINED:
             weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-            grad_joined = tl.dot(tile, weights, grad_joined, input_precision=PRECISION)
+            grad_joined = tl.dot(tile, weights, grad_joined)
             if PROJECT:
-                joined = tl.dot(step.to(PRODUCT), weights, joined, input_precision=PRECISION)
+                step_joined = tl.dot(step.to(PRODUCT), weights, step_joined)
         elif SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
             grad_shift += row_sums(t * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -179,12 +182,11 @@ def decode_backward_kernel(
             squares += row_sums(u * u, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             dot_grad += row_sums(u * t, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if SHIFTED and JOINED:
-                joined = tl.dot(v0, weights, joined, input_precision=PRECISION)
+                joined = ended(tl.dot(v0, weights, joined), PRODUCT)
             elif SHIFTED:
                 dot_shift += row_sums(u * shift, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
-            w_pair = ended(w_pair, PRODUCT)
-            if JOINED:
-                joined = ended(joined, PRODUCT)
+            if not (SHIFTED and JOINED):
+                w_pair = ended(w_pair, PRODUCT)
         else:
             h_pair = ended(h_pair, PRODUCT)
     step_a, step_b = halves(step_pair)
@@ -201,7 +203,7 @@ def decode_backward_kernel(
         dot_grad = tl.sum(dot_grad, axis=1) + along_grad
         if JOINED:
             unit = tl.load(scalars + 4)
-            _, of_shift = joined_sums(joined)
+            _, of_shift = joined_sums(joined + step_joined)
             dot_shift += unit * of_shift
             _, of_shift = joined_sums(grad_joined)
             grad_shift += unit * of_shift
@@ -245,11 +247,11 @@ def decode_backward_kernel(
         beta /= row_factor
         joined = joined_gradient(tl.zeros_like(gamma), -gamma * unit / row_factor, PRODUCT)
         added = identity(1.0, BLOCK_COLUMNS, PRODUCT)
-        first = tl.arange(0, BLOCK_COLUMNS)
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             if PROJECT:
@@ -258,9 +260,9 @@ def decode_backward_kernel(
                 result = multiply_rebuild(k_a, k_b, rebuild, columns, P, PRODUCT, PRECISION)
             if SHIFTED:
                 weights = load_joined(project, columns, P, PADDED, PRODUCT)
-                result = tl.dot(joined, weights, result, input_precision=PRECISION)
+                result = tl.dot(joined, weights, result)
             t = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(t, added, result, input_precision=PRECISION)
+            result = tl.dot(t, added, result)
             slope = tanh(move, FAST)
             result -= beta[:, None] * (v0.to(tl.float32) + a_v * slope)
             v0 = v0_ahead
@@ -274,12 +276,12 @@ def decode_backward_kernel(
             store_rows(deltas_out + 2 * BLOCKS, columns, inside, inner, WIDTH, BLOCK_COLUMNS)
     else:
         k_factor *= -1.0
-        first = tl.arange(0, BLOCK_COLUMNS)
+        first = columns_back(0, WIDTH, BLOCK_COLUMNS)
         v0 = load_rows(state_v, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         move = load_rows(moves, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         t = load_rows(base, first, WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v0_ahead = load_ahead(state_v, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             move_ahead = load_ahead(moves, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             t_ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)

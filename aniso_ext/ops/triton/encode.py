@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from aniso_ext.ops.triton.common import (
+    columns_back,
     ended,
     halves,
     identity,
@@ -24,6 +25,7 @@ from aniso_ext.ops.triton.common import (
     load_rows,
     multiply_project,
     multiply_rebuild,
+    part_of_blocks,
     parts_of,
     store_rows,
     to_product,
@@ -40,7 +42,7 @@ def encoded_parts(
 ):  # fmt: skip
     """sin, cos and log T(rho) as they are stored, and scaled c_t as a product takes it, with its factor; from p."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, a.shape[1])[None, :]
+        blocks = part_of_blocks(first, a.shape[1], P)[None, :]
         a += block_row(per_block, 0, blocks, P)
         b += block_row(per_block, 1, blocks, P)
         rho, _, cos, sin = polar(a + block_row(per_block, 2, blocks, P), b + block_row(per_block, 3, blocks, P))
@@ -55,7 +57,7 @@ def encoded_parts(
             PRECISION, PARTS // 2,
         )  # fmt: skip
         more_sin, more_cos, more_log, high_a, high_b, _ = encoded_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
+            high_a, high_b, first + a.shape[1] // 4, scale, per_block, table, buckets, starts, pieces, CELLS, STEPS,
             PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -72,7 +74,7 @@ def gradient_parts(
 ):  # fmt: skip
     """(d - q)/unit as a product takes it, and its factor; from p."""
     if PARTS == 1:
-        blocks = first + tl.arange(0, a.shape[1])
+        blocks = part_of_blocks(first, a.shape[1], P)
         at = blocks[None, :]
         a += block_row(per_block, 0, at, P) + block_row(per_block, 2, at, P)
         b += block_row(per_block, 1, at, P) + block_row(per_block, 3, at, P)
@@ -96,7 +98,7 @@ def gradient_parts(
             CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _ = gradient_parts(
-            high_a, high_b, high_q_a, high_q_b, first + a.shape[1] // 2, unit, grad_polar, per_block, table, buckets,
+            high_a, high_b, high_q_a, high_q_b, first + a.shape[1] // 4, unit, grad_polar, per_block, table, buckets,
             starts, pieces, BLOCKS, CELLS, STEPS, PIECES, P, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return together(low_a, high_a), together(low_b, high_b), factor
@@ -135,16 +137,16 @@ def encode_kernel(
         unit, kept = tl.load(scalars + 4), identity(-scale, BLOCK_COLUMNS, PRODUCT)
         joined = joined_coefficients(tl.zeros((BLOCK_ROWS,), tl.float32), PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             v = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
-            v = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), v, input_precision=PRECISION)
+            v = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), v)
             tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            v = tl.dot(tile, kept, v, input_precision=PRECISION)
+            v = tl.dot(tile, kept, v)
             store_rows(row_out + 3 * BLOCKS, columns, inside, v * unit, WIDTH, BLOCK_COLUMNS)
     else:
-        tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        tile = load_rows(base, columns_back(0, WIDTH, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             along = multiply_rebuild(c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
             v = (tile.to(tl.float32) - along * c_factor[:, None]) * tl.load(per_column + columns)[None, :]
@@ -204,15 +206,15 @@ def encode_backward_kernel(
     if JOINED:
         kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION)
             tile = load_rows(grad_base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-            result = tl.dot(tile, kept, result, input_precision=PRECISION)
+            result = tl.dot(tile, kept, result)
             store_rows(target, columns, inside, result * unit, WIDTH, BLOCK_COLUMNS)
     else:
-        tile = load_rows(grad_base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+        tile = load_rows(grad_base, columns_back(0, WIDTH, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
-            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
             ahead = load_ahead(grad_base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
             result = multiply_rebuild(d_a, d_b, rebuild, columns, P, PRODUCT, PRECISION) * factor[:, None]
             result += tile.to(tl.float32) * tl.load(per_column + columns)[None, :]

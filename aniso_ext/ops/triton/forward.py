@@ -19,6 +19,7 @@ import triton.language as tl
 from aniso_ext.ops.triton.common import (
     LEAST_NORMAL,
     block_pair,
+    columns_back,
     ended,
     halves,
     identity,
@@ -31,6 +32,7 @@ from aniso_ext.ops.triton.common import (
     multiply_rebuild,
     multiply_rebuild_two,
     no_sums,
+    part_of_blocks,
     parts_of,
     product_sums,
     row_scales,
@@ -80,7 +82,7 @@ def coordinates(
             squares += row_sums(wide * wide, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
             if JOINED:
                 weights = tl.trans(load_joined(project, columns, P, PADDED, PRODUCT))
-                joined = tl.dot(tile, weights, joined, input_precision=PRECISION)
+                joined = tl.dot(tile, weights, joined)
             else:
                 offset = tl.load(per_column + PADDED + columns)[None, :]
                 dot_offset += row_sums(wide * offset, BLOCK_ROWS, BLOCK_COLUMNS, PRODUCT)
@@ -109,7 +111,7 @@ def corrected(
     PIECES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """c_t and c^ from p, of blocks from ``first`` on."""
-    blocks = first + tl.arange(0, a.shape[1])[None, :]
+    blocks = part_of_blocks(first, a.shape[1], P)[None, :]
     a += block_row(per_block, 0, blocks, P)
     b += block_row(per_block, 1, blocks, P)
     # T(rho) (cos, sin) = T(rho)/length (a, b), without directions, which would need registers of their own
@@ -152,7 +154,7 @@ def split_coefficients(
             PIECES, P, LEAK, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         k_a, k_b, _, c_a, c_b, _ = split_coefficients(
-            high_a, high_b, high_leak_a, high_leak_b, first + a.shape[1] // 2, per_block, table, buckets, starts,
+            high_a, high_b, high_leak_a, high_leak_b, first + a.shape[1] // 4, per_block, table, buckets, starts,
             pieces, CELLS, STEPS, PIECES, P, LEAK, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -183,7 +185,7 @@ def coefficients(
     if ROUNDED:
         wide_a *= unit
         wide_b *= unit
-    blocks = first + tl.arange(0, a.shape[1])[None, :]
+    blocks = part_of_blocks(first, a.shape[1], P)[None, :]
     rest_a = scale * a + block_row(per_block, 5, blocks, P)
     rest_b = scale * b + block_row(per_block, 6, blocks, P)
     squares = tl.sum(wide_a * (wide_a + 2.0 * rest_a) + wide_b * (wide_b + 2.0 * rest_b), axis=1)
@@ -214,7 +216,7 @@ def coefficients_in_parts(
             SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         high_a, high_b, _, more_squares, more_dot_shift = coefficients_in_parts(
-            high_a, high_b, first + a.shape[1] // 2, scale, unit, per_block, table, buckets, starts, pieces, CELLS,
+            high_a, high_b, first + a.shape[1] // 4, scale, unit, per_block, table, buckets, starts, pieces, CELLS,
             STEPS, PIECES, P, SHIFTED, ROUNDED, PRODUCT, PRECISION, PARTS // 2,
         )  # fmt: skip
         return (
@@ -234,7 +236,7 @@ def rebuilt_sums(
     squares = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     dot_shift = tl.zeros((BLOCK_ROWS, 8), tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
         if SHIFTED:
             shift = tl.load(per_column + 2 * PADDED + columns)[None, :]
         w = split_rows(
@@ -258,9 +260,9 @@ def split_rows(
         scale = tl.load(per_column + columns)[None, :]
         kept, outside = multiply_rebuild_two(k_a, k_b, c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
         tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-        outside = tl.dot(tile, identity(1.0, BLOCK_COLUMNS, PRODUCT), outside, input_precision=PRECISION)
+        outside = tl.dot(tile, identity(1.0, BLOCK_COLUMNS, PRODUCT), outside)
         weights = load_joined(project, columns, P, PADDED, PRODUCT)
-        kept = tl.dot(joined, weights, kept, input_precision=PRECISION)
+        kept = tl.dot(joined, weights, kept)
         return kept + outside * scale
     tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT).to(tl.float32)
     moved, inside = multiply_rebuild_two(k_a, k_b, c_a, c_b, rebuild, columns, P, PRODUCT, PRECISION)
@@ -350,23 +352,24 @@ def correct_kernel(
             row_factor *= unit
             kept = identity(tl.load(scalars + 5), BLOCK_COLUMNS, PRODUCT)
             for start in range(0, WIDTH, BLOCK_COLUMNS):
-                columns = start + tl.arange(0, BLOCK_COLUMNS)
+                columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
                 w = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
-                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w, input_precision=PRECISION)
+                w = tl.dot(joined, load_joined(project, columns, P, PADDED, PRODUCT), w)
                 tile = load_rows(base, columns, WIDTH, BLOCK_COLUMNS, PRODUCT)
-                w = tl.dot(tile, kept, w, input_precision=PRECISION)
+                w = tl.dot(tile, kept, w)
                 store_rows(target, columns, inside, w * row_factor[:, None], WIDTH, BLOCK_COLUMNS)
         else:
             if not SPLIT:
-                tile = load_rows(base, tl.arange(0, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
+                tile = load_rows(base, columns_back(0, WIDTH, BLOCK_COLUMNS), WIDTH, BLOCK_COLUMNS, PRODUCT)
             for start in range(0, WIDTH, BLOCK_COLUMNS):
-                columns = start + tl.arange(0, BLOCK_COLUMNS)
                 if SPLIT:
+                    columns = start + tl.arange(0, BLOCK_COLUMNS)
                     e = row_factor[:, None] * split_rows(
                         base, columns, product_a, product_b, factor, inner_a, inner_b, inner_factor, joined, project,
                         rebuild, per_column, WIDTH, PADDED, P, JOINED, BLOCK_COLUMNS, PRODUCT, PRECISION,
                     )  # fmt: skip
                 else:
+                    columns = columns_back(start, WIDTH, BLOCK_COLUMNS)
                     ahead = load_ahead(base, start, WIDTH, BLOCK_COLUMNS, PRODUCT)
                     moved = multiply_rebuild(product_a, product_b, rebuild, columns, P, PRODUCT, PRECISION)
                     # factors of a row come last: what is exchanged between threads is then the tile as it was loaded

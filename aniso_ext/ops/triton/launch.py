@@ -77,10 +77,21 @@ def _rows(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 and like_fresh else rows.clone(memory_format=torch.contiguous_format)
 
 
-def formats(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def formats(basis: torch.Tensor, tf32: bool) -> dict[str, Any]:
+    """Formats of tiles and of products; float32 rows at TF32 are multiplied in the format of their basis."""
+    if tf32:
+        return {"PRODUCT": tl.float32, "PRECISION": "fp16" if basis.dtype == torch.float16 else "tf32"}
     # the interpreter has no bfloat16 of its own
-    product = tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _PRODUCTS[dtype]
-    return {"PRODUCT": product, "PRECISION": "tf32" if tf32 else "ieee"}
+    widened = INTERPRETED and basis.dtype == torch.bfloat16
+    return {"PRODUCT": tl.float32 if widened else _PRODUCTS[basis.dtype], "PRECISION": "ieee"}
+
+
+def for_gradients(folded: Any) -> Any:
+    """The constants with a basis of float32 at TF32: gradients may be of any size, and float16 has few exponents."""
+    if not folded.tf32:
+        return folded
+    bases = ("project", "rebuild", "leak_project", "leak_rebuild")
+    return folded._replace(**{name: getattr(folded, name).float() for name in bases if name in folded._fields})
 
 
 @cache
@@ -92,17 +103,17 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def options(choice: Configuration, dtype: torch.dtype) -> dict[str, Any]:
+def options(choice: Configuration, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Any]:
     """How a kernel for rows of a dtype is compiled.
 
-    Left to itself the assembler fuses some products with sums, here and not there, and rows of float16, whose
-    coefficients are computed at once, came out otherwise at another place of a batch.
+    Left to themselves compiler and assembler fuse some products with sums, here and not there, and rows of float16 and
+    of float32 at TF32 came out otherwise at another place of a batch.
     """
     return {
         "num_warps": choice.num_warps,
         "num_stages": choice.num_stages,
         "maxnreg": choice.registers or None,
-        "enable_fp_fusion": dtype != torch.float16,
+        "enable_fp_fusion": dtype != torch.float16 and not tf32,
     }
 
 
@@ -118,9 +129,11 @@ def _launch(
 
     An argument may be a function of the number of programs.
     """
-    width = meta["WIDTH"]
-    choice = configuration(operation, like.dtype, width, rank, compute_capability(like.device))
-    key = (operation, like.dtype, width, rank, kernel, choice, like.device)
+    width, precision = meta["WIDTH"], meta["PRECISION"]
+    capability = compute_capability(like.device)
+    tf32 = precision != "ieee"
+    choice = configuration(operation, like.dtype, width, rank, capability, tf32=tf32)
+    key = (operation, like.dtype, precision, width, rank, kernel, choice, like.device)
     candidates = [_fitting[key]] if key in _fitting else list(smaller(choice))
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         for candidate in candidates:
@@ -131,7 +144,7 @@ def _launch(
                     **meta,
                     BLOCK_ROWS=candidate.block_rows,
                     BLOCK_COLUMNS=candidate.block_columns,
-                    **options(candidate, like.dtype),
+                    **options(candidate, like.dtype, tf32=tf32),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:
@@ -153,7 +166,7 @@ def correct(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, JOINED=folded.joined, ONLY_SUMS=False,
             **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -176,13 +189,14 @@ def correct_sums(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             forward.correct_kernel, "correct_sums", y, len(part), folded.rank,
             part, partial_sums, *folded.arrays(), len(part), part.stride(0),
             WIDTH=width, SHIFTED=False, JOINED=folded.joined, ONLY_SUMS=True, **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
         partial = partials[-1]
         sums[:width] += partial[:, :width].sum(dim=0, dtype=torch.float64)
         sums[padded:] += partial[:, padded:].sum(dim=0, dtype=torch.float64)
     k_a, k_b, weight, *inner = sums[padded:].view(parts, blocks)
-    basis = folded.rebuild[:width].double()
+    # even columns, then odd ones
+    basis = folded.rebuild[:width].double().unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)
     moved, rest = basis @ torch.cat((k_a, k_b)), sums[:width]
     if folded.split:
         rest = rest - basis @ torch.cat(tuple(inner))
@@ -199,13 +213,13 @@ def encode_rows(y: torch.Tensor, *constants: Any) -> torch.Tensor:
             encode.encode_kernel, "encode", y, len(y), folded.rank,
             rows, out, *folded.arrays(), len(y), rows.stride(0),
             WIDTH=width, BLOCKS=blocks, JOINED=folded.joined and not folded.split, **folded.meta(),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
 
 def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    folded, rows, grads = for_gradients(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         _launch(
@@ -213,13 +227,13 @@ def encode_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> tor
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], BLOCKS=folded.rank // 2, JOINED=folded.joined and not folded.split,
             **folded.meta(gradient=True),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
 
 def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> torch.Tensor:
-    folded, rows, grads = Folded(*constants), _rows(y), _rows(grad)
+    folded, rows, grads = for_gradients(Folded(*constants)), _rows(y), _rows(grad)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         kernel = backward.split_backward_kernel if folded.split else backward.correct_backward_kernel
@@ -228,7 +242,7 @@ def correct_backward(grad: torch.Tensor, y: torch.Tensor, *constants: Any) -> to
             kernel, "split_backward" if folded.split else "correct_backward", y, len(y), folded.rank,
             grads, rows, out, *folded.arrays(), len(y), grads.stride(0), rows.stride(0),
             WIDTH=y.shape[1], SHIFTED=folded.shifted, **joined, **folded.meta(gradient=True),
-            **formats(folded.project.dtype, folded.tf32),
+            **formats(folded.project, folded.tf32),
         )  # fmt: skip
     return out
 
@@ -259,8 +273,8 @@ class Update(NamedTuple):
             "JOINED": self.forms and self.project.shape[0] % (2 * self.per_block.shape[1]) != 0,
             "SHIFTED": self.shifted,
             "PROJECT": self.project_step,
-            "FAST": self.project.dtype != torch.float32,
-            **formats(self.project.dtype, self.tf32),
+            "FAST": self.project.dtype != torch.float32 and not self.tf32,
+            **formats(self.project, self.tf32),
         }
 
 
@@ -280,7 +294,7 @@ def decode_rows(state: torch.Tensor, deltas: torch.Tensor, *constants: Any) -> t
 def decode_backward(
     grad: torch.Tensor, state: torch.Tensor, deltas: torch.Tensor, *constants: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    update, grads, states, moves = Update(*constants), _rows(grad), _rows(state), _rows(deltas)
+    update, grads, states, moves = for_gradients(Update(*constants)), _rows(grad), _rows(state), _rows(deltas)
     grad_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     grad_deltas = torch.empty(deltas.shape, dtype=state.dtype, device=state.device)
     if len(state):
