@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
 def test_a_disk_that_is_full_for_the_last_bytes_too_leaves_nothing(tmp_path: Path, suffix: str) -> None:
     class Full:
-        def close(self) -> None:
+        def discard(self) -> None:  # what closing a file of a network may say
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(KeyboardInterrupt), EmbeddingWriter(tmp_path / f"rows.{suffix}") as writer:

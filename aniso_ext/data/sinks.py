@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from aniso_ext.data.columns import COLUMN, ColumnShard
+from aniso_ext.data.direct_file import DirectFile
 from aniso_ext.data.dtypes import item_bytes
 from aniso_ext.data.safetensors_file import NAMES, TENSOR_NAME
 from aniso_ext.data.shards import little_endian_host
@@ -34,59 +36,53 @@ class Sink(Protocol):
     def discard(self) -> None: ...
 
 
-class _NpySink:
-    """Header for no rows first, rewritten at the end: NumPy pads it so that the row count can grow in place."""
+class _RowsSink:
+    """A header for no rows, the rows as they are, and at the end the header for all of them over the first one."""
 
     def __init__(self, path: Path, stored_dtype: str, width: int) -> None:
-        self._dtype, self._width = np.dtype(stored_dtype), width
-        self._file = path.open("r+b")
-        self._header(0)
+        self._dtype, self._width = stored_dtype, width
+        self._file = DirectFile(path)
+        self._file.write(self._header(0))
 
-    def _header(self, rows: int) -> None:
-        fields = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self._file, {**fields, "shape": (rows, self._width)})
+    def _header(self, rows: int) -> bytes:
+        """As long for any number of rows."""
+        raise NotImplementedError
 
     def write(self, rows: np.ndarray, others: Any = None) -> None:
         self._file.write(rows.data)
 
     def finish(self, rows: int) -> None:
-        self._file.seek(0)
-        self._header(rows)
-        self._file.close()
+        self._file.close(self._header(rows))
 
     def discard(self) -> None:
-        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
-            self._file.close()
+        with suppress(OSError):  # closing may bring the error of an earlier write
+            self._file.discard()
 
 
-class _SafetensorsSink:
-    """One tensor named "embeddings"; the header, padded with blanks as the format allows, is rewritten at the end."""
+class _NpySink(_RowsSink):
+    """NumPy pads the header so that the row count can grow in place."""
+
+    def _header(self, rows: int) -> bytes:
+        content = BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(self._dtype)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(content, {**fields, "shape": (rows, self._width)})
+        return content.getvalue()
+
+
+class _SafetensorsSink(_RowsSink):
+    """One tensor named "embeddings"; the header is padded with blanks, as the format allows."""
 
     def __init__(self, path: Path, stored_dtype: str, width: int) -> None:
         if not little_endian_host():
             raise InputError(f"{path}: .safetensors is little-endian and this machine is not: use .npy")
-        self._dtype, self._width = stored_dtype, width
-        self._file = path.open("r+b")
-        self._header(0)
+        super().__init__(path, stored_dtype, width)
 
-    def _header(self, rows: int) -> None:
+    def _header(self, rows: int) -> bytes:
         code = next(code for code, name in NAMES.items() if name == self._dtype)
         size = rows * self._width * item_bytes(self._dtype)
         entry = {"dtype": code, "shape": [rows, self._width], "data_offsets": [0, size]}
         text = json.dumps({TENSOR_NAME: entry}, separators=(",", ":")).encode().ljust(_SAFETENSORS_HEADER)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, rows: np.ndarray, others: Any = None) -> None:
-        self._file.write(rows.data)
-
-    def finish(self, rows: int) -> None:
-        self._file.seek(0)
-        self._header(rows)
-        self._file.close()
-
-    def discard(self) -> None:
-        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
-            self._file.close()
+        return len(text).to_bytes(8, "little") + text
 
 
 class _TableSink:

@@ -1,0 +1,104 @@
+"""A file written in order past the page cache, where its filesystem allows that."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+BLOCK_BYTES = 4 << 20
+"""Written at a time: whole pages, as the disk wants them, and enough that the disk need not wait for the next."""
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class DirectFile:
+    """Writes an existing file from its beginning, in blocks, one of which is on its way while the next one fills.
+
+    Through the page cache every byte would be copied into a new page, which is up to a third of a conversion's processor
+    time, and files that others read would be pushed out of memory. The last part of a file, less than a block, and all
+    of it where the filesystem refuses, does go through the cache.
+
+    Raises:
+        OSError: the file cannot be opened or written; of a block on its way, at one of the next calls.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY)
+        self._direct = self._set_direct(_O_DIRECT != 0)
+        # pages of their own: direct writes want memory that begins with one
+        self._blocks = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(2)]
+        self._filled = 0
+        self._writer = ThreadPoolExecutor(1, "aniso-disk")
+        self._on_its_way: Future[None] | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; their memory may be used again afterwards."""
+        rest = np.frombuffer(data, np.uint8)
+        while len(rest):
+            part = rest[: BLOCK_BYTES - self._filled]
+            self._blocks[0][self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            rest = rest[len(part) :]
+            if self._filled == BLOCK_BYTES:
+                self._send()
+
+    def close(self, beginning: bytes = b"") -> None:
+        """Write what is left, then ``beginning`` over the first bytes, and close the file, which is not synced."""
+        try:
+            self._wait()
+            self._direct = self._set_direct(False)
+            self._put(self._blocks[0][: self._filled])
+            _write_all(self._descriptor, memoryview(beginning), 0)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close the file as it is; a second call does nothing."""
+        if self._descriptor < 0:
+            return
+        self._writer.shutdown(wait=True)
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    def _send(self) -> None:
+        self._wait()
+        self._on_its_way = self._writer.submit(self._put, self._blocks[0])
+        self._blocks.reverse()
+        self._filled = 0
+
+    def _wait(self) -> None:
+        if self._on_its_way is not None:
+            self._on_its_way.result()
+            self._on_its_way = None
+
+    def _put(self, block: np.ndarray) -> None:
+        rest = block.data
+        while len(rest):
+            try:
+                written = os.write(self._descriptor, rest)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                # refused only now, or the place is within a page, after a write that stopped there
+                self._direct = self._set_direct(False)
+                continue
+            rest = rest[written:]
+
+    def _set_direct(self, wanted: bool) -> bool:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~_O_DIRECT
+        with suppress(OSError):
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | (_O_DIRECT if wanted else 0))
+            return wanted
+        return False
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
