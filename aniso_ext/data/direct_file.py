@@ -20,9 +20,9 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 class DirectFile:
     """Writes an existing file from its beginning, in blocks, one of which is on its way while the next one fills.
 
-    Through the page cache every byte would be copied into a new page, which is up to a third of the processor time of a
-    conversion, and files that others read would be pushed out of memory. The last part of a file, less than a block, and
-    all of it where the filesystem refuses, does go through the cache.
+    Through the page cache every byte would be copied into a new page, which is up to a third of the processor time
+    of a conversion, and files that others read would be pushed out of memory. The last part of a file, less than a
+    block, and all of it where the filesystem refuses, does go through the cache.
 
     Raises:
         OSError: the file cannot be opened or written; of a block on its way, at one of the next calls.
