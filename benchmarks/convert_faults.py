@@ -41,7 +41,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "convert_faults.csv"
 FORMATS = ("npy", "parquet", "safetensors", "clip-retrieval")
 CALIBRATIONS = ("fitted", "corpus")
 ENGINES = ("local", "2 workers")
-WIDTH, SHARDS, SHARD_ROWS, BATCH_ROWS = 64, 8, 6000, 256
+# shards of more than a block that is written past the page cache
+WIDTH, SHARDS, SHARD_ROWS, BATCH_ROWS = 64, 8, 40_000, 2048
 START_SECONDS = 120
 PROGRAM = (sys.executable, "-m", "aniso_ext.cli")
 FORKS = multiprocessing.get_context("forkserver")

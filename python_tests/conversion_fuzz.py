@@ -1,4 +1,4 @@
-"""Random conversions against NumPy in float64: format, layout, order, split, batches, bad rows, dtype and destination.
+"""Random conversions against NumPy in float64: format, layout, order, split, batches, blocks, bad rows, dtype, place.
 
 Inputs are written and outputs are read by NumPy, pyarrow and safetensors alone. The map is the closed form of
 ``oracle.correct`` with the arrays of a fitted aligner.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fsspec
 import numpy as np
@@ -24,6 +25,8 @@ from safetensors.numpy import load_file
 
 import aniso_ext as aniso
 from aniso_ext.convert import convert_embeddings
+from aniso_ext.data import direct_file
+from aniso_ext.data.direct_file import BLOCK_BYTES
 
 WIDTHS = (2, 3, 5, 8, 16, 33)
 SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "safetensors": ".safetensors", "arrow": ".arrow"}
@@ -55,6 +58,7 @@ class Conversion:
     output_dtype: str | None
     one_file: bool
     seed: int
+    block_bytes: int
 
     @property
     def stored(self) -> str:
@@ -114,6 +118,7 @@ def draw(rng: np.random.Generator) -> Conversion:
         output_dtype=output_dtype,
         one_file=bool(len(sizes) == 1 and rng.integers(2)),
         seed=int(rng.integers(2**31)),
+        block_bytes=int(pick(4096, 8192, BLOCK_BYTES)),
     )
 
 
@@ -223,7 +228,8 @@ def check(case: Conversion, folder: Path) -> None:
         source = f"memory://{base}/{source.relative_to(folder)}"
     output = folder / f"out{case.suffix}" if case.one_file else folder / "out"
     try:
-        with warnings.catch_warnings():
+        blocks = patch.object(direct_file, "BLOCK_BYTES", case.block_bytes)  # files are smaller than one of the usual
+        with blocks, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not carried along")
             report = convert_embeddings(
                 aligner, source, output, batch_rows=case.batch_rows, on_bad=case.on_bad,
