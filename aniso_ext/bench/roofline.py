@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aniso_ext.bench.records import read_table
+from aniso_ext.bench.suite import CASES
 from aniso_ext.errors import AnisoError, DataError
 
 if TYPE_CHECKING:
@@ -122,13 +123,11 @@ def _point(axes: Axes, x: float, y: float, variant: str) -> None:
 
 def _draw_multiples(axes: Axes, rows: Sequence[Row], cases: Sequence[str]) -> None:
     """Time over the floor, one line a case; a tick marks the goal."""
+    goals = {case.name: case.goal.floors for case in CASES}
     for index, case in enumerate(cases):
         axes.axhline(index, color="0.92", lw=0.8, zorder=0)
-        goals = [
-            float(row["goal_ns"]) / float(row["floor_ns"]) for row in rows if row["case"] == case and row.get("goal_ns")
-        ]
-        if goals:
-            axes.plot(goals[0], index, marker="|", color="0.4", ms=14, mew=1.6, ls="none", zorder=1)
+        if case in goals and any(row.get("goal_ns") for row in rows):
+            axes.plot(goals[case], index, marker="|", color="0.4", ms=14, mew=1.6, ls="none", zorder=1)
     for row in rows:
         _point(axes, float(row["over_floor"]), cases.index(row["case"]), row["variant"])
     axes.axvline(1, color="0.35", lw=1.2)
