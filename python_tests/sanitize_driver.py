@@ -1,7 +1,7 @@
 """Every operator of one backend, forward and backward, at small ragged sizes: what `make sanitize` watches.
 
     python python_tests/sanitize_driver.py cuda
-    python python_tests/sanitize_driver.py cuda --only decode --format bfloat16
+    python python_tests/sanitize_driver.py cuda --only decode --format bfloat16 --rows 130
 
 Results are compared with the float64 reference on the CPU, so that a run in which nothing was computed is no clean one.
 Exit code 77 without a CUDA device or without the backend.
@@ -91,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=OPERATORS, nargs="+", default=OPERATORS, help="these operators")
     formats = sorted({name_of(dtype) for dtype, _, _ in FORMATS})
     parser.add_argument("--format", choices=formats, nargs="+", default=formats, help="rows of these formats")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="N", help="batches of so many rows")
     return parser.parse_args()
 
 
@@ -109,7 +110,7 @@ def main() -> int:
             continue
         torch.set_float32_matmul_precision(precision)
         for case in CASES:
-            for rows in ROWS:
+            for rows in asked.rows:
                 y, deltas = rows_of(case, rows, dtype), deltas_of(case, rows, dtype)
                 ours = results(case, y.clone().cuda(), deltas.clone().cuda(), backend, asked.only)
                 exact = results(case, y.double(), deltas.double(), "reference", asked.only)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aniso_ext.data import direct_file
-from aniso_ext.data.direct_file import BLOCK_BYTES, DirectFile
+from aniso_ext.data.direct_file import BLOCK_BYTES, BLOCKS_ON_THEIR_WAY, DirectFile
 
-CONTENT = np.random.default_rng(0).integers(0, 256, 3 * BLOCK_BYTES + 12_345, dtype=np.uint8).tobytes()
+BLOCKS = BLOCKS_ON_THEIR_WAY + 3
+CONTENT = np.random.default_rng(0).integers(0, 256, BLOCKS * BLOCK_BYTES + 12_345, dtype=np.uint8).tobytes()
 BEGINNING = b"a header that is known only at the end"
 
 
@@ -55,15 +57,15 @@ def test_whole_blocks_pass_by_the_page_cache_where_the_filesystem_allows_that(tm
     except OSError:
         pytest.skip("the filesystem of the temporary folder has no direct writes")
     direct: list[tuple[int, bool]] = []
-    plain = os.write
+    plain = os.pwrite
 
-    def watched(descriptor, data):
+    def watched(descriptor, data, offset):
         direct.append((len(data), bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)))
-        return plain(descriptor, data)
+        return plain(descriptor, data, offset)
 
-    monkeypatch.setattr(direct_file.os, "write", watched)
+    monkeypatch.setattr(direct_file.os, "pwrite", watched)
     assert write(tmp_path / "file", (1 << 20,)) == expected()
-    assert direct == [(BLOCK_BYTES, True)] * 3 + [(12_345, False)]
+    assert direct == [(BLOCK_BYTES, True)] * BLOCKS + [(12_345, False), (len(BEGINNING), False)]
 
 
 def test_a_filesystem_without_direct_writes_gets_others(tmp_path, monkeypatch):
@@ -78,29 +80,46 @@ def test_a_filesystem_without_direct_writes_gets_others(tmp_path, monkeypatch):
     assert write(tmp_path / "file", (10**6,)) == expected()
 
 
-@pytest.mark.parametrize("refused", [1, 2, 3])
+@pytest.mark.parametrize("refused", [1, 2, BLOCKS])
 def test_writes_that_are_refused_or_stop_within_a_page_go_on(tmp_path, monkeypatch, refused):
-    plain, calls = os.write, []
+    plain, calls = os.pwrite, []
 
-    def write_some(descriptor, data):
+    def write_some(descriptor, data, offset):
         calls.append(len(data))
         direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
         if len(calls) >= refused and direct:
             raise OSError(errno.EINVAL, "not now")
-        return plain(descriptor, data[: len(data) // 2 + 1] if not direct else data)
+        return plain(descriptor, data[: len(data) // 2 + 1] if not direct else data, offset)
 
-    monkeypatch.setattr(direct_file.os, "write", write_some)
+    monkeypatch.setattr(direct_file.os, "pwrite", write_some)
     assert write(tmp_path / "file", (10**6,)) == expected()
-    assert len(calls) > 3
+    assert len(calls) > BLOCKS
+
+
+def test_blocks_that_are_refused_together_go_on_together(tmp_path, monkeypatch):
+    """Each was sent as a direct write, and all are refused before one of them ends that."""
+    plain, together = os.pwrite, threading.Barrier(BLOCKS_ON_THEIR_WAY)
+    refused = []
+
+    def refuse_all(descriptor, data, offset):
+        if len(refused) < BLOCKS_ON_THEIR_WAY:
+            refused.append(offset)
+            together.wait()
+            raise OSError(errno.EINVAL, "not now")
+        return plain(descriptor, data, offset)
+
+    monkeypatch.setattr(direct_file.os, "pwrite", refuse_all)
+    assert write(tmp_path / "file", (10**6,)) == expected()
+    assert sorted(refused) == [number * BLOCK_BYTES for number in range(BLOCKS_ON_THEIR_WAY)]
 
 
 def test_an_error_of_a_block_on_its_way_is_raised_and_the_file_closed(tmp_path, monkeypatch):
-    def full(descriptor, data):
+    def full(descriptor, data, offset):
         raise OSError(errno.ENOSPC, "full")
 
     (tmp_path / "file").touch()
     file = DirectFile(tmp_path / "file")
-    monkeypatch.setattr(direct_file.os, "write", full)
+    monkeypatch.setattr(direct_file.os, "pwrite", full)
     file.write(CONTENT[:BLOCK_BYTES])
     with pytest.raises(OSError, match="full"):
         file.close(BEGINNING)

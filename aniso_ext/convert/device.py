@@ -32,7 +32,7 @@ MOST_WORKERS = 16
 """Python threads that map; more would wait for the interpreter, so each takes several cores instead."""
 LEAST_SHARE = 1024
 """Rows below which a batch is not cut smaller to occupy every thread."""
-CUDA_BATCH_BYTES = 32 << 20
+CUDA_BATCH_BYTES = 16 << 20
 """Copies of this size run at the rate of the bus."""
 CUDA_DEPTH = 3
 """One batch on its way in, one being mapped, one on its way out."""

@@ -103,17 +103,19 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def options(choice: Configuration, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Any]:
+def options(choice: Configuration, dtype: torch.dtype) -> dict[str, Any]:
     """How a kernel for rows of a dtype is compiled.
 
-    Left to themselves compiler and assembler fuse some products with sums, here and not there, and rows of float16 and
-    of float32 at TF32 came out otherwise at another place of a batch.
+    Left to themselves compiler and assembler fuse some products with sums, here and not there. Rows of float16 and of
+    float32 at TF32 came out otherwise at another place of a batch; and of float32 rows, whose sums begin with a single
+    product in each thread, threads that share a sum rounded it differently, and one of them wrote it
+    (triton-lang/triton#7264). Threads that work for a row of bfloat16 add more than one product each.
     """
     return {
         "num_warps": choice.num_warps,
         "num_stages": choice.num_stages,
         "maxnreg": choice.registers or None,
-        "enable_fp_fusion": dtype != torch.float16 and not tf32,
+        "enable_fp_fusion": dtype == torch.bfloat16,
     }
 
 
@@ -144,7 +146,7 @@ def _launch(
                     **meta,
                     BLOCK_ROWS=candidate.block_rows,
                     BLOCK_COLUMNS=candidate.block_columns,
-                    **options(candidate, like.dtype, tf32=tf32),
+                    **options(candidate, like.dtype),
                 )
             except OutOfResources:
                 if candidate == candidates[-1]:
