@@ -50,7 +50,7 @@ def test_kernels_compile_without_a_gpu_and_without_large_spills(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_row_of_float16_has_the_same_arithmetic(architecture):
+def test_every_thread_and_row_of_float16_has_the_same_arithmetic(architecture):
     """And no kernel is empty: the compiler makes a trap of what it cannot place in tensor memory."""
     from triton_compiled import KERNELS
 
@@ -60,6 +60,14 @@ def test_every_row_of_float16_has_the_same_arithmetic(architecture):
     assert len(found) == len(cases)
     for registers, fusible in found:
         assert int(registers) > 64 and int(fusible) == 0, output
+
+
+def test_every_thread_and_row_of_float32_has_the_same_arithmetic():
+    from triton_compiled import KERNELS
+
+    cases = [f"{operation},{format},256,32" for operation in KERNELS for format in ("fp32", "tf32")]
+    output = in_a_process(str(HERE / "triton_compiled.py"), "90", *cases, TRITON_INTERPRET="0")
+    assert re.findall(r"fusible (\d+)", output) == ["0"] * len(cases), output
 
 
 def test_the_backend_says_why_it_is_missing_here():

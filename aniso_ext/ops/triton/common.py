@@ -234,9 +234,10 @@ def block_pair(per_block, row: tl.constexpr, P: tl.constexpr):
 def parts_of(product, blocks):
     """In how many parts what lies between two products is computed, one after the other, so that few registers hold it.
 
-    A factor of float16 coefficients is that of the whole row.
+    A factor of float16 coefficients is that of the whole row. More than eight parts the compiler would study for
+    minutes, and the more blocks there are, the fewer rows are mapped at a time.
     """
-    return 1 if product == tl.float16 else blocks // 16
+    return 1 if product == tl.float16 else min(blocks // 16, 8)
 
 
 @triton.jit
