@@ -165,17 +165,22 @@ def conversion_tables(paths: Sequence[Path]) -> str:
 
 def conversion_table(path: Path) -> str:
     """One line a variant at each number of rows, and what a large corpus would take at the last rate."""
-    from aniso_ext.bench.convert import CONVERT
+    from aniso_ext.bench.convert import CONVERT, PICKLED, REALIGN, REALIGN_FIT
     from aniso_ext.bench.records import read_table
 
     header, rows = read_table(path)
     threads = f"{header['threads']} threads, " if "threads" in header else ""
+    passes = (
+        f" The four passes of NumPy fit and map; `{REALIGN}` maps with an aligner that was fitted before, "
+        f"`{REALIGN_FIT}` fits it on the same rows first."
+    )
     lines = [
         f"Whole runs, median of {header['rounds']}; D = {rows[0]['D']}, R = {rows[0]['R']}, "
         f"float16 `.npy`, `--calibration fitted`; {header['device']}, {threads}"
         f"{header['memory']} of memory, load {header['load before']} before the run, "
         f"torch {header['torch']}, {header['date']}, commit {header['commit']}, `aniso bench convert`. "
-        "GB/s counts float16 rows in and out; every output was brought to disk.",
+        "GB/s counts float16 rows in and out; every output was brought to disk."
+        + (passes if any(row["variant"] == PICKLED for row in rows) else ""),
         "",
         "| rows | | rows/s | GB/s | of `cp` | of the map in memory | of the bus | against NumPy | peak RSS |",
         "|---" * 9 + "|",

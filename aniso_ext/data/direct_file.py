@@ -16,7 +16,7 @@ import numpy as np
 BLOCK_BYTES = 4 << 20
 """Written at a time: whole pages, as the disk wants them, and enough that the disk need not wait for the next."""
 BLOCKS_ON_THEIR_WAY = 4
-"""At the same time, for disks that take longer for a block than it takes them to store it."""
+"""Written at the same time, so that a disk that answers late has other blocks to store meanwhile."""
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
